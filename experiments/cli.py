@@ -1,0 +1,401 @@
+"""The `recsys` command: one verb, one library call.
+
+Results go to stdout (tables for people, `--json` for programs), progress to stderr. Exit codes: 0
+done, 2 the user's mistake, 1 ours, 130 stopped. Imports stand inside the verbs, so that `--help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from experiments.terminal import Verbs, aside, print_json, progress
+from recsys.errors import QueryError
+
+app = typer.Typer(
+    cls=Verbs,
+    name="recsys",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # rich costs a tenth of a second before the first word
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's configuration.")]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Another value for a key; TOML."),
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")]
+K = Annotated[int, typer.Option("-k", "--k", min=1, help="How many answers.")]
+Exact = Annotated[bool, typer.Option("--exact", help="Search every item, not the index.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from recsys import __version__
+
+        print(f"recsys {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it and exit.")
+    ] = False,
+) -> None:
+    """Two-tower recommendation: train on interaction logs, answer with nearest items.
+
+    \b
+    From raw logs to recommendations:
+      recsys init events.csv items.csv --out run.toml
+      recsys train run.toml
+      recsys recommend runs/shop/bundle --user u17
+
+    \b
+    Nothing at hand? A simulated shop, in three minutes:
+      recsys demo
+    """
+
+
+@app.command()
+def init(
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="File or folder of the log.")],
+    items: Annotated[Path | None, typer.Argument(metavar="ITEMS", help="The item table.")] = None,
+    out: Annotated[Path, typer.Option(help="Where to; - is stdout.")] = Path("run.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Write over a file.")] = False,
+) -> None:
+    """Look at a log and write a commented run.toml.
+
+    It holds the best guess of every column: edit it rather than write one.
+
+    \b
+    Example:
+      recsys init events.csv items.csv --out run.toml
+    """
+    from features.guess import guess
+    from recsys.errors import ConfigError
+    from recsys.files import atomic_write
+
+    if str(out) != "-" and out.exists() and not force:
+        raise ConfigError(f"{out} is there already. Name another --out, or give --force.")
+    with aside():
+        text = guess(log, items)
+    if str(out) == "-":
+        print(text, end="")
+        return
+    with atomic_write(out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"{out}\nRead it, mend what was guessed wrong, then: recsys train {out}")
+
+
+@app.command()
+def prepare(run: Run, set_: Sets = None, json: Json = False) -> None:
+    """Read, split, label and code a log, once.
+
+    Unchanged input is left as it is.
+
+    \b
+    Example:
+      recsys prepare run.toml --set data.log=events/*.parquet
+    """
+    from experiments.config import load
+    from experiments.run import prepare as prepare_
+
+    with aside():
+        dataset = prepare_(load(run, set_ or ()))
+    counts = {"path": str(dataset.path), **dataset.manifest.get("counts", {})}
+    if json:
+        print_json(counts)
+    else:
+        from experiments import show
+
+        show.facts(counts)
+
+
+@app.command()
+def train(
+    run: Run,
+    set_: Sets = None,
+    json: Json = False,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Go on with a run that was stopped.")
+    ] = None,
+) -> None:
+    """Prepare, train, bundle, judge and record a run.
+
+    With --json: one object with run_id, bundle and scorecard.
+
+    \b
+    Example:
+      recsys train run.toml --set training.epochs=5 --json
+    """
+    from experiments.config import load
+    from experiments.run import train as train_
+
+    with aside():
+        result = train_(load(run, set_ or ()), resume=resume)
+    if json:
+        print_json(
+            {
+                "run_id": result.run_id,
+                "bundle": str(result.bundle),
+                "scorecard": result.scorecard,
+            }
+        )
+    else:
+        from experiments import show
+
+        show.scorecard(result.scorecard)
+        show.facts({"run": result.run_id, "bundle": str(result.bundle)})
+
+
+@app.command()
+def evaluate(
+    bundle: BundlePath,
+    on: Annotated[
+        str | None, typer.Option(metavar="LOG", help="A later log of the same form.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """The scorecard of a bundle.
+
+    On its own test side, or on a later log.
+
+    \b
+    Example:
+      recsys evaluate runs/shop/bundle --on next_week.csv --json
+    """
+    from experiments.evaluate import evaluate_bundle
+
+    with aside():
+        scorecard = evaluate_bundle(bundle, on=on)
+    if json:
+        print_json(scorecard)
+    else:
+        from experiments import show
+
+        show.scorecard(scorecard)
+
+
+@app.command()
+def candidates(
+    bundle: BundlePath,
+    out: Annotated[Path, typer.Option(help="Parquet: user, item, rank, score.")],
+    k: K = 100,
+    users: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Only these: a column user.")
+    ] = None,
+    histories: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="user and history; new users too.")
+    ] = None,
+    exact: Exact = False,
+    keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Seen items may return.")] = False,
+) -> None:
+    """The best items for every user, in a file.
+
+    Takes up where a stopped call ended.
+
+    \b
+    Example:
+      recsys candidates runs/shop/bundle --k 100 --out candidates.parquet
+    """
+    from serving.candidates import write_candidates
+    from serving.recommender import Recommender
+
+    with aside(), progress("users") as tell:
+        written = write_candidates(
+            Recommender.load(bundle),
+            out,
+            k=k,
+            users=users,
+            histories=histories,
+            exact=exact,
+            drop_seen=not keep_seen,
+            progress=tell,
+        )
+    notes = {"unknown": written.unknown, "done before": written.resumed}
+    more = "".join(f", {count:,} {what}" for what, count in notes.items() if count)
+    print(f"{written.path}: {written.users:,} users{more}")
+
+
+@app.command()
+def similar(
+    bundle: BundlePath,
+    item: Annotated[str | None, typer.Option(metavar="ID", help="Similar to this item.")] = None,
+    text: Annotated[str | None, typer.Option(help="Similar to any text.")] = None,
+    k: K = 10,
+    exact: Exact = False,
+    json: Json = False,
+) -> None:
+    """The items nearest to an item or to a text.
+
+    \b
+    Example:
+      recsys similar runs/shop/bundle --item i00042 -k 10
+      recsys similar runs/shop/bundle --text "a brass desk lamp" --json
+    """
+    _one(item, text, "--item ID or --text TEXT")
+    from serving.recommender import Recommender
+
+    with aside():
+        answers = Recommender.load(bundle).similar(item=item, text=text, k=k, exact=exact)
+    _answers(answers, json)
+
+
+@app.command()
+def recommend(
+    bundle: BundlePath,
+    user: Annotated[str | None, typer.Option(metavar="ID", help="For this user.")] = None,
+    history: Annotated[
+        str | None, typer.Option(metavar="A,B,C", help="For anybody who had these, oldest first.")
+    ] = None,
+    k: K = 10,
+    exact: Exact = False,
+    json: Json = False,
+) -> None:
+    """Items for one user, or for a given history.
+
+    \b
+    Example:
+      recsys recommend runs/shop/bundle --user u00017 -k 10
+      recsys recommend runs/shop/bundle --history i00042,i00007 --json
+    """
+    _one(user, history, "--user ID or --history A,B,C")
+    from serving.recommender import Recommender
+
+    past = None if history is None else [part.strip() for part in history.split(",")]
+    with aside():
+        answers = Recommender.load(bundle).recommend(user=user, history=past, k=k, exact=exact)
+    _answers(answers, json)
+
+
+@app.command()
+def score(
+    bundle: BundlePath,
+    pairs: Annotated[
+        Path, typer.Option(metavar="FILE", help="user or history, item or shown; perhaps time.")
+    ],
+    out: Annotated[Path, typer.Option(help="Parquet: the columns of FILE and score.")],
+    log: Annotated[
+        str | None, typer.Option(metavar="LOG", help="Later events that may be known.")
+    ] = None,
+) -> None:
+    """Scores of given pairs or impression lists.
+
+    As of their time, where they have one; for re-ranking, or for metrics of your own.
+
+    \b
+    Example:
+      recsys score runs/shop/bundle --pairs impressions.parquet --out scores.parquet
+    """
+    from serving.recommender import Recommender
+    from serving.score import write_scores
+
+    with aside():
+        recommender = Recommender.load(bundle)
+        later = None
+        if log is not None:
+            from experiments.evaluate import later_log
+
+            later = later_log(recommender, log)
+        scored = write_scores(recommender, pairs, out, log=later)
+    notes = {"unknown users": scored.unknown_users, "unknown items": scored.unknown_items}
+    more = "".join(f", {count:,} {what}" for what, count in notes.items() if count)
+    print(f"{scored.path}: {scored.pairs:,} pairs{more}")
+
+
+@app.command()
+def simulate(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Written here.")],
+    users: Annotated[int, typer.Option(min=1)] = 2000,
+    items: Annotated[int, typer.Option(min=1)] = 1500,
+    days: Annotated[int, typer.Option(min=1)] = 30,
+    requests_per_user: Annotated[float, typer.Option(help="Pages a user sees, on average.")] = 18.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write a simulated shop with known tastes.
+
+    Its log and its items; nothing in it is real.
+
+    \b
+    Example:
+      recsys simulate shop --users 2000 --items 1500 --seed 0
+    """
+    from recsys.simulate import simulate as simulate_
+
+    with aside():
+        world = simulate_(
+            users=users, items=items, days=days, requests_per_user=requests_per_user, seed=seed
+        )
+        world.write(folder)
+    print(f"{folder}\nA simulated shop. Next: recsys init {folder}/impressions.parquet ", end="")
+    print(f"{folder}/items.parquet --out run.toml")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Data and runs go here.")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """The whole way on a simulated shop, in three minutes.
+
+    Log, towers, scorecard, recommendations, similar items.
+
+    \b
+    Example:
+      recsys demo
+    """
+    from experiments.demo import demo as demo_
+
+    demo_(folder)
+
+
+@app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run's folder.")],
+    uri: Annotated[str, typer.Option(help="Another store than the run was meant for.")] = "",
+) -> None:
+    """Send a run to a tracking store that missed it.
+
+    \b
+    Example:
+      recsys replay runs/shop
+    """
+    from experiments.track import replay as replay_
+
+    print(replay_(folder, uri))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command and exit with its code."""
+    app(arguments, prog_name="recsys")
+
+
+# --- what the verbs share -------------------------------------------------------------------------
+
+
+def _one(first: Any, second: Any, names: str) -> None:
+    """Told before a bundle is opened."""
+    if (first is None) == (second is None):
+        raise QueryError(f"Give either {names}.")
+
+
+def _answers(answers: Any, json: bool) -> None:
+    if answers.fallback:
+        print(answers.fallback, file=sys.stderr)
+    if json:
+        print_json(answers.to_list())
+    else:
+        from experiments import show
+
+        show.answers(answers.to_list())

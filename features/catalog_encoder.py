@@ -1,0 +1,289 @@
+"""A small text encoder trained on a catalogue's own text: seconds on a CPU, no network.
+
+A text is the mean of its tokens' vectors. The tokenizer is fitted on the catalogue; the vectors
+start as latent semantic analysis (Deerwester et al., 1990) and are then trained so that two views
+of one item find each other among the other items of the batch (InfoNCE; for static embeddings see
+Hugging Face, "Train 400x faster static embedding models").
+
+Shapes: n distinct texts, V tokens in the vocabulary, T tokens of all texts, D dimensions, B pairs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+
+from recsys.errors import DataError
+from recsys.ragged import Ragged
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from tokenizers import Tokenizer
+
+    from features.text import TextRules
+
+SMALL = 1000
+"""With fewer texts than this a word that stands once is a token too."""
+MAX_WORD = 32
+"""Letters of a token at most: in scripts without spaces a whole sentence is one word."""
+AT_ONCE = 20_000
+"""Texts tokenized at once, so that the tokenizer's own objects stay small."""
+
+
+def train_static(
+    texts: pl.Series, fields: list[pl.Series], rules: TextRules, progress: Callable[[str], None]
+) -> SentenceTransformer:
+    """Fit a tokenizer and token vectors on a catalogue.
+
+    Args:
+        texts: the whole text of each item.
+        fields: columns as long as `texts`, the title first.
+        rules: [text] of the configuration.
+        progress: is told in words what is going on.
+
+    Raises:
+        DataError: no text has a letter in it.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    rng = np.random.default_rng(rules.seed)
+    items = pl.DataFrame({"text": texts, **{f"{i}": field for i, field in enumerate(fields)}})
+    items = items.filter(pl.col("text").str.strip_chars() != "")
+    items = items.unique("text", keep="first", maintain_order=True)
+    if items.height > rules.max_texts:
+        # In the old order: the sample decides the encoder, not the order of drawing.
+        items = items[np.sort(rng.choice(items.height, rules.max_texts, replace=False))]
+    tokenizer = fit_tokenizer(items["text"].to_list(), rules)
+    tokens = tokenize(tokenizer, items["text"])
+    if not len(tokens.values):
+        raise DataError(
+            f"All {len(texts):,} item texts are empty, so there is nothing to train a text "
+            "encoder on. Name columns that hold text in data.catalog.text, or leave it empty."
+        )
+    progress(
+        f"text: {items.height:,} distinct texts, {tokenizer.get_vocab_size():,} tokens in the "
+        f"vocabulary, {len(tokens.values) / items.height:.1f} a text"
+    )
+    start = lsa_vectors(tokens, tokenizer.get_vocab_size(), rules.dimension, rng)
+    module = StaticEmbedding(tokenizer, embedding_weights=start)
+    model = SentenceTransformer(modules=[module], device="cpu")
+    pairs = make_pairs(tokens, items, tokenizer, rules)
+    contrast(model, pairs, rules, rng, progress)
+    return model.eval()
+
+
+def fit_tokenizer(texts: list[str], rules: TextRules) -> Tokenizer:
+    """Byte-pair encoding of whole words where they are frequent, of parts and letters elsewhere.
+
+    No accents are stripped: in Japanese, Thai or Hindi that would make other words of them. An
+    unknown letter is left out rather than read as some token.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    lower = [normalizers.Lowercase()] if rules.lowercase else []
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), *lower])
+    # Splits at spaces and punctuation, so that #comic and "# comic" are the same word.
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    letters = Counter(tokenizer.normalizer.normalize_str("\n".join(texts)))
+    # Chosen here: among letters of equal count the trainer would choose by chance.
+    ranked = sorted((c for c in letters if not c.isspace()), key=lambda c: (-letters[c], c))
+    alphabet = ranked[: rules.vocabulary // 2]
+    trainer = trainers.BpeTrainer(
+        vocab_size=rules.vocabulary,
+        min_frequency=1 if len(texts) < SMALL else 2,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        max_token_length=MAX_WORD,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    tokenizer.enable_truncation(rules.max_tokens)
+    return tokenizer
+
+
+def tokenize(tokenizer: Tokenizer, texts: pl.Series) -> Ragged:
+    """Token numbers of each text."""
+    lengths, values = [np.zeros(1, np.int64)], [np.zeros(0, np.int32)]
+    for start in range(0, len(texts), AT_ONCE):
+        some = texts[start : start + AT_ONCE].to_list()
+        ids = [found.ids for found in tokenizer.encode_batch_fast(some, add_special_tokens=False)]
+        lengths.append(np.fromiter(map(len, ids), np.int64, len(ids)))
+        values.extend(np.array(row, np.int32) for row in ids)
+    return Ragged(np.cumsum(np.concatenate(lengths)), np.concatenate(values))
+
+
+def lsa_vectors(
+    tokens: Ragged, vocabulary: int, dimension: int, rng: np.random.Generator
+) -> np.ndarray:
+    """(V, D) float32 vectors whose sum over a text is its latent semantic analysis.
+
+    A token's weight is log((n + 1) / (texts that have it + 1/2)), so a word that stands everywhere
+    says little. Tokens that stand in no text have the zero vector and change no mean's direction.
+    """
+    from scipy import sparse
+    from sklearn.utils.extmath import randomized_svd
+
+    n = len(tokens)
+    ones = np.ones(len(tokens.values), np.float32)
+    # A copy: adding duplicates up happens in place, in the arrays that the matrix was made from.
+    counts = sparse.csr_matrix((ones, tokens.values, tokens.offsets), (n, vocabulary), copy=True)
+    counts.sum_duplicates()
+    has = np.diff(counts.tocsc().indptr)  # (V,) texts that have the token
+    weight = np.where(has > 0, np.log((n + 1) / (has + 0.5)), 0).astype(np.float32)
+    counts.data = weight[counts.indices]  # once or often is the same
+    norms = np.sqrt(np.asarray(counts.multiply(counts).sum(axis=1)).ravel())
+    counts.data /= np.repeat(np.maximum(norms, 1e-12), np.diff(counts.indptr))
+    rank = min(dimension, n, vocabulary)
+    seed = int(rng.integers(2**31))
+    _, strength, axes = randomized_svd(counts, rank, n_iter=3, random_state=seed)
+    axes[strength < 1e-4 * strength[0]] = 0  # directions that rounding made
+    start = np.zeros((vocabulary, dimension), np.float32)
+    start[:, :rank] = axes.T
+    empty = np.flatnonzero(~start.any(axis=0))
+    if len(empty):
+        # Fewer texts than dimensions: what is left tells tokens apart at random.
+        size = np.sqrt(np.square(start[has > 0]).sum() / ((has > 0).sum() * dimension))
+        start[:, empty] = rng.normal(0, size, (vocabulary, len(empty)))
+    return start * weight[:, None]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of one kind: texts `left` and `right` of `tokens` that speak of the same item.
+
+    Args:
+        view: how each becomes a view; see `TextRules.views`.
+        tokens: tokens of distinct texts.
+        left, right: (P,) rows of `tokens`.
+    """
+
+    view: str
+    tokens: Ragged
+    left: np.ndarray
+    right: np.ndarray
+
+
+def make_pairs(
+    tokens: Ragged, items: pl.DataFrame, tokenizer: Tokenizer, rules: TextRules
+) -> list[Pairs]:
+    """What `rules.views` make of a catalogue; kinds without two pairs are left out."""
+    long = np.flatnonzero(tokens.lengths >= 2)
+    kinds = [Pairs(view, tokens, long, long) for view in rules.views if view != "fields"]
+    columns = [name for name in items.columns if name != "text"]
+    if "fields" in rules.views:
+        for other in columns[1:]:
+            both = items.select(left=columns[0], right=other).unique(maintain_order=True)
+            texts = pl.concat([both["left"], both["right"].alias("left")])
+            distinct = texts.unique(maintain_order=True)
+            place = texts.to_frame().join(
+                distinct.to_frame().with_row_index("row"), "left", "left", maintain_order="left"
+            )["row"]
+            left, right = place.to_numpy().astype(np.int64).reshape(2, -1)
+            found = tokenize(tokenizer, distinct)
+            said = (found.lengths[left] > 0) & (found.lengths[right] > 0) & (left != right)
+            kinds.append(Pairs("fields", found, left[said], right[said]))
+    return [kind for kind in kinds if len(kind.left) >= 2]
+
+
+def contrast(
+    model: SentenceTransformer,
+    kinds: list[Pairs],
+    rules: TextRules,
+    rng: np.random.Generator,
+    progress: Callable[[str], None],
+) -> None:
+    """Train token vectors in place: both views of an item find each other among the batch."""
+    import torch
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    pairs = sum(len(kind.left) for kind in kinds)
+    if not pairs or not rules.epochs:
+        return
+    # Whole epochs as far as they go, and of the last one what is left of `max_pairs`.
+    steps_each = sum(-(-len(kind.left) // rules.batch_size) for kind in kinds)
+    steps = min(rules.epochs * steps_each, max(1, rules.max_pairs * steps_each // pairs))
+    loss_of = MultipleNegativesRankingLoss(
+        model,
+        scale=rules.scale,
+        directions=("query_to_doc", "doc_to_query"),
+        partition_mode="per_direction",
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=rules.learning_rate, fused=True)
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    model.train()
+    step, losses = 0, []
+    while step < steps:
+        batches = [
+            (kind, part)
+            for kind in kinds
+            for part in np.array_split(
+                rng.permutation(len(kind.left)), -(-len(kind.left) // rules.batch_size)
+            )
+        ]
+        for number in rng.permutation(len(batches))[: steps - step]:
+            views = draw_views(*batches[number], rules.keep, rng)
+            if views is not None:
+                loss = loss_of(views, torch.empty(0))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            falling.step()
+            step += 1
+        if losses:
+            epochs = -(-steps // steps_each)
+            progress(
+                f"text: epoch {-(-step // steps_each)} of {epochs}, "
+                f"loss {np.mean(losses[-steps_each:]):.3f}"
+            )
+
+
+def draw_views(
+    kind: Pairs, part: np.ndarray, keep: float, rng: np.random.Generator
+) -> list[dict[str, torch.Tensor]] | None:
+    """Two views of each pair as the features of StaticEmbedding; None with fewer than two pairs.
+
+    A text stands once in a batch on each side: a second one would be its own false negative.
+    """
+    left, right = kind.left[part], kind.right[part]
+    once = np.zeros((2, len(part)), bool)
+    for side, rows in enumerate((left, right)):
+        once[side, np.unique(rows, return_index=True)[1]] = True
+    left, right = left[once.all(axis=0)], right[once.all(axis=0)]
+    a, b = kind.tokens.take(left), kind.tokens.take(right)
+    if kind.view == "fields":
+        in_a, in_b = np.ones(len(a.values), bool), np.ones(len(b.values), bool)
+    elif kind.view == "halves":
+        place = np.arange(len(a.values)) - np.repeat(a.offsets[:-1], a.lengths)
+        cut = 1 + (rng.random(len(a)) * (a.lengths - 1)).astype(np.int64)
+        in_a = place < np.repeat(cut, a.lengths)
+        in_b = ~in_a
+    else:
+        in_a = rng.random(len(a.values)) < keep
+        in_b = ~in_a if kind.view == "split" else rng.random(len(b.values)) < keep
+    row_a, row_b = a.row_of()[in_a], b.row_of()[in_b]
+    count_a, count_b = np.bincount(row_a, minlength=len(a)), np.bincount(row_b, minlength=len(b))
+    both = (count_a > 0) & (count_b > 0)
+    if both.sum() < 2:
+        return None
+    return [
+        _bag(a.values[in_a][both[row_a]], count_a[both]),
+        _bag(b.values[in_b][both[row_b]], count_b[both]),
+    ]
+
+
+def _bag(tokens: np.ndarray, lengths: np.ndarray) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {
+        "input_ids": torch.from_numpy(tokens.astype(np.int64)),
+        "offsets": torch.from_numpy(np.cumsum(lengths) - lengths),
+    }

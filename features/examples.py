@@ -1,0 +1,145 @@
+"""From a prepared dataset or a later log to what is learned from and what is asked.
+
+Legend: E events, Q queries, N item rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from features.batches import Queries, TrainingEvents
+from features.timeline import Timeline
+from recsys.ragged import Ragged
+from recsys.tables import Side
+
+if TYPE_CHECKING:
+    from features.dataset import Dataset
+
+def timeline_until(dataset: Dataset, side: Side) -> Timeline:
+    """Every positive and exposure on the sides up to and including `side`."""
+    kept = np.asarray(dataset.event_side) <= side
+    shown_item = shown_time = None
+    if len(dataset.request_user):
+        of_request = np.repeat(np.arange(len(dataset.request_user)), np.diff(dataset.request_offsets))
+        before = np.asarray(dataset.request_side)[of_request] <= side
+        shown_item = np.asarray(dataset.shown_item)[before]
+        shown_time = np.asarray(dataset.request_time)[of_request][before]
+    everything = bool(kept.all())
+    user_offsets = np.asarray(dataset.user_offsets)
+    if not everything:
+        user_offsets = np.concatenate([[0], np.cumsum(kept, dtype=np.int64)])[user_offsets]
+    base = Timeline.build(
+        np.empty(0, np.int64),
+        np.empty(0, np.int32),
+        np.empty(0, np.int64),
+        n_users=dataset.n_users,
+        first_seen=np.asarray(dataset.item_first_seen),
+        exists_from=np.asarray(dataset.item_exists_from),
+        shown_item=shown_item,
+        shown_time=shown_time,
+        timed=dataset.manifest["timed"],
+    )
+    # Prepared events are sorted already; they stay memory-mapped where nothing is left out.
+    return Timeline(
+        user_offsets,
+        dataset.event_item if everything else np.asarray(dataset.event_item)[kept],
+        dataset.event_time if everything else np.asarray(dataset.event_time)[kept],
+        base.first_seen,
+        base.exists_from,
+        base.shown,
+        base.timed,
+    )
+
+
+def training_events(dataset: Dataset, skips: bool) -> TrainingEvents:
+    """The training side: events, their strengths, skips and context, and what uniform negatives
+    are drawn from (items known at the cut-off)."""
+    kept = np.flatnonzero(np.asarray(dataset.event_side) == Side.TRAIN)
+    weight = np.asarray(dataset.event_weight)[kept]
+    found = skip_weight = None
+    if skips and len(dataset.skip_item):
+        all_skips = Ragged(np.asarray(dataset.skip_offsets), dataset.skip_item)
+        weights = Ragged(np.asarray(dataset.skip_offsets), dataset.skip_weight)
+        found, skip_weight = all_skips.take(kept), weights.take(kept).values
+    candidates = np.flatnonzero(dataset.item_known)
+    return TrainingEvents(
+        timeline=timeline_until(dataset, Side.TRAIN),
+        weight=None if (weight == 1).all() else weight,
+        skips=found,
+        skip_weight=skip_weight,
+        context=dataset.event_context[kept] if dataset.event_context.shape[1] else None,
+        candidates=candidates[candidates > 0],
+    )
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Queries and what each user went on to choose.
+
+    Args:
+        queries: who asks, with the history before.
+        targets: Q ragged item rows chosen; a target that was had before is left out when seen
+            items are never answered.
+        repeats: how many targets were left out for that.
+        event: (Q,) first event of each query in the events given.
+    """
+
+    queries: Queries
+    targets: Ragged
+    repeats: int
+    event: np.ndarray
+
+
+def ask(
+    past: Timeline,
+    user: np.ndarray,
+    item: np.ndarray,
+    time: np.ndarray,
+    *,
+    each_event: bool,
+    cutoff: int | None,
+    max_history: int,
+    drop_seen: bool,
+    context: np.ndarray | None = None,
+) -> Questions:
+    """Turn events into queries.
+
+    Args:
+        past: everything that may be known; each query sees only what is strictly before it.
+        user, item, time: (E,) the events to be foretold.
+        each_event: one query for each user and time; otherwise one a user, at the cut-off.
+        cutoff: moment of the queries when not `each_event`; None without a clock: `past` ends there.
+        max_history: newest history entries kept.
+        drop_seen: leave out targets that the user had before the query.
+        context: (E, C) codes of each event.
+    """
+    key = time if each_event else np.zeros_like(time)
+    order = np.lexsort((key, user))
+    fresh = np.ones(len(order), bool)
+    fresh[1:] = (user[order][1:] != user[order][:-1]) | (key[order][1:] != key[order][:-1])
+    first = order[fresh]
+    offsets = np.append(np.flatnonzero(fresh), len(order)).astype(np.int64)
+    targets = Ragged(offsets, item[order].astype(np.int64))
+    users = user[first].astype(np.int64)
+    times = time[first] if each_event else None
+    if not each_event and cutoff is not None:
+        times = np.full(len(first), cutoff, np.int64)
+    repeats = 0
+    if drop_seen:
+        had = pairs_in(targets.row_of(), targets.values, past.histories(users, times), past.n_items)
+        repeats = int(had.sum())
+        targets = targets.where(~had)
+    queries = Queries(
+        users, past.histories(users, times, max_history), times,
+        None if context is None else context[first],
+    )  # fmt: skip
+    asked = np.flatnonzero(targets.lengths > 0)
+    return Questions(queries.take(asked), targets.take(asked), repeats, first[asked])
+
+
+def pairs_in(query: np.ndarray, item: np.ndarray, past: Ragged, n_items: int) -> np.ndarray:
+    """(T,) bool: whether each (query, item) pair stands in the ragged past."""
+    return np.isin(query * n_items + item, past.row_of() * n_items + past.values.astype(np.int64))

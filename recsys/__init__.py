@@ -1,0 +1,45 @@
+"""Two-tower recommendation: train on interaction logs, answer with nearest items.
+
+    from recsys import Recommender
+    recommender = Recommender.load("runs/demo/bundle")
+    recommender.similar(text="brass desk lamp", k=5)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_DOORS = {
+    "Recommender": "serving.recommender",
+    "TwoTower": "towers.two_tower",
+    "TwoTowerModule": "towers.training",
+    "InteractionData": "towers.training",
+    "load_config": "experiments.config",
+    "prepare": "experiments.run",
+    "train": "experiments.run",
+    "simulate": "recsys.simulate",
+}
+
+if TYPE_CHECKING:
+    from experiments.run import prepare, train
+    from recsys.simulate import simulate
+    from serving.recommender import Recommender
+    from towers.training import InteractionData, TwoTowerModule
+    from towers.two_tower import TwoTower
+
+__all__ = [
+    "InteractionData", "Recommender", "TwoTower", "TwoTowerModule", "prepare", "simulate", "train",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily: `import recsys` must not wait for torch.
+    if name not in _DOORS:
+        raise AttributeError(f"recsys has no {name!r}; it has {', '.join(sorted(_DOORS))}.")
+    import importlib
+
+    value = getattr(importlib.import_module(_DOORS[name]), name.replace("load_config", "load"))
+    globals()[name] = value
+    return value

@@ -1,0 +1,365 @@
+"""A bundle: everything needed to answer, in one folder that is whole or absent.
+
+Legend: N item rows (row 0 is "nothing known"), U user rows, D dimensions of the stored vector.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
+
+from features.columns import ContextColumn
+from features.timeline import Timeline
+from recsys.errors import BundleError, DataError
+from recsys.files import atomic_folder, read_json, sha256_bytes, sha256_file, write_json
+from recsys.ragged import Ragged
+from recsys.search import ExactIndex, Index
+from recsys.vocab import Vocab
+from serving.index import HnswIndex, IndexRules, build_index, recall_against_exact
+from towers.blocks import FeatureSpec, FeatureTable
+from towers.encode import Embeddings
+from towers.two_tower import TowerRules, TwoTower
+
+if TYPE_CHECKING:
+    from features.text import TextEncoder
+
+FORMAT = "recsys-bundle"
+FORMAT_VERSION = 1
+LIBRARIES = ("torch", "sentence-transformers", "tokenizers", "hnswlib", "polars", "numpy")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a recommender answers from.
+
+    Args:
+        model: both towers with the features of every row.
+        items: external ids of item rows; the first are those with an id vector.
+        users: external ids of user rows.
+        catalog: one row an item in the order of `items`, row 1 first; column `item` and what
+            answers carry along.
+        window: (N, 2) int64, from when on and until when each item may be recommended.
+        timeline: every event, exposure and birth before the cut-off.
+        vectors: (N, D) float32 stored item vectors as of the cut-off.
+        rows: (n,) item rows in the index: those that exist and are available.
+        index: over `vectors[rows]`.
+        cutoff: microseconds; nothing later is known. None without a clock.
+        contexts: how each context column becomes codes.
+        manifest: configuration, counts, skip report, measured index recall and more.
+        encoder_folder: the text encoder's folder, or None.
+        known_items: item rows below this were known when the bundle was made; 0: all. Rows above
+            come from a later log and are answered only by towers that read item statistics.
+    """
+
+    model: TwoTower
+    items: Vocab
+    users: Vocab
+    catalog: pl.DataFrame
+    window: np.ndarray
+    timeline: Timeline
+    vectors: np.ndarray
+    rows: np.ndarray
+    index: Index
+    cutoff: int | None
+    contexts: tuple[ContextColumn, ...] = ()
+    manifest: dict[str, Any] = field(default_factory=dict)
+    encoder_folder: Path | None = None
+    known_items: int = 0
+
+    @cached_property
+    def encoder(self) -> TextEncoder | None:
+        """The text encoder, loaded when first asked for."""
+        if self.encoder_folder is None:
+            return None
+        from features.text import TextEncoder
+
+        return TextEncoder.load(self.encoder_folder)
+
+
+def available(window: np.ndarray, moment: int | None) -> np.ndarray:
+    """(N,) bool: what the item table allows to be recommended at the moment; row 0 never.
+
+    Args:
+        window: (N, 2) int64, from when on and until when each item is available.
+        moment: microseconds; None without a clock: only items never available are left out.
+    """
+    allowed = window[:, 0] < window[:, 1]
+    if moment is not None:
+        allowed = (window[:, 0] <= moment) & (moment < window[:, 1])
+    allowed[0] = False
+    return allowed
+
+
+def save(
+    bundle: Bundle,
+    path: str | Path,
+    *,
+    rules: IndexRules,
+    encoder: TextEncoder | None = None,
+    recall_k: int = 100,
+    seed: int = 0,
+) -> Path:
+    """Write a bundle beside `path` under a temporary name, sync it and rename it.
+
+    The index's recall against exact search is measured here, with item vectors as queries and
+    `recall_k` answers, and written into the manifest.
+    """
+    path = Path(path)
+    model, timeline = bundle.model, bundle.timeline
+    with atomic_folder(path) as folder:
+        weights = {name: t.contiguous().cpu() for name, t in model.state_dict().items()}
+        save_tensors(weights, folder / "towers.safetensors")
+        buffers = {
+            f"{side}.{name}": buffer.contiguous().cpu()
+            for side, table in (("items", model.items), ("users", model.users))
+            for name, buffer in table.named_buffers()
+        }
+        save_tensors(buffers, folder / "features.safetensors")
+        save_arrays(_timeline_arrays(timeline), folder / "timeline.safetensors")
+        save_arrays(
+            {
+                "vectors": np.ascontiguousarray(bundle.vectors),
+                "rows": bundle.rows,
+                "window": np.ascontiguousarray(bundle.window),
+            },
+            folder / "vectors.safetensors",
+        )
+        bundle.items.save(folder / "item_ids.parquet")
+        bundle.users.save(folder / "user_ids.parquet")
+        bundle.catalog.write_parquet(folder / "catalog.parquet", statistics=False)
+        if isinstance(bundle.index, HnswIndex):
+            bundle.index.save(folder / "index.bin")
+        if encoder is not None:
+            encoder.save(folder / "text")
+        fingerprint = _fingerprint(folder, bundle)
+        manifest = {
+            **bundle.manifest,
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "fingerprint": fingerprint,
+            "cutoff": bundle.cutoff,
+            "timed": timeline.timed,
+            "score": model.rules.score,
+            "dimension": model.vector_dimension,
+            "items": len(bundle.items.ids),
+            "users": len(bundle.users.ids),
+            "indexed": len(bundle.rows),
+            "towers": model.rules.model_dump(),
+            "item_spec": asdict(model.item_spec),
+            "user_spec": asdict(model.user_spec),
+            "item_categories": list(model.items.category_names),
+            "user_categories": list(model.users.category_names),
+            "contexts": [
+                {
+                    "name": column.name,
+                    "values": None if column.vocab is None else column.vocab.ids.to_list(),
+                    "edges": column.edges,
+                }
+                for column in bundle.contexts
+            ],
+            "index": {
+                "kind": "hnsw" if isinstance(bundle.index, HnswIndex) else "exact",
+                "rules": rules.model_dump(),
+                "fingerprint": fingerprint,
+                "recall": _index_recall(bundle, min(recall_k, len(bundle.rows)), seed),
+                "recall_k": min(recall_k, len(bundle.rows)),
+            },
+            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        }
+        manifest["files"] = _digests(folder)
+        manifest["content"] = sha256_bytes(
+            *(f"{name}={digest}".encode() for name, digest in sorted(manifest["files"].items()))
+        )
+        write_json(folder / "manifest.json", manifest)
+    return path
+
+
+def _index_recall(bundle: Bundle, k: int, seed: int) -> float:
+    if not isinstance(bundle.index, HnswIndex) or k == 0:
+        return 1.0
+    vectors = np.ascontiguousarray(bundle.vectors[bundle.rows])
+    return recall_against_exact(bundle.index, vectors, k=k, seed=seed)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): sha256_file(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != "manifest.json"
+    }
+
+
+def _fingerprint(folder: Path, bundle: Bundle) -> str:
+    """Digest of all that decides where a vector lies: towers, text encoder, ids, score."""
+    text = sorted(_digests(folder / "text").items()) if (folder / "text").exists() else []
+    return sha256_bytes(
+        sha256_file(folder / "towers.safetensors").encode(),
+        repr(text).encode(),
+        f"{bundle.model.rules.score} {bundle.model.vector_dimension}".encode(),
+        bundle.items.digest.encode(),
+        bundle.users.digest.encode(),
+    )
+
+
+def _timeline_arrays(timeline: Timeline) -> dict[str, np.ndarray]:
+    arrays = {
+        "user_offsets": np.asarray(timeline.user_offsets, np.int64),
+        "item": np.asarray(timeline.item, np.int32),
+        "time": np.asarray(timeline.time, np.int64),
+        "first_seen": np.asarray(timeline.first_seen, np.int64),
+        "exists_from": np.asarray(timeline.exists_from, np.int64),
+    }
+    if timeline.shown is not None:
+        arrays["shown_offsets"] = timeline.shown.offsets
+        arrays["shown_times"] = timeline.shown.values
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+def load(path: str | Path) -> Bundle:
+    """Read a bundle and check it against itself.
+
+    Raises:
+        BundleError: no bundle, a later format, a file that is missing or changed, or parts that do
+            not belong together; both values are named.
+    """
+    path = Path(path)
+    if not (path / "manifest.json").is_file():
+        raise BundleError(f"{path} is no bundle: it has no manifest.json. Train one: recsys train.")
+    try:
+        manifest = read_json(path / "manifest.json")
+    except DataError as error:
+        raise BundleError(f"{error} The bundle is damaged; make it again.") from None
+    _check_manifest(path, manifest)
+    try:
+        bundle = _load_parts(path, manifest)
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BundleError(
+            f"The parts of bundle {path} do not fit each other: {error}. Make it again."
+        ) from error
+    fingerprint = _fingerprint(path, bundle)
+    if not fingerprint == manifest["fingerprint"] == manifest["index"]["fingerprint"]:
+        raise BundleError(
+            f"The towers and ids in {path} have the fingerprint {fingerprint[:12]}, its manifest "
+            f"says {manifest['fingerprint'][:12]} and its index {manifest['index']['fingerprint'][:12]}. "
+            "They were not made together; make the bundle again."
+        )
+    return bundle
+
+
+def _check_manifest(path: Path, manifest: Any) -> None:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise BundleError(f"{path}/manifest.json has the format {found!r}, not {FORMAT!r}.")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format version {manifest['format_version']}; this recsys reads "
+            f"{FORMAT_VERSION}. Train again, or install the recsys that wrote it."
+        )
+    for name, digest in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise BundleError(f"The bundle {path} lacks {name}. Copy it again as a whole.")
+        found = sha256_file(file)
+        if found != digest:
+            raise BundleError(
+                f"{file} has the SHA-256 {found[:12]}…, but the manifest says {digest[:12]}…. "
+                "The file was damaged or replaced; copy or make the bundle again."
+            )
+
+
+def _load_parts(path: Path, manifest: dict[str, Any]) -> Bundle:
+    items, users = Vocab.load(path / "item_ids.parquet"), Vocab.load(path / "user_ids.parquet")
+    for name, vocab in (("items", items), ("users", users)):
+        if len(vocab.ids) != manifest[name]:
+            raise BundleError(
+                f"{path} has {len(vocab.ids)} {name}, but its manifest says {manifest[name]}."
+            )
+    buffers = load_tensors(path / "features.safetensors")
+    contexts = tuple(
+        ContextColumn(
+            entry["name"],
+            None if entry["values"] is None else Vocab(entry["values"]),
+            entry["edges"],
+        )
+        for entry in manifest["contexts"]
+    )
+    model = TwoTower(
+        TowerRules(**manifest["towers"]),
+        _table(items.size, "items", manifest["item_categories"], buffers),
+        _table(users.size, "users", manifest["user_categories"], buffers),
+        _spec(manifest, "item"),
+        _spec(manifest, "user"),
+        tuple(column.size for column in contexts),
+    )
+    model.load_state_dict(load_tensors(path / "towers.safetensors"))
+    model.eval()
+    arrays = load_arrays(path / "timeline.safetensors")
+    shown = (
+        Ragged(arrays["shown_offsets"], arrays["shown_times"]) if "shown_offsets" in arrays else None
+    )
+    timeline = Timeline(
+        arrays["user_offsets"], arrays["item"], arrays["time"], arrays["first_seen"],
+        arrays["exists_from"], shown, manifest["timed"],
+    )  # fmt: skip
+    stored = load_arrays(path / "vectors.safetensors")
+    vectors, rows = stored["vectors"], stored["rows"]
+    if vectors.shape != (items.size, manifest["dimension"]):
+        raise BundleError(
+            f"{path} has vectors of shape {vectors.shape}, but its manifest says "
+            f"{(items.size, manifest['dimension'])}."
+        )
+    Embeddings(items.ids, vectors[1:], manifest["score"])
+    indexed = np.ascontiguousarray(vectors[rows])
+    index: Index = ExactIndex(indexed)
+    if manifest["index"]["kind"] == "hnsw":
+        index = HnswIndex.load(path / "index.bin", indexed, IndexRules(**manifest["index"]["rules"]))
+    return Bundle(
+        model, items, users, pl.read_parquet(path / "catalog.parquet"), stored["window"],
+        timeline, vectors, rows,
+        index, manifest["cutoff"], contexts, manifest,
+        path / "text" if (path / "text").is_dir() else None,
+    )  # fmt: skip
+
+
+def _spec(manifest: dict[str, Any], side: str) -> FeatureSpec:
+    said = manifest[f"{side}_spec"]
+    # JSON sorts its keys; the order of the columns is that of the layers.
+    ordered = {name: said["categories"][name] for name in manifest[f"{side}_categories"]}
+    return FeatureSpec(**{**said, "categories": ordered})
+
+
+def _table(
+    size: int, side: str, categories: list[str], buffers: dict[str, torch.Tensor]
+) -> FeatureTable:
+    return FeatureTable(
+        size,
+        text=buffers.get(f"{side}.text"),
+        vector=buffers.get(f"{side}.vector"),
+        numbers=buffers.get(f"{side}.numbers"),
+        categories={
+            name: buffers[f"{side}.category_{position}"] for position, name in enumerate(categories)
+        },
+    )
+
+
+def with_index(bundle: Bundle, rules: IndexRules) -> Bundle:
+    """The bundle with an index built over the rows that exist and are available."""
+    vectors = np.ascontiguousarray(bundle.vectors[bundle.rows])
+    return replace(bundle, index=build_index(vectors, rules))
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """What a bundle says of itself, without loading it."""
+    return read_json(Path(path) / "manifest.json")

@@ -1,0 +1,165 @@
+"""Candidates for many users into one Parquet file, in parts that survive a stop.
+
+Legend: Q queries of a part, k answers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from features.batches import Queries
+from recsys.errors import ConfigError, DataError
+from recsys.files import atomic_write, sha256_bytes, write_json
+from recsys.ragged import Ragged
+from serving.people import People, read_people
+from serving.recommender import Recommender
+
+PART = 8192
+"""Users of one part: the most that a stop can cost."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_candidates` did.
+
+    Args:
+        path: the Parquet file: user, item, rank (1 is the best), score.
+        users: how many were answered.
+        unknown: users of the list that the bundle does not know, answered as new ones.
+        resumed: users that an earlier, stopped call had answered.
+    """
+
+    path: Path
+    users: int
+    unknown: int
+    resumed: int
+
+
+def write_candidates(
+    recommender: Recommender,
+    out: str | Path,
+    *,
+    k: int = 100,
+    users: str | Path | None = None,
+    histories: str | Path | None = None,
+    drop_seen: bool = True,
+    exact: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Written:
+    """Write the best k items of each user.
+
+    Parts are written beside `out` under its name with `.parts`; a call that was stopped is taken
+    up where it ended when bundle, k and users are the same, and only a whole file is ever seen
+    under `out`.
+
+    Args:
+        recommender: answers.
+        out: Parquet file.
+        k: answers a user; fewer where there are fewer items.
+        users: a file with a column `user`; None: everybody the bundle knows.
+        histories: a file with `user` and `history` (a list, or items separated by blanks), or with
+            rows of `user`, `item` in order; for new users too. Not together with `users`.
+        drop_seen: leave out what each user had.
+        exact: search exactly.
+        progress: told how many users are done, and of how many.
+
+    Raises:
+        ConfigError: both `users` and `histories`, or k below 1.
+        DataError: a file cannot be read, or names no user.
+    """
+    if k < 1:
+        raise ConfigError(f"k is {k}; ask for at least 1.")
+    if users is not None and histories is not None:
+        raise ConfigError("Give a list of users or their histories, not both.")
+    out = Path(out)
+    people = _people(recommender, users, histories)
+    total = len(people.ids)
+    parts = out.with_name(out.name + ".parts")
+    resumed = _take_up(parts, _digest(recommender, people, k, drop_seen, exact), total)
+    progress(resumed, total)
+    for start in range(resumed, total, PART):
+        rows = np.arange(start, min(start + PART, total))
+        frame = _answer(recommender, people.take(rows), k, drop_seen, exact)
+        with atomic_write(parts / f"{start:012d}.parquet") as temporary:
+            frame.write_parquet(temporary, compression="zstd", compression_level=1, statistics=False)
+        progress(int(rows[-1]) + 1, total)
+    with atomic_write(out) as temporary:
+        # Streams part after part, so that the whole never stands in memory.
+        files = sorted(parts.glob("[0-9]*.parquet"))
+        pl.scan_parquet(files).sink_parquet(temporary, compression="zstd", maintain_order=True)
+    shutil.rmtree(parts)
+    return Written(out, total, people.unknown, resumed)
+
+
+def _people(
+    recommender: Recommender, users: str | Path | None, histories: str | Path | None
+) -> People:
+    if users is None and histories is None:
+        bundle = recommender.bundle
+        rows = np.arange(1, bundle.users.size)
+        return People(bundle.users.ids, rows, None)
+    people = read_people(users if users is not None else histories, recommender.bundle, users is None)
+    if not len(people.ids):
+        raise DataError(f"{users or histories} names no user.")
+    return people
+
+
+def _answer(
+    recommender: Recommender, people: People, k: int, drop_seen: bool, exact: bool
+) -> pl.DataFrame:
+    if people.history is None:
+        queries = recommender.queries(people.rows)
+    else:
+        queries = Queries(people.rows, people.history)
+    rows, scores = recommender.recommend_rows(queries, k, exact=exact, drop_seen=drop_seen)
+    found = rows >= 0
+    user = np.repeat(np.arange(len(people.ids)), found.sum(1))
+    rank = np.broadcast_to(np.arange(1, k + 1, dtype=np.int32), rows.shape)[found]
+    return pl.DataFrame(
+        {
+            "user": people.ids.gather(user),
+            "item": recommender.bundle.items.decode(rows[found]),
+            "rank": rank,
+            "score": scores[found],
+        }
+    )
+
+
+def _digest(
+    recommender: Recommender, people: People, k: int, drop_seen: bool, exact: bool
+) -> str:
+    asked = (k, drop_seen, exact, recommender.bundle.manifest["content"])
+    history = Ragged.empty(0) if people.history is None else people.history
+    return sha256_bytes(
+        repr(asked).encode(),
+        "\0".join(people.ids.to_list()).encode(),
+        history.offsets.tobytes(),
+        history.values.tobytes(),
+    )
+
+
+def _take_up(parts: Path, digest: str, total: int) -> int:
+    """How many users earlier parts have answered; parts of another question are removed."""
+    about = parts / "about.json"
+    try:
+        same = json.loads(about.read_text())["digest"] == digest
+    except (OSError, ValueError, KeyError):
+        same = False
+    if not same:
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+        write_json(about, {"digest": digest})
+        return 0
+    done = 0
+    while (parts / f"{done:012d}.parquet").exists():
+        done = min(done + PART, total)
+        if done == total:
+            break
+    return done

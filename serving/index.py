@@ -1,0 +1,457 @@
+"""HNSW search behind the `Index` protocol; the only file that imports hnswlib.
+
+hnswlib reads past its arrays, loads damaged files and fails to save without a word, so everything
+is checked before native code and read back after it. Around the graph stands a planner: what a
+graph answers badly (tiny catalogues, narrow filters, long exclusions) the exact product answers.
+
+Legend: Q queries, N rows, D dimensions, k answers, G distinct vectors (nodes of the graph).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import hnswlib
+import numpy as np
+import torch
+from pydantic import Field
+
+from recsys.errors import BundleError
+from recsys.files import atomic_write, read_json, sha256_bytes, sha256_file, write_json
+from recsys.ragged import Ragged, gather
+from recsys.search import ExactIndex, Index, check_filters, check_queries
+from recsys.tables import Strict
+
+TINY = 5_000
+"""Rows under which searching every product is faster than a graph."""
+FORMAT = "recsys hnsw 1"
+UNIT_TOLERANCE = 1e-3
+"""Vectors whose lengths differ by less, relatively, count as equally long."""
+LIFT_SPREAD = 3.0
+"""Longest vector over the median up to which lifting onto a sphere finds more than plain inner
+products (20k × 64 at breadth 200, k = 100: biases .99 → 1.00 and .28 → 1.00; a dot product with
+lognormal lengths, spread 24: .94 → .33)."""
+ANSWERS_AT_ONCE = 1 << 18
+"""Candidates that one block of a search may hold: rescoring gathers a vector for each."""
+MARKS_AT_ONCE = 1 << 23
+"""Bytes of the table that marks excluded rows of a block of queries; small enough for a cache."""
+ADDED_AT_ONCE = 10_000
+
+
+class IndexRules(Strict):
+    """How items are searched ([index])."""
+
+    kind: Literal["auto", "hnsw", "exact"] = "auto"
+    """auto: exact up to 5,000 items, where a graph gains nothing, else hnsw."""
+    space: Literal["auto", "plain", "lifted"] = "auto"
+    """lifted: one more dimension makes all items equally long, which turns the largest inner
+    product into the nearest neighbour. auto: when lengths differ, but the longest is at most 3
+    times the median. Unit vectors (cosine) are never lifted."""
+    m: int = Field(16, ge=2, le=128)
+    """Links of a node; more is more memory (8 bytes each) and higher recall."""
+    ef_construction: int = Field(200, ge=8, le=10_000)
+    """Breadth of the search that finds a new node's links."""
+    ef: int = Field(128, ge=1, le=100_000)
+    """Least breadth of a lookup; it is never less than twice the answers to be fetched."""
+    threads: int = Field(1, ge=0)
+    """Of the build; 0: all cores. Only a build with one thread gives the same graph twice."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    exact_below: float = Field(0.25, ge=0, le=1)
+    """A filter that keeps less than this share of the rows is answered by the exact product."""
+    exact_fetch: float = Field(0.02, ge=0, le=1)
+    """A query that must fetch more than this share of the rows (k, its exclusions, what a filter
+    takes away) is answered by the exact product."""
+
+
+def build_index(
+    vectors: np.ndarray,
+    rules: IndexRules | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Index:
+    """The index that `rules` ask for.
+
+    Args:
+        vectors: (N, D) float32, finite.
+        rules: how; the defaults when absent.
+        progress: is told the number of vectors added, now and then.
+
+    Raises:
+        QueryError: vectors of another shape or dtype, or not finite.
+    """
+    rules = rules or IndexRules()
+    exact = rules.kind == "exact" or (rules.kind == "auto" and len(vectors) <= TINY)
+    return ExactIndex(vectors) if exact else HnswIndex(vectors, rules, progress)
+
+
+def recall_against_exact(
+    index: Index,
+    vectors: np.ndarray,
+    queries: np.ndarray | None = None,
+    *,
+    k: int = 100,
+    sample: int = 1000,
+    seed: int = 0,
+) -> float:
+    """Share of the exact answers that the index finds.
+
+    An answer that scores as high as the exact k-th one counts, whichever of equals it is.
+
+    Args:
+        index: over `vectors`.
+        vectors: (N, D) float32.
+        queries: (Q, D) float32; the vectors themselves when absent.
+        k: answers of each query.
+        sample: queries drawn without replacement.
+        seed: of the draw.
+    """
+    queries = vectors if queries is None else queries
+    if not len(queries) or not len(vectors):
+        return 1.0
+    random = np.random.default_rng(seed)
+    chosen = np.sort(random.choice(len(queries), min(sample, len(queries)), replace=False))
+    queries, k = queries[chosen], min(k, len(vectors))
+    _, best = ExactIndex(vectors).search(queries, k)  # (Q, k)
+    _, found = index.search(queries, k)
+    # Sums of products in another order differ in the last bits of the largest terms.
+    slack = 1e-6 * np.linalg.norm(queries, axis=1) * np.linalg.norm(vectors, axis=1).max()
+    return float((found >= best[:, -1:] - slack[:, None]).mean())
+
+
+class HnswIndex:
+    """A navigable small-world graph (Malkov and Yashunin, 2020) with an exact fall-back.
+
+    Safe to search from several threads: after the build nothing changes. hnswlib's `ef` is a field
+    of the graph that concurrent callers would overwrite, so a broader search is asked for as more
+    answers, of which the best are kept. Equal vectors (and all zero vectors) share one node,
+    since duplicates cut a graph into pieces.
+
+    Args:
+        vectors: (N, D) float32, finite; kept, not copied.
+        rules: how to build and search.
+        progress: is told the number of vectors added, now and then.
+
+    Raises:
+        QueryError: vectors of another shape or dtype, or not finite.
+    """
+
+    def __init__(
+        self,
+        vectors: np.ndarray,
+        rules: IndexRules | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._prepare(vectors, rules or IndexRules())
+        if self._nodes == 0:
+            return
+        points = self._points()
+        self._graph = self._empty_graph()
+        self._graph.init_index(
+            self._nodes, M=self.rules.m, ef_construction=self.rules.ef_construction,
+            random_seed=self.rules.seed,
+        )  # fmt: skip
+        # In parts, so that progress shows; with one thread the graph is the same as in one go.
+        for start in range(0, self._nodes, ADDED_AT_ONCE):
+            labels = np.arange(start, min(start + ADDED_AT_ONCE, self._nodes))
+            self._graph.add_items(points(labels), labels, num_threads=self.rules.threads or -1)
+            if progress is not None:
+                progress(len(labels))
+        self._graph.set_ef(self.rules.ef)
+
+    def _prepare(self, vectors: np.ndarray, rules: IndexRules) -> None:
+        self.exact = ExactIndex(vectors)
+        self.rules = rules
+        self._vectors = np.ascontiguousarray(vectors)
+        self._first, self._members = _distinct(self._vectors)
+        self._nodes = len(self._first)
+        lengths = np.linalg.norm(self._vectors[self._first], axis=1)  # (G,)
+        self._longest = float(lengths.max(initial=0.0))
+        self._lifted = _lifts(lengths, rules.space)
+        self._graph: Any = None
+
+    def _empty_graph(self) -> Any:
+        return hnswlib.Index(space="ip", dim=self.dimension + self._lifted)
+
+    def _points(self) -> Callable[[np.ndarray], np.ndarray]:
+        """What the graph holds of each node: the vector over the longest length, perhaps lifted.
+
+        `sqrt(1 - |x|²)` as one more dimension makes all points unit vectors, and a query with 0
+        there has the same inner products (Bachrach et al., 2014).
+        """
+        scale = np.float32(1.0 / self._longest if self._longest > 0 else 1.0)
+
+        def points(nodes: np.ndarray) -> np.ndarray:
+            x = self._vectors[self._first[nodes]] * scale  # (g, D)
+            if not self._lifted:
+                return x
+            rest = np.maximum(0.0, 1.0 - np.square(x, dtype=np.float64).sum(1))
+            return np.column_stack([x, np.sqrt(rest).astype(np.float32)])
+
+        return points
+
+    @property
+    def size(self) -> int:
+        return len(self._vectors)
+
+    @property
+    def dimension(self) -> int:
+        return self._vectors.shape[1]
+
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        *,
+        allowed: np.ndarray | None = None,
+        exclude: Ragged | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `Index.search`; equal scores by the smaller row among those that were found."""
+        check_queries(queries, self.dimension, k)
+        check_filters(allowed, exclude, self.size, len(queries))
+        rows = np.full((len(queries), k), -1, np.int64)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        fetch = np.full(len(queries), k, np.int64)  # rows of which k survive
+        if exclude is not None:
+            fetch += exclude.lengths
+        kept = self.size if allowed is None else int(np.count_nonzero(allowed))
+        if kept < self.size:
+            # A filter is rarely independent of the query: a quarter more than its share.
+            fetch = np.ceil(fetch * (1.25 * self.size / max(kept, 1))).astype(np.int64)
+        by_graph = (fetch <= self.rules.exact_fetch * self.size) & (queries != 0).any(1)
+        if self._graph is None or kept < self.rules.exact_below * self.size:
+            by_graph[:] = False
+        for part in self._blocks(np.flatnonzero(by_graph), fetch, exclude is not None):
+            skip = None if exclude is None else exclude.take(part)
+            found = self._by_graph(queries[part], k, int(fetch[part].max()), allowed, skip)
+            if found is None:
+                by_graph[part] = False
+                continue
+            rows[part], scores[part] = found
+            # A short answer may be all there is, or a part of the graph out of reach.
+            by_graph[part] = rows[part, -1] >= 0
+        rest = np.flatnonzero(~by_graph)
+        if len(rest):
+            skip = None if exclude is None else exclude.take(rest)
+            rows[rest], scores[rest] = self.exact.search(
+                queries[rest], k, allowed=allowed, exclude=skip
+            )
+        return rows, scores
+
+    def _blocks(self, chosen: np.ndarray, fetch: np.ndarray, marks: bool) -> list[np.ndarray]:
+        """The chosen queries in blocks that fetch about alike and fit into little memory."""
+        if not len(chosen):
+            return []
+        level = np.ceil(np.log2(fetch[chosen] / fetch[chosen].min())).astype(np.int64)
+        blocks = []
+        for one in np.unique(level):
+            part = chosen[level == one]
+            step = max(1, ANSWERS_AT_ONCE // self._breadth(int(fetch[part].max())))
+            if marks:
+                step = min(step, max(32, MARKS_AT_ONCE // self.size))
+            blocks += [part[start : start + step] for start in range(0, len(part), step)]
+        return blocks
+
+    def _breadth(self, fetch: int) -> int:
+        return min(self._nodes, max(self.rules.ef, 2 * fetch))
+
+    def _by_graph(
+        self,
+        queries: np.ndarray,
+        k: int,
+        fetch: int,
+        allowed: np.ndarray | None,
+        exclude: Ragged | None,
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Rows and scores as `search` gives them, perhaps short; None when the graph gives up."""
+        points = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+        if self._lifted:
+            points = np.column_stack([points, np.zeros(len(points), np.float32)])
+        breadth = self._breadth(fetch)
+        try:
+            nodes, _ = self._graph.knn_query(
+                np.ascontiguousarray(points, np.float32), k=breadth,
+                num_threads=torch.get_num_threads(),
+            )  # fmt: skip
+        except RuntimeError:  # fewer nodes within reach than were asked for
+            return None
+        found = self._members_of(nodes.astype(np.int64), breadth)  # (b, w) padded with -1
+        keep = found >= 0
+        if allowed is not None:
+            keep &= allowed[found]
+        if exclude is not None:
+            marked = np.zeros((len(queries), self.size), bool)
+            marked[exclude.row_of(), exclude.values] = True
+            keep &= ~np.take_along_axis(marked, found, 1)
+        rows = _first_kept(found, keep, k)  # (b, k)
+        return rows, self._sort(queries, rows)
+
+    def _members_of(self, nodes: np.ndarray, width: int) -> np.ndarray:
+        """The first `width` rows of the nodes (b, g), each node's in order; (b, width) with -1."""
+        if self._members is None:
+            return nodes
+        lengths = self._members.lengths[nodes]  # (b, g)
+        before = np.cumsum(lengths, 1) - lengths
+        taken = np.clip(width - before, 0, lengths)
+        start = self._members.offsets[nodes]
+        flat = gather(self._members.values, start.ravel(), (start + taken).ravel()).values
+        out = np.full((len(nodes), width), -1, np.int64)
+        out[np.arange(width) < taken.sum(1, keepdims=True)] = flat
+        return out
+
+    def _sort(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Sort each query's rows in place, best first, and return their exact scores (b, k)."""
+        rows.sort(axis=1)
+        vectors = torch.from_numpy(self._vectors[np.maximum(rows, 0)])  # (b, k, D)
+        scores = torch.bmm(vectors, torch.from_numpy(queries)[:, :, None])[:, :, 0].numpy()
+        scores[rows < 0] = -np.inf
+        order = np.argsort(-scores, axis=1, kind="stable")
+        rows[:] = np.take_along_axis(rows, order, 1)
+        return np.take_along_axis(scores, order, 1)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the graph to `path` and what it belongs to beside it, as `path` + ".json".
+
+        The graph is read back before it takes its name; the vectors are not written.
+
+        Raises:
+            BundleError: the disk did not take all of it.
+        """
+        path = Path(path)
+        with atomic_write(path) as temporary:
+            if self._graph is not None:
+                self._graph.save_index(str(temporary))  # says nothing when the disk is full
+                self._read_back(temporary)
+            digest = sha256_file(temporary)
+        write_json(_sidecar(path), {**self._about(), "graph": digest})
+
+    def _read_back(self, path: Path) -> None:
+        written, expected = path.stat().st_size, self._graph.index_file_size()
+        if written != expected:
+            raise BundleError(
+                f"{path.parent} took {written} of the {expected} bytes of an index. "
+                "The disk is full, or a quota reached: make room and try again."
+            )
+        again = self._empty_graph()
+        again.load_index(str(path), max_elements=self._nodes)
+        again.set_ef(self.rules.ef)
+        probe = self._points()(np.arange(min(8, self._nodes)))
+        first = [graph.knn_query(probe, k=1, num_threads=1)[0] for graph in (self._graph, again)]
+        if not np.array_equal(*first):
+            raise BundleError(f"The index written to {path.parent} answers otherwise when read.")
+
+    @cached_property
+    def _digest(self) -> str:
+        return sha256_bytes(memoryview(self._vectors).cast("B") if self.size else b"")
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "dimension": self.dimension,
+            "size": self.size,
+            "nodes": self._nodes,
+            "lifted": self._lifted,
+            "vectors": self._digest,
+        }
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], vectors: np.ndarray, rules: IndexRules | None = None
+    ) -> HnswIndex:
+        """Read what `save` wrote over the same vectors.
+
+        Args:
+            path: of the graph.
+            vectors: (N, D) float32, those that it was built from.
+            rules: how to search; `m`, `ef_construction` and `seed` are the graph's own.
+
+        Raises:
+            BundleError: the file is missing or damaged, or belongs to other vectors.
+        """
+        path = Path(path)
+        for file in (path, _sidecar(path)):
+            if not file.is_file():
+                raise BundleError(f"There is no index file {file}. Build the index again.")
+        about = read_json(_sidecar(path))
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            raise BundleError(f"{_sidecar(path)} does not describe an index of format {FORMAT!r}.")
+        rules = rules or IndexRules()
+        self = cls.__new__(cls)
+        self._prepare(
+            vectors,
+            rules.model_copy(update={"space": "lifted" if about.get("lifted") else "plain"}),
+        )
+        for name, value in self._about().items():
+            if about.get(name) != value:
+                raise BundleError(
+                    f"{path} was built with {name} {about.get(name)}, but the vectors given "
+                    f"have {value}. Build the index again from these vectors."
+                )
+        # The library does not notice flipped bits, and crashes on some.
+        digest = sha256_file(path)
+        if digest != about["graph"]:
+            raise BundleError(
+                f"{path} has the SHA-256 {digest[:12]}…, but {_sidecar(path).name} says "
+                f"{str(about['graph'])[:12]}…. Copy it again or build the index again."
+            )
+        if self._nodes:
+            self._graph = self._empty_graph()
+            self._graph.load_index(str(path), max_elements=self._nodes)
+            self._graph.set_ef(rules.ef)  # not stored; it would be 10
+        self.rules = rules
+        return self
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _lifts(lengths: np.ndarray, space: str) -> bool:
+    if not len(lengths) or space == "plain":
+        return False
+    longest, median = float(lengths.max()), float(np.median(lengths))
+    # A zero vector beside unit vectors scores 0 wherever it lies: not a reason to lift.
+    positive = lengths[lengths > 0]
+    if not len(positive) or longest - float(positive.min()) <= UNIT_TOLERANCE * longest:
+        return False
+    return space == "lifted" or longest <= LIFT_SPREAD * median
+
+
+def _first_kept(rows: np.ndarray, keep: np.ndarray, k: int) -> np.ndarray:
+    """(b, k) the first k kept rows of each query, padded with -1."""
+    if rows.shape[1] >= k and keep[:, :k].all():
+        return rows[:, :k].copy()
+    place = np.cumsum(keep, 1) - 1  # (b, w)
+    query, column = np.nonzero(keep & (place < k))
+    out = np.full((len(rows), k), -1, np.int64)
+    out[query, place[query, column]] = rows[query, column]
+    return out
+
+
+def _distinct(vectors: np.ndarray) -> tuple[np.ndarray, Ragged | None]:
+    """First row of each distinct vector, in row order (G,), and the rows of each; None if N = G."""
+    key = np.zeros(len(vectors), np.uint64)
+    constants = np.random.default_rng(0).integers(1, 2**64, vectors.shape[1], dtype=np.uint64) | 1
+    for column, constant in enumerate(constants):  # over dimensions, not rows
+        bits = (vectors[:, column] + np.float32(0)).view(np.uint32)  # -0 is 0
+        key += (bits.astype(np.uint64) + np.uint64(column + 1)) * constant
+        key ^= key >> np.uint64(29)
+    _, first, group = np.unique(key, return_index=True, return_inverse=True)
+    if len(first) == len(vectors):
+        return np.arange(len(vectors)), None
+    if not np.array_equal(vectors, vectors[first[group]]):  # two vectors with one key: sort them
+        _, first, group = np.unique(
+            vectors + np.float32(0), axis=0, return_index=True, return_inverse=True
+        )
+        group = group.ravel()
+    order = np.argsort(first)
+    number = np.empty(len(first), np.int64)
+    number[order] = np.arange(len(first))
+    node = number[group]  # (N,)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(node), dtype=np.int64)])
+    return first[order], Ragged(offsets, np.argsort(node, kind="stable"))
+
+
+__all__ = ["HnswIndex", "IndexRules", "build_index", "recall_against_exact"]

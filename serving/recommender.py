@@ -1,0 +1,317 @@
+"""Query → answers: encode, search, drop what was seen, fall back, decode.
+
+Evaluation, batch candidates and the service all walk through here.
+Legend: Q queries, N item rows, D dimensions, k answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from features.batches import Queries
+from recsys.errors import QueryError
+from recsys.ragged import Ragged
+from recsys.search import ExactIndex
+from serving import bundle as bundles
+from serving.bundle import Bundle
+from towers.encode import encode_items, encode_users
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Items of one query, best first, no padding.
+
+    Args:
+        ids: external ids.
+        scores: float32, larger is better.
+        fields: one row an answer: what the item table says of it.
+        fallback: why something else than the towers answered, or None.
+    """
+
+    ids: list[str]
+    scores: np.ndarray
+    fields: pl.DataFrame
+    fallback: str | None = None
+
+    def to_list(self) -> list[dict]:
+        """One object an answer: item, score and the item's fields, as the command prints them."""
+        return [
+            {"item": item, "score": round(float(score), 6), **fields}
+            for item, score, fields in zip(
+                self.ids, self.scores, self.fields.to_dicts(), strict=True
+            )
+        ]
+
+
+class Recommender:
+    """Answers from a bundle.
+
+    Args:
+        bundle: what is known.
+
+    Example:
+        >>> from recsys import Recommender                              # doctest: +SKIP
+        >>> recommender = Recommender.load("runs/demo/bundle")          # doctest: +SKIP
+        >>> recommender.similar(item="i00042", k=5).ids                 # doctest: +SKIP
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self._moment = bundle.cutoff
+        self._position = np.full(bundle.items.size, -1, np.int64)
+        self._position[bundle.rows] = np.arange(len(bundle.rows))
+
+    @staticmethod
+    def load(path: str | Path) -> Recommender:
+        """Read a bundle from a folder.
+
+        Raises:
+            BundleError: it is damaged, foreign or does not match itself.
+        """
+        return Recommender(bundles.load(path))
+
+    @cached_property
+    def _exact(self) -> ExactIndex:
+        return ExactIndex(np.ascontiguousarray(self.bundle.vectors[self.bundle.rows]))
+
+    @cached_property
+    def _popular(self) -> np.ndarray:
+        """(n,) indexed rows, most popular first: what answers when nothing is known of a user."""
+        counts = self.bundle.timeline.popularity(self._moment)[self.bundle.rows]
+        return self.bundle.rows[np.argsort(-counts, kind="stable")]
+
+    # ------------------------------------------------------------------ many queries, by rows
+
+    def queries(
+        self,
+        users: np.ndarray,
+        times: np.ndarray | None = None,
+        context: np.ndarray | None = None,
+    ) -> Queries:
+        """Queries of known user rows with what each had before its time."""
+        last = self.bundle.model.rules.max_history
+        history = self.bundle.timeline.histories(users, times, last)
+        return Queries(users, history, times, context)
+
+    def recommend_rows(
+        self,
+        queries: Queries,
+        k: int,
+        *,
+        exact: bool = False,
+        drop_seen: bool = True,
+        allowed: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Best item rows of each query.
+
+        Args:
+            queries: who asks.
+            k: answers wanted.
+            exact: search exactly even where there is a graph index.
+            drop_seen: never answer an item of the user's past, however far back.
+            allowed: (N,) bool, further restriction; None: all that exist and are available.
+
+        Returns:
+            rows (Q, k) int64 padded with -1, scores (Q, k) float32 padded with -inf.
+        """
+        vectors = encode_users(self.bundle.model, queries, self.bundle.timeline, self._moment)
+        exclude = self.seen(queries) if drop_seen else None
+        return self._search(vectors, k, exact, allowed, exclude)
+
+    @property
+    def allowed(self) -> np.ndarray:
+        """(N,) bool, the item rows that exist and are available now."""
+        alive = self.bundle.timeline.alive(self._moment)
+        return alive & bundles.available(self.bundle.window, self._moment)
+
+    def seen(self, queries: Queries) -> Ragged:
+        """Q ragged item rows that each asker had before, however far back."""
+        known = self.bundle.timeline.histories(queries.users, queries.times)
+        own = queries.history
+        # A history given with the query counts as seen too; where it is the known one, once is enough.
+        if len(known.values) and len(own.values):
+            offsets = known.offsets + own.offsets
+            values = np.empty(offsets[-1], np.int64)
+            values[_slots(offsets[:-1], known.lengths)] = known.values
+            values[_slots(offsets[:-1] + known.lengths, own.lengths)] = own.values
+            return Ragged(offsets, values)
+        return known if len(known.values) else own
+
+    def _search(
+        self,
+        vectors: np.ndarray,
+        k: int,
+        exact: bool,
+        allowed: np.ndarray | None,
+        exclude: Ragged | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if exclude is not None:
+            place = self._position[exclude.values]
+            exclude = Ragged(exclude.offsets, place).where(place >= 0)
+        index = self._exact if exact else self.bundle.index
+        found, scores = index.search(
+            vectors,
+            k,
+            allowed=None if allowed is None else allowed[self.bundle.rows],
+            exclude=exclude,
+        )
+        rows = np.where(found >= 0, self.bundle.rows[np.maximum(found, 0)], -1)
+        return rows, scores
+
+    def score_rows(self, queries: Queries, items: Ragged) -> np.ndarray:
+        """Scores of given item rows for each query, flat in the order of `items`, float32."""
+        vectors = encode_users(self.bundle.model, queries, self.bundle.timeline, self._moment)
+        out = np.empty(len(items.values), np.float32)
+        query = items.row_of()
+        for start in range(0, len(out), 1 << 18):
+            part = slice(start, start + (1 << 18))
+            pair = vectors[query[part]], self.bundle.vectors[items.values[part]]
+            out[part] = np.einsum("qd,qd->q", *pair)
+        return out
+
+    def as_of(self, moment: int | None) -> Recommender:
+        """This recommender as it would have stood at the moment: which items exist, and, where the
+        towers read item statistics, vectors from the statistics strictly before it."""
+        bundle = self.bundle
+        rows = np.flatnonzero(
+            bundle.timeline.alive(moment) & bundles.available(bundle.window, moment)
+        )
+        vectors = bundle.vectors
+        if bundle.known_items and not bundle.model.uses_statistics:
+            rows = rows[rows < bundle.known_items]
+        if bundle.model.uses_statistics:
+            everything = np.arange(bundle.items.size)
+            vectors = encode_items(bundle.model, everything, bundle.timeline, moment)
+        exact = ExactIndex(np.ascontiguousarray(vectors[rows]))
+        moved = Recommender(replace(bundle, vectors=vectors, rows=rows, index=exact))
+        moved.__dict__["_exact"] = exact
+        moved._moment = moment
+        return moved
+
+    # ------------------------------------------------------------------ one query, by ids
+
+    def recommend(
+        self,
+        user: str | None = None,
+        history: Sequence[str] | None = None,
+        k: int = 10,
+        *,
+        drop_seen: bool = True,
+        exact: bool = False,
+    ) -> Answers:
+        """Items for one user, or for anybody with the given history.
+
+        Args:
+            user: external id; with `history` too, the history counts instead of the known one.
+            history: external item ids, oldest first.
+            k: answers wanted; more than there are gives what there is.
+            drop_seen: leave out what the user had.
+            exact: search exactly.
+
+        Raises:
+            QueryError: neither user nor history is given, or k is below 1.
+        """
+        if user is None and history is None:
+            raise QueryError("Say for whom: a user id, or a history of item ids.")
+        notes = []
+        row = np.zeros(1, np.int64) if user is None else self.bundle.users.encode([user])
+        if user is not None and not row[0]:
+            notes.append(f"user {user!r} is unknown")
+        if history is None:
+            queries = self.queries(row.astype(np.int64))
+        else:
+            items = self.bundle.items.encode(list(history)).astype(np.int64)
+            unknown = [i for i, known in zip(history, items > 0, strict=True) if not known]
+            if unknown:
+                notes.append(f"{len(unknown)} of {len(items)} items are unknown ({unknown[0]!r})")
+            items = items[items > 0]
+            queries = Queries(row.astype(np.int64), Ragged(np.array([0, len(items)]), items))
+        if not len(queries.history.values) and not (self._has_user_vector(row[0])):
+            notes.append("nothing is known to recommend from, so the most popular items answer")
+            seen = self.seen(queries).values if drop_seen else np.empty(0, np.int64)
+            return self._popular_answers(k, seen, "; ".join(notes))
+        rows, scores = self.recommend_rows(queries, k, exact=exact, drop_seen=drop_seen)
+        return self._answers(rows[0], scores[0], "; ".join(notes) or None)
+
+    def _has_user_vector(self, row: int) -> bool:
+        return 0 < row < self.bundle.model.user_spec.ids or (
+            row > 0 and any(True for _ in self.bundle.model.users.named_buffers())
+        )
+
+    def similar(
+        self,
+        item: str | None = None,
+        text: str | None = None,
+        k: int = 10,
+        *,
+        exact: bool = False,
+    ) -> Answers:
+        """Items nearest to an item, or to any text through the item tower.
+
+        Args:
+            item: external id.
+            text: free text; an item with this text, new and otherwise unknown.
+            k: answers wanted.
+            exact: search exactly.
+
+        Raises:
+            QueryError: neither or both are given, or the bundle has no text encoder for a text.
+        """
+        if (item is None) == (text is None):
+            raise QueryError("Give either an item id or a text to find similar items to.")
+        if text is not None:
+            vector, exclude = self._text_vector(text), None
+        else:
+            row = int(self.bundle.items.encode([item])[0])
+            if row == 0:
+                note = f"item {item!r} is unknown, so the most popular items answer"
+                return self._popular_answers(k, np.empty(0, np.int64), note)
+            vector = self.bundle.vectors[row : row + 1].copy()
+            exclude = Ragged(np.array([0, 1]), np.array([row]))
+        if self.bundle.model.rules.score == "cosine_bias":
+            # Likeness is of direction; the bias says how popular an item is, not how alike.
+            vector[:, -1] = 0.0
+        rows, scores = self._search(vector, k, exact, None, exclude)
+        return self._answers(rows[0], scores[0], None)
+
+    def _text_vector(self, text: str) -> np.ndarray:
+        encoder = self.bundle.encoder
+        if encoder is None or not self.bundle.model.item_spec.text:
+            raise QueryError(
+                "This bundle was trained without item text, so a text cannot be looked up. "
+                "Name text columns in [data.catalog] and train again."
+            )
+        if not text.strip():
+            raise QueryError("The text is empty; give at least a word.")
+        encoded = encoder.encode([text])
+        if not np.any(encoded):
+            raise QueryError(f"No word of {text!r} is known to the text encoder; try other words.")
+        return encode_items(
+            self.bundle.model, np.zeros(1, np.int64), self.bundle.timeline, self._moment, encoded
+        )
+
+    def _popular_answers(self, k: int, seen: np.ndarray, note: str) -> Answers:
+        if k < 1:
+            raise QueryError(f"k is {k}; ask for at least 1.")
+        rows = self._popular[~np.isin(self._popular, seen)][:k]
+        counts = self.bundle.timeline.popularity(self._moment)[rows]
+        return self._answers(rows, counts, note)
+
+    def _answers(self, rows: np.ndarray, scores: np.ndarray, note: str | None) -> Answers:
+        found = rows >= 0
+        rows, scores = rows[found], scores[found]
+        fields = self.bundle.catalog[rows - 1].drop("item")
+        return Answers(self.bundle.items.decode(rows).to_list(), scores, fields, note)
+
+
+def _slots(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
+
+

@@ -1,0 +1,268 @@
+"""What both towers are built of: feature tables, their embedding, history pooling.
+
+Legend: R rows asked for, N rows of a table, D dimensions, B examples, H history entries in all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What is known of each row, by size; enough to build the layers that read it.
+
+    Args:
+        ids: rows that have an id vector, row 0 for unknown included; 0: no id vectors at all.
+        text: dimensions of the text vector, 0 for none.
+        vector: dimensions of the given vector, 0 for none.
+        numbers: how many numbers.
+        categories: name → number of codes, code 0 for unknown included.
+        statistics: how many statistics as of the event.
+    """
+
+    ids: int = 0
+    text: int = 0
+    vector: int = 0
+    numbers: int = 0
+    categories: dict[str, int] = field(default_factory=dict)
+    statistics: int = 0
+
+
+class FeatureTable(nn.Module):
+    """Features of every row, as buffers that move with the model but are not its weights.
+
+    Args:
+        n_rows: N, row 0 is "nothing known".
+        text: (N, T) float32 unit vectors, zero where there is no text; or None.
+        vector: (N, V) float32 given vectors, or None.
+        numbers: (N, F) float32 standardised, or None.
+        categories: name → (N, C) int64 codes padded with 0.
+    """
+
+    def __init__(
+        self,
+        n_rows: int,
+        *,
+        text: Tensor | None = None,
+        vector: Tensor | None = None,
+        numbers: Tensor | None = None,
+        categories: dict[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_rows = n_rows
+        self.category_names = tuple(categories or {})
+        self.register_buffer("text", text, persistent=False)
+        self.register_buffer("vector", vector, persistent=False)
+        self.register_buffer("numbers", numbers, persistent=False)
+        for position, name in enumerate(self.category_names):
+            self.register_buffer(f"category_{position}", categories[name], persistent=False)
+        for name, buffer in self.named_buffers():
+            if len(buffer) != n_rows:
+                raise ValueError(f"{name} has {len(buffer)} rows, the table {n_rows}.")
+
+    def spec(self, ids: int, category_sizes: dict[str, int], statistics: int = 0) -> FeatureSpec:
+        """The sizes of this table's features."""
+
+        def width(buffer: Tensor | None) -> int:
+            return 0 if buffer is None else buffer.shape[1]
+
+        return FeatureSpec(
+            ids, width(self.text), width(self.vector), width(self.numbers),
+            {name: category_sizes[name] for name in self.category_names}, statistics,
+        )  # fmt: skip
+
+    def codes(self, name: str) -> Tensor:
+        """(N, C) codes of a category."""
+        return getattr(self, f"category_{self.category_names.index(name)}")
+
+
+class FeatureEmbedding(nn.Module):
+    """Sum of the projections of everything known of a row: (R,) rows → (R, D).
+
+    Args:
+        spec: sizes.
+        dimension: D.
+        id_dropout: probability that a row's id vector is replaced, in training, by the one that
+            rows without an id get when the model serves, so that a new row lands in the right
+            place from its content alone (DropoutNet; Volkovs et al., 2017).
+    """
+
+    def __init__(self, spec: FeatureSpec, dimension: int, id_dropout: float = 0.0) -> None:
+        super().__init__()
+        self.spec, self.dimension, self.id_dropout = spec, dimension, id_dropout
+        if spec.ids:
+            # sparse: only the touched rows get a gradient, and only they are moved.
+            self.ids = nn.Embedding(spec.ids, dimension, sparse=True)
+            nn.init.normal_(self.ids.weight, std=0.1 / dimension**0.5)
+        if spec.text:
+            self.text = nn.Linear(spec.text, dimension, bias=False)
+            _scale_to_unit(self.text, inputs_norm=1.0)
+        if spec.vector:
+            self.vector = nn.Linear(spec.vector, dimension, bias=False)
+        if spec.numbers:
+            self.numbers = nn.Linear(spec.numbers, dimension)
+        self.categories = nn.ModuleDict(
+            {
+                # A dot is not allowed in a module's name, and a column's name may hold one.
+                str(position): nn.EmbeddingBag(size, dimension, mode="mean", padding_idx=0)
+                for position, size in enumerate(spec.categories.values())
+            }
+        )
+        for bag in self.categories.values():
+            nn.init.normal_(bag.weight, std=0.1 / dimension**0.5)
+            with torch.no_grad():
+                bag.weight[0].zero_()
+        if spec.statistics:
+            self.register_buffer("statistic_mean", torch.zeros(spec.statistics))
+            self.register_buffer("statistic_scale", torch.ones(spec.statistics))
+            self.statistics = nn.Sequential(
+                nn.Linear(spec.statistics, dimension), nn.GELU(), nn.Linear(dimension, dimension)
+            )
+
+    def standardise(self, mean: Tensor, scale: Tensor) -> None:
+        """Fix the mean and scale of the statistics, (S,) each, as seen on the training side."""
+        self.statistic_mean.copy_(mean)
+        self.statistic_scale.copy_(scale)
+
+    def standardised(self, statistics: Tensor) -> Tensor:
+        """(R, S) statistics as the layers read them."""
+        return ((statistics - self.statistic_mean) / self.statistic_scale).clamp(-5, 5)
+
+    def forward(
+        self,
+        rows: Tensor,
+        table: FeatureTable,
+        statistics: Tensor | None = None,
+        texts: Tensor | None = None,
+    ) -> Tensor:
+        """Embed rows.
+
+        Args:
+            rows: (R,) int64 rows of `table`; a row without an id vector is treated as unknown.
+            table: where features are looked up.
+            statistics: (R, S) as of the event; needed when the spec has any.
+            texts: (R, T) text vectors to use instead of the table's.
+
+        Returns:
+            (R, D).
+        """
+        out = torch.zeros((), device=rows.device)
+        if self.spec.ids:
+            known = torch.where(rows < self.spec.ids, rows, 0)
+            if self.training and self.id_dropout:
+                known = known * (torch.rand(len(rows), device=rows.device) >= self.id_dropout)
+            out = out + self.ids(known)
+        if self.spec.text:
+            out = out + self.text(table.text[rows] if texts is None else texts)
+        if self.spec.vector:
+            out = out + self.vector(table.vector[rows])
+        if self.spec.numbers:
+            out = out + self.numbers(table.numbers[rows])
+        for bag, name in zip(self.categories.values(), self.spec.categories, strict=True):
+            out = out + bag(table.codes(name)[rows])
+        if self.spec.statistics:
+            out = out + self.statistics(self.standardised(statistics))
+        return out if out.ndim else torch.zeros(len(rows), self.dimension, device=rows.device)
+
+
+def _scale_to_unit(layer: nn.Linear, inputs_norm: float) -> None:
+    """Start a projection so that an input of the given norm comes out with about the same norm."""
+    nn.init.normal_(layer.weight, std=inputs_norm / layer.out_features**0.5)
+
+
+class History(nn.Module):
+    """Pool a history of embedded items: weights by recency and, with attention, by content.
+
+    Args:
+        dimension: D.
+        pooling: "mean": every entry alike; "attention": a softmax over a score of the entry's
+            content plus a learned score of its place, the newest first.
+        max_history: places that can be told apart.
+    """
+
+    def __init__(self, dimension: int, pooling: str, max_history: int) -> None:
+        super().__init__()
+        self.pooling, self.max_history = pooling, max_history
+        self.empty = nn.Parameter(torch.zeros(dimension))
+        if pooling == "attention":
+            self.content = nn.Sequential(
+                nn.Linear(dimension, dimension), nn.Tanh(), nn.Linear(dimension, 1, bias=False)
+            )
+            self.place = nn.Parameter(torch.zeros(max_history))
+
+    def forward(self, items: Tensor, history: Tensor, lengths: Tensor) -> Tensor:
+        """Pool.
+
+        Args:
+            items: (R, D) embedded distinct items.
+            history: (H,) int64 rows of `items`, the examples one after the other, oldest first.
+            lengths: (B,) int64.
+
+        Returns:
+            (B, D); the learned empty vector where the history is empty.
+        """
+        end = lengths.cumsum(0)
+        start = end - lengths
+        weights = None
+        if self.pooling == "attention":
+            example = torch.repeat_interleave(lengths, output_size=len(history))  # (H,)
+            place = end[example] - 1 - torch.arange(len(history), device=history.device)
+            score = self.content(items)[history, 0] + self.place[place.clamp(max=self.max_history - 1)]
+            weights = segment_softmax(score, example, len(lengths))
+        pooled = F.embedding_bag(
+            history, items, start,
+            mode="mean" if weights is None else "sum", per_sample_weights=weights,
+        )  # (B, D)  # fmt: skip
+        return torch.where((lengths > 0)[:, None], pooled, self.empty.to(pooled.dtype))
+
+
+def segment_softmax(score: Tensor, segment: Tensor, n_segments: int) -> Tensor:
+    """Softmax of each segment's scores.
+
+    Args:
+        score: (H,).
+        segment: (H,) int64 in [0, n_segments).
+
+    Returns:
+        (H,) positive, summing to 1 within each segment that has any.
+    """
+    top = torch.full((n_segments,), -torch.inf, device=score.device, dtype=score.dtype)
+    top = top.scatter_reduce(0, segment, score.detach(), "amax")
+    shifted = (score - top[segment]).exp()
+    total = torch.zeros(n_segments, device=score.device, dtype=shifted.dtype)
+    return shifted / total.index_add(0, segment, shifted)[segment]
+
+
+class Residual(nn.Module):
+    """x + MLP(x): starts near the identity, so that a tower without need of depth loses nothing.
+
+    Args:
+        dimension: D.
+        hidden: width of the hidden layer; 0: the identity.
+        dropout: probability.
+    """
+
+    def __init__(self, dimension: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.Identity()
+        if hidden:
+            last = nn.Linear(hidden, dimension)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.layers = nn.Sequential(
+                nn.LayerNorm(dimension),
+                nn.Linear(dimension, hidden),
+                nn.GELU(),
+                nn.Dropout(dropout),
+                last,
+            )
+        self.hidden = hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) → (B, D)."""
+        return x + self.layers(x) if self.hidden else x

@@ -1,0 +1,168 @@
+"""From a prepared dataset to towers: feature tables, their sizes, the model, the validation side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from features.batches import TrainingEvents
+from features.examples import ask, timeline_until
+from features.timeline import STATISTICS, statistic_scale
+from recsys.ragged import Ragged
+from recsys.tables import Side
+from towers.blocks import FeatureTable
+from towers.training import TrainingRules, Validation
+from towers.two_tower import TowerRules, TwoTower
+
+if TYPE_CHECKING:
+    from features.dataset import Dataset
+
+MOST_CODES = 16
+"""Codes of one category that a row may carry; further ones are left out."""
+
+
+def padded(codes: Ragged, most: int = MOST_CODES) -> torch.Tensor:
+    """(N, C) int64 codes of each row, padded with 0; C is the longest row's, at most `most`."""
+    lengths = np.minimum(codes.lengths, most)
+    out = np.zeros((len(codes), max(1, int(lengths.max(initial=0)))), np.int64)
+    place = np.arange(len(codes.values)) - np.repeat(codes.offsets[:-1], codes.lengths)
+    keep = place < most
+    out[codes.row_of()[keep], place[keep]] = codes.values[keep]
+    return torch.from_numpy(out)
+
+
+def _floats(array: np.ndarray | None) -> torch.Tensor | None:
+    if array is None or array.shape[1] == 0:
+        return None
+    return torch.from_numpy(np.array(array, np.float32))
+
+
+def uses_statistics(rules: TowerRules, dataset: Dataset) -> bool:
+    """Whether the towers read item statistics: as configured, or when the log shows impressions."""
+    if rules.statistics == "auto":
+        return bool(dataset.manifest["timed"]) and len(dataset.request_user) > 0
+    return bool(rules.statistics)
+
+
+def build_model(
+    dataset: Dataset,
+    rules: TowerRules,
+    *,
+    item_text: np.ndarray | None,
+    user_text: np.ndarray | None = None,
+    seed: int,
+) -> TwoTower:
+    """Towers for a dataset, seeded.
+
+    Args:
+        dataset: prepared.
+        rules: the shape.
+        item_text: (N, T) text vectors of item rows, or None.
+        user_text: the same for user rows.
+        seed: of the initial weights.
+    """
+    items = FeatureTable(
+        dataset.n_items,
+        text=_floats(item_text),
+        vector=_floats(dataset.item_vectors),
+        numbers=_floats(dataset.item_numbers),
+        categories={name: padded(codes) for name, (codes, _) in dataset.item_categories.items()},
+    )
+    users = FeatureTable(
+        dataset.n_users,
+        text=_floats(user_text),
+        numbers=_floats(dataset.user_numbers),
+        categories={name: padded(codes) for name, (codes, _) in dataset.user_categories.items()},
+    )
+    item_sizes = {name: size for name, (_, size) in dataset.item_categories.items()}
+    user_sizes = {name: size for name, (_, size) in dataset.user_categories.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TwoTower(
+            rules,
+            items,
+            users,
+            items.spec(
+                dataset.n_warm_items + 1 if rules.item_id else 0,
+                item_sizes,
+                len(STATISTICS) if uses_statistics(rules, dataset) else 0,
+            ),
+            users.spec(dataset.n_warm_users + 1 if rules.user_id else 0, user_sizes),
+            tuple(dataset.context_sizes.values()),
+        )
+
+
+def standardise(model: TwoTower, events: TrainingEvents, seed: int) -> None:
+    """Fix the scale of item statistics from moments of the training side."""
+    if not model.uses_statistics:
+        return
+    rng = np.random.default_rng([seed, 7])
+    times = np.asarray(events.timeline.time)
+    moments = rng.choice(times, size=min(64, len(times)), replace=False)
+    mean, scale = statistic_scale(events.timeline, [int(m) for m in moments], 512, rng)
+    model.item_tower.inputs.standardise(
+        torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(scale.astype(np.float32))
+    )
+
+
+def moments_of(times: np.ndarray | None, refresh: int, most: int = 500) -> np.ndarray | None:
+    """(Q,) moment at which items stood for each query: its time, rounded down to the refresh.
+
+    Args:
+        times: (Q,) microseconds, or None.
+        refresh: microseconds between two refreshes; doubled until at most `most` are needed.
+    """
+    if times is None or len(times) == 0:
+        return None
+    while len(np.unique(times // refresh)) > most:
+        refresh *= 2
+    return times // refresh * refresh
+
+
+def validation_side(
+    dataset: Dataset,
+    rules: TrainingRules,
+    *,
+    each_event: bool,
+    refresh: int,
+    max_history: int,
+    drop_seen: bool,
+    statistics: bool,
+    seed: int,
+) -> Validation | None:
+    """The validation side as queries, a seeded sample when there are many; None when it is empty."""
+    chosen = np.flatnonzero(np.asarray(dataset.event_side) == Side.VALID)
+    if not len(chosen):
+        return None
+    past = timeline_until(dataset, Side.VALID)
+    # At one cut-off nothing of the validation side itself is known yet.
+    known = past if each_event else timeline_until(dataset, Side.TRAIN)
+    cutoff = dataset.manifest["split"]["valid_from"] if past.timed else None
+    context = dataset.event_context[chosen] if dataset.event_context.shape[1] else None
+    questions = ask(
+        known,
+        np.asarray(dataset.event_user)[chosen],
+        np.asarray(dataset.event_item)[chosen],
+        np.asarray(dataset.event_time)[chosen],
+        each_event=each_event,
+        cutoff=cutoff,
+        max_history=max_history,
+        drop_seen=drop_seen,
+        context=context,
+    )
+    queries, targets = questions.queries, questions.targets
+    if len(queries) > rules.validation_queries:
+        rng = np.random.default_rng([seed, 11])
+        some = np.sort(rng.choice(len(queries), rules.validation_queries, replace=False))
+        queries, targets = queries.take(some), targets.take(some)
+    moments = moments_of(queries.times, refresh) if past.timed else None
+    if moments is not None:
+        moving = statistics or (past.exists_from[1:] > int(moments.min())).any()
+        if not moving:
+            moments = np.full(len(moments), int(moments.max()))
+        order = np.argsort(moments, kind="stable")
+        queries, targets, moments = queries.take(order), targets.take(order), moments[order]
+    seen = known.histories(queries.users, queries.times) if drop_seen else None
+    return Validation(queries, targets, seen, known, moments)
