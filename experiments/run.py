@@ -193,7 +193,8 @@ def make_bundle(
     met[0] = True
     items = np.flatnonzero(met)
     users = np.diff(timeline.user_offsets) > 0
-    users[1:] |= np.array([bool(text) for text in dataset.user_text[1:]], bool)
+    # A user table describes users who have not come yet.
+    users |= bool(dataset.user_numbers.shape[1] or dataset.user_categories or any(dataset.user_text))
     users[0] = True
     kept_users = np.flatnonzero(users)
     place = np.full(dataset.n_items, -1, np.int64)

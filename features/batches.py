@@ -166,6 +166,9 @@ class TrainingEvents:
 class Batches:
     """An epoch of batches, seeded by (seed, epoch); its place can be saved and taken up again.
 
+    Each iteration is the next epoch, whether or not the one before was read to its end (Lightning
+    stops asking after `len` batches). The first one after `load_state_dict` goes on where it was.
+
     Args:
         events: the training side.
         batch_size: B; the last batch of an epoch may be smaller.
@@ -196,6 +199,7 @@ class Batches:
         self.uniform_negatives, self.known, self.skip_weight = uniform_negatives, known, skip_weight
         self.in_time, self.statistics, self.seed = in_time, statistics, seed
         self.epoch, self.done = 0, 0
+        self._going_on = False
         timeline = events.timeline
         self._user = timeline.user.astype(np.int32)
         counts = np.bincount(timeline.item, minlength=timeline.n_items)
@@ -206,15 +210,24 @@ class Batches:
         self._by_time = np.argsort(timeline.time, kind="stable") if in_time else None
 
     def __len__(self) -> int:
-        return -(-self.events.size // self.batch_size)
+        whole, rest = divmod(self.events.size, self.batch_size)
+        if not self.in_time or not whole:
+            return whole + (rest > 0)
+        # The same in every epoch, as a trainer needs; the two outer windows share what the inner
+        # ones leave, and of two possible numbers the one that lets the edges move further is taken.
+        return whole + 1 + (2 * rest > self.batch_size)
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "done": self.done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self.done = state["epoch"], state["done"]
+        self._going_on = True
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.done >= len(self) or (self.done and not self._going_on):
+            self.epoch, self.done = self.epoch + 1, 0
+        self._going_on = False
         rng = np.random.default_rng([self.seed, self.epoch])
         for number, (chosen, around) in enumerate(self._plan(rng)):
             # A batch has its own generator, so that going on in mid-epoch gives the same batches.
@@ -222,7 +235,6 @@ class Batches:
                 batch = self.make(chosen, np.random.default_rng([self.seed, self.epoch, number]), around)
                 self.done = number + 1
                 yield batch
-        self.epoch, self.done = self.epoch + 1, 0
 
     def _plan(self, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         size, total = self.batch_size, self.events.size
@@ -231,9 +243,13 @@ class Batches:
             for start in range(0, total, size):
                 yield order[start : start + size], None
             return
-        # The first window's length varies, so that windows fall differently in each epoch.
-        first = int(rng.integers(1, size + 1)) if total > size else total
-        edges = np.unique(np.concatenate([[0], np.arange(first, total, size), [total]]))
+        # Where the first window ends varies, so that windows fall differently in each epoch.
+        edges = np.array([0, total])
+        if total > size:
+            inner = len(self) - 2
+            outer = total - inner * size
+            first = int(rng.integers(max(1, outer - size), min(size, outer - 1), endpoint=True))
+            edges = np.concatenate([[0], first + size * np.arange(inner + 1), [total]])
         for window in rng.permutation(len(edges) - 1):
             low, high = edges[window], edges[window + 1]
             yield (
@@ -309,7 +325,9 @@ class Batches:
         start, end = np.asarray(skips.offsets)[chosen], np.asarray(skips.offsets)[chosen + 1]
         found = gather(skips.values, start, end)
         weights = gather(weight, start, end).values * self.skip_weight
-        keep = (found.values > 0) & (weights > 0)
+        # An item may be passed over now and chosen as the user's next: it is no negative of itself.
+        own = self.events.timeline.item[chosen][found.row_of()]
+        keep = (found.values > 0) & (weights > 0) & (found.values != own)
         kept = found.where(keep)
         return Ragged(kept.offsets, kept.values.astype(np.int64)), weights[keep]
 

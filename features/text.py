@@ -170,6 +170,10 @@ class TextEncoder:
                 "batch": self.batch,
             }
             (temporary / MANIFEST).write_text(canonical_json(manifest) + "\n", encoding="utf-8")
+            readable = (temporary / MANIFEST).stat().st_mode
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    file.chmod(readable)  # safetensors leaves its files to their owner alone
 
     @staticmethod
     def load(folder: str | os.PathLike[str], device: str | None = "cpu") -> TextEncoder:

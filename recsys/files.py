@@ -86,7 +86,7 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_bytes(*parts: bytes) -> str:
+def sha256_bytes(*parts: bytes | memoryview) -> str:
     """Hex SHA-256 of the parts, each preceded by its length so that no two splits look alike."""
     digest = hashlib.sha256()
     for part in parts:

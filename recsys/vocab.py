@@ -79,7 +79,7 @@ class Vocab:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the ids to a Parquet file."""
-        self.ids.to_frame().write_parquet(path, compression="zstd", statistics=False)
+        self.ids.to_frame().write_parquet(Path(path), compression="zstd", statistics=False)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Vocab:
@@ -91,7 +91,7 @@ class Vocab:
         if not Path(path).exists():
             raise DataError(f"There is no vocabulary {path}.")
         try:
-            frame = pl.read_parquet(path)
+            frame = pl.read_parquet(Path(path))
         except pl.exceptions.PolarsError as error:
             raise DataError(f"{path} cannot be read as Parquet: {error}.") from None
         if "id" not in frame.columns:

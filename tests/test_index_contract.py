@@ -18,14 +18,14 @@ from recsys.search import ExactIndex, Index
 from serving.index import HnswIndex, IndexRules, _distinct, build_index, recall_against_exact
 
 # Wide enough to find everything in a small world, and never allowed to hand over to exact search.
-GRAPH_ONLY = IndexRules(kind="hnsw", ef=400, exact_below=0, exact_fetch=1)
+GRAPH_ONLY = IndexRules(kind="hnsw", ef=157, exact_below=0, exact_breadth=1)
 LIFTED = GRAPH_ONLY.model_copy(update={"space": "lifted"})
 
 MAKERS: dict[str, Callable[[np.ndarray], Index]] = {
     "exact": ExactIndex,
     "graph": lambda vectors: HnswIndex(vectors, GRAPH_ONLY),
     "lifted graph": lambda vectors: HnswIndex(vectors, LIFTED),
-    "planned": lambda vectors: HnswIndex(vectors, IndexRules(exact_fetch=0.2)),
+    "planned": lambda vectors: HnswIndex(vectors, IndexRules(ef=40, exact_breadth=0.5)),
 }
 
 
@@ -215,7 +215,7 @@ def test_no_queries(make) -> None:
 
 def test_tiny_and_long_vectors_keep_their_order(make) -> None:
     vectors, queries = world(10)
-    for scale in (1e-6, 1e6):
+    for scale in (1e-25, 1e-6, 1e6):
         scaled = (vectors * np.float32(scale)).astype(np.float32)
         _, scores = make(scaled).search(queries, 10)
         wanted = expected(vectors, queries, 10)[1]
@@ -309,15 +309,19 @@ def clusters(n: int, d: int = 24, seed: int = 0) -> np.ndarray:
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
+GRAPH = IndexRules(exact_breadth=0.1)
+"""Reach for the graph earlier than is fastest."""
+
+
 @pytest.fixture(scope="module")
 def big() -> HnswIndex:
-    return HnswIndex(clusters(6000))
+    return HnswIndex(clusters(6000), GRAPH)
 
 
 def test_a_graph_of_six_thousand_finds_what_exact_search_finds(big: HnswIndex) -> None:
     vectors = clusters(6000)
     assert recall_against_exact(big, vectors, k=10) > 0.99
-    assert recall_against_exact(big, vectors, clusters(300, seed=1), k=50) > 0.98
+    assert recall_against_exact(big, vectors, clusters(300, seed=1), k=50) > 0.95
 
 
 def test_recall_counts_what_is_missing_and_not_which_of_equals_was_found() -> None:
@@ -348,9 +352,9 @@ def test_an_item_bias_as_one_more_dimension_is_searched_well(spread: float) -> N
     bias = -1 - spread * random.exponential(size=(6000, 1))
     vectors = np.column_stack([clusters(6000), bias]).astype(np.float32)
     queries = np.column_stack([clusters(200, seed=1), np.ones(200)]).astype(np.float32)
-    index = HnswIndex(vectors)
+    index = HnswIndex(vectors, GRAPH)
     assert index._lifted == (spread > 0)
-    assert recall_against_exact(index, vectors, queries, k=50) > 0.97
+    assert recall_against_exact(index, vectors, queries, k=50) > 0.95
 
 
 def test_a_short_answer_of_the_graph_is_completed_by_exact_search(big: HnswIndex) -> None:
@@ -400,12 +404,14 @@ def test_threads_that_ask_for_different_k_get_what_each_would_alone(big: HnswInd
             np.testing.assert_array_equal(rows, alone[k])
 
 
-def test_tiny_catalogues_are_searched_exactly_unless_a_graph_is_asked_for() -> None:
+def test_small_catalogues_are_searched_exactly_unless_a_graph_is_asked_for() -> None:
     few = clusters(300)
     assert isinstance(build_index(few), ExactIndex)
     assert isinstance(build_index(few, IndexRules(kind="hnsw")), HnswIndex)
-    assert isinstance(build_index(clusters(5001)), HnswIndex)
-    assert isinstance(build_index(clusters(5001), IndexRules(kind="exact")), ExactIndex)
+    assert isinstance(build_index(few, IndexRules(exact_breadth=0.5)), HnswIndex)
+    exact = IndexRules(kind="exact", exact_breadth=0.5)
+    assert isinstance(build_index(few, exact), ExactIndex)
+    assert isinstance(build_index(few[:0]), ExactIndex)
 
 
 def test_progress_adds_up_to_the_vectors() -> None:
@@ -428,7 +434,7 @@ def test_a_loaded_index_answers_as_the_saved_one(kind: str, tmp_path: Path) -> N
     vectors = clusters(2000)
     if kind == "duplicates":
         vectors[50:300] = vectors[7]
-    rules = IndexRules(ef=40, exact_fetch=0.1, space="lifted" if kind == "lifted" else "auto")
+    rules = IndexRules(ef=40, exact_breadth=0.1, space="lifted" if kind == "lifted" else "auto")
     if kind == "lifted":
         vectors *= np.linspace(0.5, 1, 2000, dtype=np.float32)[:, None]
     index = HnswIndex(vectors, rules)

@@ -495,10 +495,11 @@ BEHAVIORS = (
     "2\tU1\t11/12/2019 2:14:40 PM\tN5 N3\tN4-1 N1-0\n"
     "3\tU2\t11/12/2019 11:00:00 AM\t\tN2-1\n"
 )
+MORNING = int(datetime.fromisoformat("2019-11-12T11:00:00+00:00").timestamp()) * SECOND
 AFTERNOON = int(datetime.fromisoformat("2019-11-12T14:14:40+00:00").timestamp()) * SECOND
 
 
-def test_mind_is_history_just_before_the_first_impression_and_no_positions(tmp_path):
+def test_mind_is_history_before_the_whole_log_and_no_positions(tmp_path):
     write(tmp_path / "behaviors.tsv", BEHAVIORS)
     write(
         tmp_path / "news.tsv",
@@ -507,7 +508,7 @@ def test_mind_is_history_just_before_the_first_impression_and_no_positions(tmp_p
     log = read(DataSource(format="mind", log=str(tmp_path)))
     history = log.interactions.filter(pl.col("request").is_null()).sort("time")
     assert history.select("user", "item", "time").collect().rows() == [
-        ("U1", "N5", AFTERNOON - 2), ("U1", "N3", AFTERNOON - 1),
+        ("U1", "N5", MORNING - 2), ("U1", "N3", MORNING - 1),
     ]  # fmt: skip
     clicks = log.interactions.filter(pl.col("request").is_not_null()).sort("row")
     assert clicks.select("user", "item", "time", "request").collect().rows() == [

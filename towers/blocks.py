@@ -99,6 +99,10 @@ class FeatureEmbedding(nn.Module):
             # sparse: only the touched rows get a gradient, and only they are moved.
             self.ids = nn.Embedding(spec.ids, dimension, sparse=True)
             nn.init.normal_(self.ids.weight, std=0.1 / dimension**0.5)
+            if not id_dropout:
+                # Hardly ever trained then, so that it had better say nothing than something random.
+                with torch.no_grad():
+                    self.ids.weight[0].zero_()
         if spec.text:
             self.text = nn.Linear(spec.text, dimension, bias=False)
             _scale_to_unit(self.text, inputs_norm=1.0)
@@ -188,7 +192,8 @@ class History(nn.Module):
     def __init__(self, dimension: int, pooling: str, max_history: int) -> None:
         super().__init__()
         self.pooling, self.max_history = pooling, max_history
-        self.empty = nn.Parameter(torch.zeros(dimension))
+        # Not zero: a cosine has no direction there, and its gradient no bound.
+        self.empty = nn.Parameter(torch.randn(dimension) / dimension**0.5)
         if pooling == "attention":
             self.content = nn.Sequential(
                 nn.Linear(dimension, dimension), nn.Tanh(), nn.Linear(dimension, 1, bias=False)
@@ -213,9 +218,9 @@ class History(nn.Module):
             example = torch.repeat_interleave(lengths, output_size=len(history))  # (H,)
             place = end[example] - 1 - torch.arange(len(history), device=history.device)
             score = self.content(items)[history, 0] + self.place[place.clamp(max=self.max_history - 1)]
-            weights = segment_softmax(score, example, len(lengths))
+            weights = segment_softmax(score.float(), example, len(lengths))
         pooled = F.embedding_bag(
-            history, items, start,
+            history, items.float(), start,
             mode="mean" if weights is None else "sum", per_sample_weights=weights,
         )  # (B, D)  # fmt: skip
         return torch.where((lengths > 0)[:, None], pooled, self.empty.to(pooled.dtype))

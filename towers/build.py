@@ -10,6 +10,7 @@ import torch
 from features.batches import TrainingEvents
 from features.examples import ask, timeline_until
 from features.timeline import STATISTICS, statistic_scale
+from recsys.errors import ConfigError
 from recsys.ragged import Ragged
 from recsys.tables import Side
 from towers.blocks import FeatureTable
@@ -40,9 +41,18 @@ def _floats(array: np.ndarray | None) -> torch.Tensor | None:
 
 
 def uses_statistics(rules: TowerRules, dataset: Dataset) -> bool:
-    """Whether the towers read item statistics: as configured, or when the log shows impressions."""
+    """Whether the towers read item statistics: as configured, or when the log shows impressions.
+
+    Raises:
+        ConfigError: they are asked for, and the log has no clock.
+    """
     if rules.statistics == "auto":
         return bool(dataset.manifest["timed"]) and len(dataset.request_user) > 0
+    if rules.statistics and not dataset.manifest["timed"]:
+        raise ConfigError(
+            "towers.statistics is true, but this log has no clock, so that an item has no age. "
+            "Set it to false, or name the column of time in [data.columns]."
+        )
     return bool(rules.statistics)
 
 

@@ -61,7 +61,7 @@ def in_batch_softmax(
     loss = total - positive[:, 0]
     if weight is None:
         return loss.mean()
-    return (loss * weight).sum() / weight.sum()
+    return (loss * weight).sum() / weight.sum().clamp(min=1e-9)  # 0 when nothing weighs
 
 
 def ragged_logaddexp(total: Tensor, terms: Tensor, row: Tensor) -> Tensor:

@@ -79,7 +79,11 @@ class Temperature(nn.Module):
 
     def forward(self) -> Tensor:
         # 1/τ ≤ 100 as in CLIP: sharper than that, gradients vanish on all but one candidate.
-        return self.log.clamp(math.log(0.01), 0.0).exp() if self.learned else self.log.exp()
+        if not self.learned:
+            return self.log.exp()
+        # The gradient passes the bounds, so that a step too far can be taken back.
+        over = self.log.detach() - self.log.detach().clamp(math.log(0.01), 0.0)
+        return (self.log - over).exp()
 
 
 @dataclass(frozen=True)

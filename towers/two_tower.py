@@ -43,6 +43,11 @@ class TowerRules(Strict):
     """Item age, clicks and exposures as of the event; auto: when the log shows impressions."""
 
 
+def unit_vectors(x: Tensor) -> Tensor:
+    """(B, D) of length 1 in float32; what is almost 0 stays short, so that its gradient is bounded."""
+    return F.normalize(x.float(), dim=-1, eps=0.01)
+
+
 class ItemTower(nn.Module):
     """Item rows → unit vectors (or plain ones for the dot product), plus a bias where there is one."""
 
@@ -61,7 +66,7 @@ class ItemTower(nn.Module):
         out = self.deep(embedded)
         if self.rules.score == "dot":
             return out
-        unit = F.normalize(out.float(), dim=-1)
+        unit = unit_vectors(out)
         if self.rules.score == "cosine":
             return unit
         return torch.cat([unit, self.bias(out).float()], dim=-1)
@@ -107,7 +112,7 @@ class UserTower(nn.Module):
         out = self.deep(out)
         if self.rules.score == "dot":
             return out
-        unit = F.normalize(out.float(), dim=-1)
+        unit = unit_vectors(out)
         if self.rules.score == "cosine":
             return unit
         return torch.cat([unit, torch.ones_like(unit[:, :1])], dim=-1)

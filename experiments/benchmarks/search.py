@@ -86,7 +86,7 @@ def methods(
 ) -> tuple[dict[str, Answer], dict[str, float]]:
     """Every way to answer, and the seconds that building the graphs took."""
     # Never hand over to exact search: here the graph itself is measured.
-    rules = IndexRules(kind="hnsw", exact_fetch=1)
+    rules = IndexRules(kind="hnsw", exact_breadth=1)
     exact = ExactIndex(vectors)
     start = clock()
     graph = HnswIndex(vectors, rules)

@@ -33,8 +33,9 @@ def read(source: DataSource) -> Log:
 
     `log` (or train, valid, test) is a behaviors file or a folder that holds behaviors.tsv; news.tsv
     in that folder is read too, unless `items` names it. The items of a user's history become
-    positives before their first impression, a microsecond apart, the last one just before it: MIND
-    tells their order and not their times. Of a given split they are on the training side.
+    positives before the first impression of the whole log, a microsecond apart: MIND tells their order
+    and not their times, and all of them happened before it. Of a given split they are on the training
+    side.
     The order of an impression list is no position.
     """
     schema = with_defaults(
@@ -77,7 +78,7 @@ def _lists(frame: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def _history(parts: Sequence[Part], schema: Schema) -> tuple[pl.LazyFrame, int]:
-    """The history beside each user's first impression, as rows, and how many."""
+    """The history beside each user's first impression, as rows before the log, and how many."""
     rows = table(parts, {"user": "user", "time": "time", "history": "history"}, ids=("user",))
     _, time = survey(rows, [], {}, rows.clock("time", schema))
     first = (
@@ -91,6 +92,7 @@ def _history(parts: Sequence[Part], schema: Schema) -> tuple[pl.LazyFrame, int]:
     side = [pl.lit(0, pl.UInt8).alias("side")] if rows.split else []
     # A few thousand lists are sorted here and not streamed, so they are held.
     held = first.select("user", "time", items.alias("item")).collect(engine="streaming")
+    held = held.with_columns(pl.col("time").min())
     length = pl.col("item").list.len().cast(pl.Int64)
     frame = (
         held.lazy()
