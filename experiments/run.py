@@ -30,6 +30,7 @@ from recsys.tables import Side
 from recsys.vocab import Vocab
 from serving import bundle as bundles
 from serving.bundle import Bundle
+from serving.manifest import read_manifest
 from serving.recommender import Recommender
 from towers.blocks import FeatureTable
 from towers.build import build_model, standardise, validation_side
@@ -67,8 +68,12 @@ def prepare(config: RunConfig) -> Dataset:
     name = sha256_bytes(canonical_json(asked).encode())[:12]
     log = logs.read(config.data)
     dataset = prepare_log(
-        log, config.split, config.skips, Path(config.out) / "prepared" / name,
-        options=asked["data"], progress=say,
+        log,
+        config.split,
+        config.skips,
+        Path(config.out) / "prepared" / name,
+        options=asked["data"],
+        progress=say,
     )
     for note, count in sorted(log.notes.items()):
         say(f"{note}: {count:,}")
@@ -189,12 +194,18 @@ def make_bundle(
     if timeline.shown is not None:
         met |= timeline.shown.lengths > 0
     if described:
-        met[1:] |= catalog.select(pl.any_horizontal(pl.col(described).is_not_null())).to_series().to_numpy()
+        met[1:] |= (
+            catalog.select(pl.any_horizontal(pl.col(described).is_not_null()))
+            .to_series()
+            .to_numpy()
+        )
     met[0] = True
     items = np.flatnonzero(met)
     users = np.diff(timeline.user_offsets) > 0
     # A user table describes users who have not come yet.
-    users |= bool(dataset.user_numbers.shape[1] or dataset.user_categories or any(dataset.user_text))
+    users |= bool(
+        dataset.user_numbers.shape[1] or dataset.user_categories or any(dataset.user_text)
+    )
     users[0] = True
     kept_users = np.flatnonzero(users)
     place = np.full(dataset.n_items, -1, np.int64)
@@ -347,7 +358,7 @@ def record_scorecard(tracker: Tracker, scorecard: dict[str, Any], bundle: Path) 
     tracker.log_metrics(numbers)
     for picture in draw(scorecard, tracker.folder / "pictures"):
         tracker.log_file(picture, "pictures")
-    tracker.log_bundle(bundle, {"fingerprint": bundles.read_manifest(bundle)["fingerprint"]})
+    tracker.log_bundle(bundle, {"fingerprint": read_manifest(bundle)["fingerprint"]})
 
 
 def _new_folder(config: RunConfig) -> Path:

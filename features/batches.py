@@ -211,7 +211,7 @@ class Batches:
 
     def __len__(self) -> int:
         whole, rest = divmod(self.events.size, self.batch_size)
-        if not self.in_time or not whole:
+        if not self.in_time or self.events.size <= self.batch_size:
             return whole + (rest > 0)
         # The same in every epoch, as a trainer needs; the two outer windows share what the inner
         # ones leave, and of two possible numbers the one that lets the edges move further is taken.
@@ -232,7 +232,9 @@ class Batches:
         for number, (chosen, around) in enumerate(self._plan(rng)):
             # A batch has its own generator, so that going on in mid-epoch gives the same batches.
             if number >= self.done:
-                batch = self.make(chosen, np.random.default_rng([self.seed, self.epoch, number]), around)
+                batch = self.make(
+                    chosen, np.random.default_rng([self.seed, self.epoch, number]), around
+                )
                 self.done = number + 1
                 yield batch
 

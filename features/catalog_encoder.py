@@ -10,6 +10,7 @@ Shapes: n distinct texts, V tokens in the vocabulary, T tokens of all texts, D d
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
 
     from features.text import TextRules
 
-SMALL = 1000
-"""With fewer texts than this a word that stands once is a token too."""
+FREQUENT = 2
+"""Times that a token stands at least. With 1, scripts without spaces would learn sentences."""
+FIRST_SYLLABLE = "\u2e80"
+"""From here on (Chinese, Japanese, Korean) one letter says something by itself."""
 MAX_WORD = 32
 """Letters of a token at most: in scripts without spaces a whole sentence is one word."""
 AT_ONCE = 20_000
@@ -50,6 +53,7 @@ def train_static(
     Raises:
         DataError: no text has a letter in it.
     """
+    import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
@@ -76,6 +80,9 @@ def train_static(
     model = SentenceTransformer(modules=[module], device="cpu")
     pairs = make_pairs(tokens, items, tokenizer, rules)
     contrast(model, pairs, rules, rng, progress)
+    with torch.no_grad():
+        weights = module.embedding.weight
+        weights.copy_(torch.from_numpy(inherit(tokenizer, tokens, weights.numpy())))
     return model.eval()
 
 
@@ -98,7 +105,7 @@ def fit_tokenizer(texts: list[str], rules: TextRules) -> Tokenizer:
     alphabet = ranked[: rules.vocabulary // 2]
     trainer = trainers.BpeTrainer(
         vocab_size=rules.vocabulary,
-        min_frequency=1 if len(texts) < SMALL else 2,
+        min_frequency=FREQUENT,
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
         max_token_length=MAX_WORD,
@@ -126,7 +133,7 @@ def lsa_vectors(
     """(V, D) float32 vectors whose sum over a text is its latent semantic analysis.
 
     A token's weight is log((n + 1) / (texts that have it + 1/2)), so a word that stands everywhere
-    says little. Tokens that stand in no text have the zero vector and change no mean's direction.
+    says little. Tokens that stand in no text have the zero vector.
     """
     from scipy import sparse
     from sklearn.utils.extmath import randomized_svd
@@ -153,6 +160,41 @@ def lsa_vectors(
         size = np.sqrt(np.square(start[has > 0]).sum() / ((has > 0).sum() * dimension))
         start[:, empty] = rng.normal(0, size, (vocabulary, len(empty)))
     return start * weight[:, None]
+
+
+def inherit(tokenizer: Tokenizer, tokens: Ragged, vectors: np.ndarray) -> np.ndarray:
+    """Give parts of words that stand in no text by themselves the mean of what they are part of.
+
+    So "kitten" is near "kittens" where the catalogue only has the latter. One or two letters of
+    an alphabet are part of anything and stay zero.
+
+    Args:
+        tokenizer: byte-pair encoding.
+        tokens: of the texts that it was fitted on.
+        vectors: (V, D) of the tokens.
+
+    Returns:
+        (V, D) float32.
+    """
+    model = json.loads(tokenizer.to_str())["model"]
+    place, vectors = model["vocab"], vectors.copy()
+    count = np.bincount(tokens.values, minlength=len(vectors)).astype(np.float64)
+    new = count == 0
+    total, weight = np.zeros(vectors.shape), np.zeros(len(vectors))
+    # From the last merge down: what a token is part of was merged after it.
+    for left, right in reversed(model["merges"]):
+        whole = place[left + right]
+        if new[whole] and weight[whole]:
+            vectors[whole], count[whole] = total[whole] / weight[whole], weight[whole]
+        for part in {place[left], place[right]}:
+            if new[part]:
+                total[part] += count[whole] * vectors[whole]
+                weight[part] += count[whole]
+    for token, row in place.items():
+        if new[row]:
+            says = len(token) > 2 or token[0] >= FIRST_SYLLABLE
+            vectors[row] = total[row] / weight[row] if says and weight[row] else 0
+    return vectors
 
 
 @dataclass(frozen=True)
@@ -229,7 +271,8 @@ def contrast(
             )
         ]
         for number in rng.permutation(len(batches))[: steps - step]:
-            views = draw_views(*batches[number], rules.keep, rng)
+            kind, part = batches[number]
+            views = draw_views(kind, part, rules.keep, rng)
             if views is not None:
                 loss = loss_of(views, torch.empty(0))
                 optimizer.zero_grad()

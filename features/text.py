@@ -9,8 +9,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,7 +18,8 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from recsys.errors import BundleError, ConfigError, DataError
+from features.pretrained import open_model, pretrained
+from recsys.errors import BundleError, DataError
 from recsys.files import atomic_folder, atomic_write, canonical_json, sha256_bytes
 from recsys.tables import Strict
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MANIFEST = "encoder.json"
-PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
-"""Endings of files that could run code when they are read: never opened."""
 DIGEST_BYTES = 16
 """Of a text: 128 bits, so that two of a billion texts meet with a chance of 1e-21."""
 
@@ -112,7 +110,7 @@ class TextEncoder:
         limit = self.model.max_seq_length
         if inner is tokenizer:
             limit = cut["max_length"] if cut else None
-        modules = [
+        modules: list[Any] = [
             [type(module).__name__, getattr(module, "get_config_dict", dict)()]
             for module in self.model.children()
         ]
@@ -198,7 +196,7 @@ class TextEncoder:
                 f"{FORMAT_VERSION}. Use the version of recsys that wrote it, or make it again."
             )
         try:
-            encoder = TextEncoder(_open(str(folder), device, local=True), batch)
+            encoder = TextEncoder(open_model(str(folder), device, local=True), batch)
             found = encoder.fingerprint
         except Exception as error:  # each library under it has its own words for a damaged file
             raise BundleError(
@@ -234,7 +232,7 @@ def fit_encoder(
     """
     rules = rules or TextRules()
     if rules.model is not None:
-        return _pretrained(rules.model, rules.device, rules.batch)
+        return TextEncoder(pretrained(rules.model, rules.device), rules.batch)
     # Here, so that a model which is only loaded does not pay for scipy and scikit-learn.
     from features.catalog_encoder import train_static
 
@@ -339,68 +337,6 @@ def _write_cache(
     notes = {"fingerprint": encoder.fingerprint, "sha256": _checksum(digests, vectors)}
     with atomic_write(path) as temporary:
         save_file({"digests": digests, "vectors": vectors}, temporary, metadata=notes)
-
-
-def _pretrained(name: str, device: str | None, batch: int) -> TextEncoder:
-    """A model of the user's, from a folder, the local cache of the hub, or the hub.
-
-    Raises:
-        ConfigError: it cannot be had; says what to do without a network.
-    """
-    folder = Path(name).expanduser()
-    offline = _flag("HF_HUB_OFFLINE") or _flag("TRANSFORMERS_OFFLINE")
-    is_folder = folder.is_dir()
-    way_out = (
-        "Without a network: copy the model to a folder and set text.model to that folder, "
-        "or leave text.model out to train a static encoder on the catalogue."
-    )
-    if not is_folder and (folder.is_absolute() or name.startswith((".", "~"))):
-        raise ConfigError(f"text.model names the folder {name!r}, which is not there. {way_out}")
-    reason: Exception | None = None
-    # What is on this machine first: a run that worked once works again without a network.
-    for local in [True] if is_folder or offline else [True, False]:
-        try:
-            return TextEncoder(_open(str(folder) if is_folder else name, device, local), batch)
-        except Exception as error:  # each library under it has its own words for "not there"
-            reason = error
-    where = "read" if is_folder else "found on this machine" if offline else "found or downloaded"
-    cause = str(reason).strip().split("\n")[0].rstrip(".")
-    raise ConfigError(f"The text model {name!r} cannot be {where}: {cause}. {way_out}") from reason
-
-
-def _open(name: str, device: str | None, local: bool) -> SentenceTransformer:
-    from sentence_transformers import SentenceTransformer
-
-    if Path(name).is_dir():
-        files = [file for file in Path(name).rglob("*") if file.is_file()]
-        pickles = sorted(file for file in files if file.suffix in PICKLES)
-        if pickles and not any(file.suffix == ".safetensors" for file in files):
-            raise ValueError(f"{pickles[0].name} may be a pickle; only safetensors are read")
-    with _quiet():
-        return SentenceTransformer(
-            name,
-            device=device,
-            local_files_only=local,
-            model_kwargs={"use_safetensors": True},
-        )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' own progress bars off the screen."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def _series(texts: Texts) -> pl.Series:

@@ -3,12 +3,13 @@
 How somebody chooses here is a decision process over words, not a product of vectors. A shopper is
 in the mood of one of two personas. A persona asks its questions in order: is it a kind of thing I
 came for? of a style I like? of a material I like? The first "no" ends the walk, and how far it
-came gives the chance of a click. A finish or style that the persona cannot stand, or a brand or
-finish that this shopper cannot stand, ends it at once; so (nearly) does a price above the ceiling.
+came gives the chance of a click. A style that the persona cannot stand, or a finish, brand or flaw
+that this very shopper cannot stand, ends it at once; a price above their ceiling nearly does.
 
-The shop shows ten things of the kind that the shopper came for, by popularity and newness, again
-and again, without knowing any dealbreaker. They stand in random order; the shopper walks down from
-the top and stops at some depth. What lies deeper was not seen and says nothing.
+The shop shows ten things of the kind that the shopper came for, by popularity and newness, without
+knowing any dealbreaker: most of what somebody skips is attractive but for one word. They stand in
+random order; the shopper walks down from the top and stops at some depth. What lies deeper was not
+seen and says nothing.
 
 Each request draws its mood and kind anew, so that earlier clicks of a session tell no more than
 the shopper's tastes do, and `World.oracle` (which knows the tastes) cannot be beaten but by luck.
@@ -18,11 +19,12 @@ Legend: U users, N items, P personas, K kinds, R requests, Q queries.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -40,7 +42,7 @@ START = 1_709_251_200 * SECOND
 
 KIND_SHARES = (0.4, 0.3, 0.2, 0.1)
 """How often a persona comes for its first, second, third and fourth kind."""
-CLICK = np.array([0.01, 0.3, 0.6, 0.85], np.float32)
+CLICK = np.array([0.01, 0.5, 0.75, 0.95], np.float32)
 """Chance of a click on a seen item, by the number of questions that ended with "yes"."""
 ACCIDENT = 0.008
 """Chance of a click in spite of a dealbreaker."""
@@ -86,10 +88,10 @@ class World:
     @property
     def users(self) -> list[str]:
         """The ids of all U users, those who never came among them."""
-        return numbered("u", len(self.truth["user_personas"]), 4)
+        return words.numbered("u", len(self.truth["user_personas"]), 4)
 
     def write(self, folder: str | Path) -> Path:
-        """Write impressions.parquet, items.parquet, truth.npz and world.json; whole or not at all."""
+        """Write impressions.parquet, items.parquet, truth.npz and world.json, or nothing."""
         folder = Path(folder)
         about = {
             "format": FORMAT,
@@ -103,7 +105,8 @@ class World:
         with atomic_folder(folder) as temporary:
             self.impressions.write_parquet(temporary / "impressions.parquet")
             self.items.write_parquet(temporary / "items.parquet")
-            np.savez(temporary / "truth.npz", **self.truth)
+            facts: Any = self.truth
+            np.savez(temporary / "truth.npz", **facts)
             (temporary / "world.json").write_text(canonical_json(about) + "\n", encoding="utf-8")
         return folder
 
@@ -120,16 +123,20 @@ class World:
         if found != (FORMAT, FORMAT_VERSION):
             raise DataError(
                 f"{folder}/world.json says format {found[0]!r} version {found[1]!r}, but this "
-                f"reads {FORMAT!r} version {FORMAT_VERSION}. Make it again: recsys simulate {folder}."
+                f"reads {FORMAT!r} version {FORMAT_VERSION}. "
+                f"Make it again: recsys simulate {folder}."
             )
         for name in ("impressions.parquet", "items.parquet", "truth.npz"):
             if not (folder / name).exists():
-                raise DataError(
-                    f"The simulated world {folder} lacks {name}. "
-                    f"Make it again: recsys simulate {folder}."
-                )
-        with np.load(folder / "truth.npz", allow_pickle=False) as truth:
-            facts = {name: truth[name] for name in truth.files}
+                again = f"Make it again: recsys simulate {folder}."
+                raise DataError(f"The simulated world {folder} lacks {name}. {again}")
+        try:
+            with np.load(folder / "truth.npz", allow_pickle=False) as truth:
+                facts = {name: truth[name] for name in truth.files}
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(
+                f"{folder}/truth.npz is damaged ({error}). Make it again: recsys simulate {folder}."
+            ) from None
         return World(
             pl.read_parquet(folder / "impressions.parquet"),
             pl.read_parquet(folder / "items.parquet"),
@@ -213,7 +220,7 @@ class World:
         step = max(1, CHUNK // max(1, len(self.items)))
         for start in range(0, len(users), step):
             rows = np.arange(start, min(start + step, len(users)))
-            scores = self.oracle([users[r] for r in rows], times[rows], kind=kind)
+            scores = self.oracle(users[start : start + step], times[rows], kind=kind)
             if exclude is not None:
                 seen = exclude.take(rows)
                 scores[seen.row_of(), seen.values] = -np.inf
@@ -226,9 +233,9 @@ class World:
         """What this user likes and cannot stand, in the words that stand in the item texts.
 
         Returns:
-            kinds (most wanted first), styles, materials, brands: liked by one mood or the other;
-            avoided: styles, finishes, brands and flaws that both moods cannot stand; avoided_sometimes:
-            only one of them; price_rank_ceiling: dearest share of a kind that is still considered.
+            kinds (most wanted first), styles, materials, finishes, brands: liked in some mood;
+            avoided: styles, finishes, brands and flaws that end it at once;
+            price_rank_ceiling: up to where in the prices of a kind they look.
         """
         t = self.truth
         u = int(_rows([user], self.users, "user")[0])
@@ -236,25 +243,25 @@ class World:
         middle = np.array([START + int(self.parameters["days"]) * DAY // 2])
         mood = self.moods(np.array([u]), middle)[0]
         kinds = mood @ t["persona_kinds"][personas]
-        avoids = np.concatenate(
-            [t["persona_avoids_style"][personas], t["persona_avoids_finish"][personas]], axis=1
-        )
-        names = np.array(words.STYLES + words.FINISHES)
-        own = _named(words.FINISHES, t["user_avoids_finish"][u])
-        own += _named(words.BRANDS, t["user_avoids_brand"][u])
-        own += _named(words.FLAWS, t["user_avoids_flaw"][u])
+        # Materials are named of the departments that they come for, not of the whole shop.
+        department = np.arange(len(words.MATERIALS)) // words.MATERIALS_EACH
+        used = np.isin(department, words.DEPARTMENT_OF_KIND[kinds > 0])
+        avoided = _named(words.STYLES, t["persona_avoids_style"][personas[0]])
+        avoided += _named(words.FINISHES, t["user_avoids_finish"][u])
+        avoided += _named(words.BRANDS, t["user_avoids_brand"][u])
+        avoided += _named(words.FLAWS, t["user_avoids_flaw"][u])
         return {
             "kinds": [words.KINDS[k] for k in np.argsort(-kinds, kind="stable") if kinds[k] > 0],
             "styles": _named(words.STYLES, t["persona_styles"][personas].any(0)),
-            "materials": _named(words.MATERIALS, t["persona_materials"][personas].any(0)),
+            "materials": _named(words.MATERIALS, t["persona_materials"][personas].any(0) & used),
+            "finishes": _named(words.FINISHES, ~t["user_avoids_finish"][u]),
             "brands": _named(words.BRANDS, t["user_brands"][u]),
-            "avoided": names[avoids.all(0)].tolist() + own,
-            "avoided_sometimes": names[avoids.any(0) & ~avoids.all(0)].tolist(),
+            "avoided": avoided,
             "price_rank_ceiling": float(t["user_ceiling"][u]),
         }
 
     def moods(self, user: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """(Q, 2) chance of each of the user's two personas; some users change over in a few days."""
+        """(Q, 2) chance of each of the user's two personas; some turn over within a few days."""
         days = (times - START) / DAY
         turn = self.truth["user_turn_day"][user]
         first, last = self.truth["user_first_share"][user].T
@@ -287,13 +294,12 @@ class World:
 
     @cached_property
     def _levels(self) -> np.ndarray:
-        """(P, N) int8 how many of a persona's questions an item answers with yes; -1: dealbreaker."""
+        """(P, N) int8 how many of a persona's questions end with yes; -1: a style it avoids."""
         t = self.truth
         kind = t["persona_kinds"][:, t["item_kind"]] > 0
         style = kind & t["persona_styles"][:, t["item_style"]]
         material = style & t["persona_materials"][:, t["item_material"]]
         avoided = t["persona_avoids_style"][:, t["item_style"]]
-        avoided = avoided | t["persona_avoids_finish"][:, t["item_finish"]]
         levels = kind.astype(np.int8) + style + material
         return np.where(avoided, np.int8(-1), levels).astype(np.int8)
 
@@ -318,11 +324,11 @@ class World:
         avoided = t["user_avoids_brand"][user, brand] | t["user_avoids_finish"][user, finish]
         avoided |= t["user_avoids_flaw"][user, t["item_flaw"][item]]
         chance = np.where(avoided | (level < 0), np.float32(ACCIDENT), chance)
-        return np.minimum(chance, np.float32(0.95))
+        return np.minimum(chance, np.float32(0.97))
 
     @cached_property
     def _stops(self) -> np.ndarray:
-        """(days + 1, K + 1) where the race stops, by day and kind: as many are shown as fit a page."""
+        """(days + 1, K + 1) where the race stops, by day and kind: when the page is full."""
         days = int(self.parameters["days"])
         page = float(self.parameters["page"])
         noon = START + np.arange(days + 1) * DAY + DAY // 2
@@ -335,7 +341,9 @@ class World:
             for _ in range(12):  # Newton from the left on a concave function never overshoots
                 kept = np.exp(-rate * stop[:, None])
                 slope = np.maximum((rate * kept).sum(1), 1e-30)
-                stop = stop + (room - (rate > 0).sum(1) + np.where(rate > 0, kept, 0).sum(1)) / slope
+                stop = (
+                    stop + (room - (rate > 0).sum(1) + np.where(rate > 0, kept, 0).sum(1)) / slope
+                )
             stops[:, kind] = stop
         return stops.astype(np.float32)
 
@@ -387,9 +395,3 @@ def _rows(ids: Sequence[str], known: list[str], what: str) -> np.ndarray:
 
 def _named(names: tuple[str, ...], chosen: np.ndarray) -> list[str]:
     return [name for name, yes in zip(names, chosen, strict=True) if yes]
-
-
-def numbered(letter: str, count: int, digits: int) -> list[str]:
-    """Ids like u0007: a letter and a row, of equal width."""
-    width = max(digits, len(str(max(0, count - 1))))
-    return [f"{letter}{row:0{width}d}" for row in range(count)]

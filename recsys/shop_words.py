@@ -177,6 +177,12 @@ def write_items(
     )
 
 
+def numbered(letter: str, count: int, digits: int) -> list[str]:
+    """Ids like u0007: a letter and a row, of equal width."""
+    width = max(digits, len(str(max(0, count - 1))))
+    return [f"{letter}{row:0{width}d}" for row in range(count)]
+
+
 def _words(names: tuple[str, ...] | list[str], codes: np.ndarray) -> pl.Series:
     return pl.Series(list(names), dtype=pl.String).gather(codes.astype(np.int64))
 
@@ -187,12 +193,12 @@ def _capital(text: pl.Expr) -> pl.Expr:
 
 def _fill(forms: tuple[str, ...], chosen: str) -> pl.Expr:
     """The form that each row chose, its blanks filled from the columns of their names."""
-    blanks = ("kind", "material", "style", "finish", "brand", "band", "department")
+    blanks: tuple[str, ...] = ("kind", "material", "style", "finish", "brand", "band", "department")
     blanks += ("a_style", "A_style", "A_band")
     text = pl.lit("")
     for number, form in enumerate(forms):
         names = [name for name in blanks if "{" + name + "}" in form]
-        names.sort(key=lambda name, form=form: form.index("{" + name + "}"))
+        names = [name for _, name in sorted((form.index("{" + n + "}"), n) for n in names)]
         plain = form
         for name in names:
             plain = plain.replace("{" + name + "}", "{}")

@@ -18,7 +18,6 @@ from recsys.shop import (
     PHONE_HASTE,
     START,
     World,
-    numbered,
 )
 from recsys.tables import DAY, SECOND
 
@@ -26,10 +25,11 @@ __all__ = ["World", "simulate", "simulate_events"]
 
 SCENES, CHARACTERS = 6, 4
 """What people come for, and what they like whatever they come for; a persona is one of each."""
-LIKED_STYLES, AVOIDED_STYLES, AVOIDED_FINISHES = 3, 2, 3
-FLAWED, TOLERANCE = 0.4, 0.1
+LIKED_STYLES, AVOIDED_STYLES = 3, 2
+FLAWED, TOLERANCE = 0.1, 0.1
 """Share of the items that have a flaw; share of the users who do not mind it."""
-OWN_FINISHES = 4
+OWN_FINISHES, OWN_BRANDS = 7, 1
+"""How many finishes and brands each user cannot stand, of 10 and of 16."""
 PAST_DAYS = 60
 """Items of before the first day were published within so many days."""
 NEW_ITEMS = 0.4
@@ -49,7 +49,7 @@ def simulate(
     users: int = 2000,
     items: int = 1500,
     days: int = 30,
-    requests_per_user: float = 24.0,
+    requests_per_user: float = 40.0,
     page: int = 10,
     popularity_skew: float = 0.5,
     seed: int = 0,
@@ -100,8 +100,8 @@ def simulate_events(
     given = {"rows": rows, "users": users, "items": items, "seed": seed}
     _check(given, popularity_skew=skew)
     rng = np.random.default_rng(seed)
-    user_ids = pl.Series(numbered("u", users, 7))
-    item_ids = pl.Series(numbered("i", items, 7))
+    user_ids = pl.Series(words.numbered("u", users, 7))
+    item_ids = pl.Series(words.numbered("i", items, 7))
     event_ids = pl.Series(["view", "cart", "buy"])
     # Who is popular has nothing to do with the number in the id.
     user_order, item_order = rng.permutation(users), rng.permutation(items)
@@ -124,10 +124,12 @@ def _check(whole: dict[str, int], **positive: float) -> None:
     for name, value in whole.items():
         least = 0 if name == "seed" else 1
         if not isinstance(value, (int, np.integer)) or value < least:
-            raise ConfigError(f"{name} is {value!r}, but must be a whole number of {least} or more.")
-    for name, value in positive.items():
-        if not 0 <= value < np.inf:
-            raise ConfigError(f"{name} is {value!r}, but must be a finite number of 0 or more.")
+            raise ConfigError(
+                f"{name} is {value!r}, but must be a whole number of {least} or more."
+            )
+    for name, number in positive.items():
+        if not 0 <= number < np.inf:
+            raise ConfigError(f"{name} is {number!r}, but must be a finite number of 0 or more.")
 
 
 def _clock(time: np.ndarray) -> pl.Series:
@@ -176,7 +178,7 @@ def _items(
         kind, material, style, finish, brand, band, flaw, rng.integers(0, 1 << 20, (count, 3))
     )
     table = table.with_columns(price=price, published=_clock(published))
-    table = table.insert_column(0, pl.Series("item", numbered("i", count, 5)))
+    table = table.insert_column(0, pl.Series("item", words.numbered("i", count, 5)))
     return table, {
         "item_kind": kind,
         "item_material": material,
@@ -216,14 +218,12 @@ def _personas(rng: np.random.Generator) -> dict[str, np.ndarray]:
     wanted = np.zeros((SCENES, len(words.KINDS)), np.float32)
     wanted[np.arange(SCENES)[:, None], dealt] = KIND_SHARES
     style = _ranks(rng, CHARACTERS, len(words.STYLES))
-    finish = _ranks(rng, CHARACTERS, len(words.FINISHES))
     materials = _ranks(rng, CHARACTERS * len(words.DEPARTMENTS), words.MATERIALS_EACH) < 2
     return {
         "persona_kinds": wanted[scene],
         "persona_styles": (style < LIKED_STYLES)[character],
         "persona_avoids_style": (style >= len(words.STYLES) - AVOIDED_STYLES)[character],
         "persona_materials": materials.reshape(CHARACTERS, -1)[character],
-        "persona_avoids_finish": (finish < AVOIDED_FINISHES)[character],
     }
 
 
@@ -245,10 +245,10 @@ def _users(rng: np.random.Generator, count: int, days: int) -> dict[str, np.ndar
         "user_first_share": share,
         "user_turn_day": rng.uniform(0.2, 0.8, count) * days,
         "user_brands": brands < 2,
-        "user_avoids_brand": brands == len(words.BRANDS) - 1,
+        "user_avoids_brand": brands >= len(words.BRANDS) - OWN_BRANDS,
         "user_avoids_finish": _ranks(rng, count, len(words.FINISHES)) < OWN_FINISHES,
         "user_avoids_flaw": avoids_flaw,
-        "user_ceiling": rng.uniform(0.5, 1.3, count).astype(np.float32),
+        "user_ceiling": rng.uniform(0.7, 1.6, count).astype(np.float32),
         "user_patience": rng.uniform(0.85, 0.97, count),
         "user_arrival_day": arrival,
         "user_diligence": rng.lognormal(0.0, 0.9, count),
@@ -313,9 +313,9 @@ def _pages(
     looks = further[:, None] ** np.arange(length)
     frame = _table(world, user, time, device, shown, clicked, looks)
     hidden = {
-        "request_depth": depth,
-        "request_persona": persona,
-        "request_kind": kind,
+        "request_depth": np.minimum(depth, 1 << 14).astype(np.int16),
+        "request_persona": persona.astype(np.int8),
+        "request_kind": kind.astype(np.int8),
     }
     return frame, hidden
 
@@ -343,9 +343,7 @@ def _rounds(user: np.ndarray) -> list[np.ndarray]:
 def _race(rng: np.random.Generator, weight: np.ndarray, length: int) -> np.ndarray:
     """Draw without replacement by weight (the first to arrive), then shuffle the places."""
     arrival = np.full(weight.shape, np.inf, np.float32)
-    np.divide(
-        rng.standard_exponential(weight.shape, np.float32), weight, arrival, where=weight > 0
-    )
+    np.divide(rng.standard_exponential(weight.shape, np.float32), weight, arrival, where=weight > 0)
     length = min(length, weight.shape[1])
     first = np.argpartition(arrival, length - 1, axis=1)[:, :length]
     missing = ~np.isfinite(np.take_along_axis(arrival, first, 1))

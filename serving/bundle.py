@@ -5,7 +5,7 @@ Legend: N item rows (row 0 is "nothing known"), U user rows, D dimensions of the
 
 from __future__ import annotations
 
-import importlib.metadata
+import os
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file as load_tensors
@@ -22,22 +22,19 @@ from safetensors.torch import save_file as save_tensors
 
 from features.columns import ContextColumn
 from features.timeline import Timeline
-from recsys.errors import BundleError, DataError
-from recsys.files import atomic_folder, read_json, sha256_bytes, sha256_file, write_json
+from recsys.errors import BundleError
+from recsys.files import atomic_folder, sha256_bytes, sha256_file
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex, Index
 from recsys.vocab import Vocab
 from serving.index import HnswIndex, IndexRules, build_index, recall_against_exact
+from serving.manifest import check, digests, may_replace, read_manifest, write_manifest
 from towers.blocks import FeatureSpec, FeatureTable
 from towers.encode import Embeddings
 from towers.two_tower import TowerRules, TwoTower
 
 if TYPE_CHECKING:
     from features.text import TextEncoder
-
-FORMAT = "recsys-bundle"
-FORMAT_VERSION = 1
-LIBRARIES = ("torch", "sentence-transformers", "tokenizers", "hnswlib", "polars", "numpy")
 
 
 @dataclass(frozen=True)
@@ -115,8 +112,16 @@ def save(
 
     The index's recall against exact search is measured here, with item vectors as queries and
     `recall_k` answers, and written into the manifest.
+
+    Raises:
+        BundleError: something else than a bundle stands at `path`.
     """
     path = Path(path)
+    if path.exists() and not may_replace(path):
+        raise BundleError(
+            f"{path} holds something that is no bundle, and would be replaced. "
+            "Name another folder, or remove it."
+        )
     model, timeline = bundle.model, bundle.timeline
     with atomic_folder(path) as folder:
         weights = {name: t.contiguous().cpu() for name, t in model.state_dict().items()}
@@ -128,14 +133,6 @@ def save(
         }
         save_tensors(buffers, folder / "features.safetensors")
         save_arrays(_timeline_arrays(timeline), folder / "timeline.safetensors")
-        save_arrays(
-            {
-                "vectors": np.ascontiguousarray(bundle.vectors),
-                "rows": bundle.rows,
-                "window": np.ascontiguousarray(bundle.window),
-            },
-            folder / "vectors.safetensors",
-        )
         bundle.items.save(folder / "item_ids.parquet")
         bundle.users.save(folder / "user_ids.parquet")
         bundle.catalog.write_parquet(folder / "catalog.parquet", statistics=False)
@@ -144,10 +141,19 @@ def save(
         if encoder is not None:
             encoder.save(folder / "text")
         fingerprint = _fingerprint(folder, bundle)
+        save_arrays(
+            {
+                "vectors": np.ascontiguousarray(bundle.vectors),
+                "rows": bundle.rows,
+                "window": np.ascontiguousarray(bundle.window),
+            },
+            folder / "vectors.safetensors",
+            metadata={"fingerprint": fingerprint},
+        )
+        for file in folder.glob("*.safetensors"):
+            os.chmod(file, 0o666 & folder.stat().st_mode)  # safetensors gives 0600
         manifest = {
             **bundle.manifest,
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
             "fingerprint": fingerprint,
             "cutoff": bundle.cutoff,
             "timed": timeline.timed,
@@ -176,13 +182,8 @@ def save(
                 "recall": _index_recall(bundle, min(recall_k, len(bundle.rows)), seed),
                 "recall_k": min(recall_k, len(bundle.rows)),
             },
-            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         }
-        manifest["files"] = _digests(folder)
-        manifest["content"] = sha256_bytes(
-            *(f"{name}={digest}".encode() for name, digest in sorted(manifest["files"].items()))
-        )
-        write_json(folder / "manifest.json", manifest)
+        write_manifest(folder, manifest)
     return path
 
 
@@ -193,17 +194,9 @@ def _index_recall(bundle: Bundle, k: int, seed: int) -> float:
     return recall_against_exact(bundle.index, vectors, k=k, seed=seed)
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    return {
-        str(file.relative_to(folder)): sha256_file(file)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != "manifest.json"
-    }
-
-
 def _fingerprint(folder: Path, bundle: Bundle) -> str:
     """Digest of all that decides where a vector lies: towers, text encoder, ids, score."""
-    text = sorted(_digests(folder / "text").items()) if (folder / "text").exists() else []
+    text = sorted(digests(folder / "text").items()) if (folder / "text").exists() else []
     return sha256_bytes(
         sha256_file(folder / "towers.safetensors").encode(),
         repr(text).encode(),
@@ -235,13 +228,8 @@ def load(path: str | Path) -> Bundle:
             not belong together; both values are named.
     """
     path = Path(path)
-    if not (path / "manifest.json").is_file():
-        raise BundleError(f"{path} is no bundle: it has no manifest.json. Train one: recsys train.")
-    try:
-        manifest = read_json(path / "manifest.json")
-    except DataError as error:
-        raise BundleError(f"{error} The bundle is damaged; make it again.") from None
-    _check_manifest(path, manifest)
+    manifest = read_manifest(path)
+    check(path, manifest)
     try:
         bundle = _load_parts(path, manifest)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
@@ -249,34 +237,20 @@ def load(path: str | Path) -> Bundle:
             f"The parts of bundle {path} do not fit each other: {error}. Make it again."
         ) from error
     fingerprint = _fingerprint(path, bundle)
-    if not fingerprint == manifest["fingerprint"] == manifest["index"]["fingerprint"]:
+    with safe_open(path / "vectors.safetensors", "numpy") as stored:
+        of_vectors = (stored.metadata() or {}).get("fingerprint", "none")
+    said = {
+        "its manifest says": manifest["fingerprint"],
+        "its vectors were made by": of_vectors,
+        "its index by": manifest["index"]["fingerprint"],
+    }
+    if any(other != fingerprint for other in said.values()):
+        others = ", ".join(f"{what} {other[:12]}" for what, other in said.items())
         raise BundleError(
-            f"The towers and ids in {path} have the fingerprint {fingerprint[:12]}, its manifest "
-            f"says {manifest['fingerprint'][:12]} and its index {manifest['index']['fingerprint'][:12]}. "
+            f"The towers and ids in {path} have the fingerprint {fingerprint[:12]}; {others}. "
             "They were not made together; make the bundle again."
         )
     return bundle
-
-
-def _check_manifest(path: Path, manifest: Any) -> None:
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise BundleError(f"{path}/manifest.json has the format {found!r}, not {FORMAT!r}.")
-    if manifest["format_version"] != FORMAT_VERSION:
-        raise BundleError(
-            f"{path} has format version {manifest['format_version']}; this recsys reads "
-            f"{FORMAT_VERSION}. Train again, or install the recsys that wrote it."
-        )
-    for name, digest in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise BundleError(f"The bundle {path} lacks {name}. Copy it again as a whole.")
-        found = sha256_file(file)
-        if found != digest:
-            raise BundleError(
-                f"{file} has the SHA-256 {found[:12]}…, but the manifest says {digest[:12]}…. "
-                "The file was damaged or replaced; copy or make the bundle again."
-            )
 
 
 def _load_parts(path: Path, manifest: dict[str, Any]) -> Bundle:
@@ -307,7 +281,9 @@ def _load_parts(path: Path, manifest: dict[str, Any]) -> Bundle:
     model.eval()
     arrays = load_arrays(path / "timeline.safetensors")
     shown = (
-        Ragged(arrays["shown_offsets"], arrays["shown_times"]) if "shown_offsets" in arrays else None
+        Ragged(arrays["shown_offsets"], arrays["shown_times"])
+        if "shown_offsets" in arrays
+        else None
     )
     timeline = Timeline(
         arrays["user_offsets"], arrays["item"], arrays["time"], arrays["first_seen"],
@@ -324,7 +300,9 @@ def _load_parts(path: Path, manifest: dict[str, Any]) -> Bundle:
     indexed = np.ascontiguousarray(vectors[rows])
     index: Index = ExactIndex(indexed)
     if manifest["index"]["kind"] == "hnsw":
-        index = HnswIndex.load(path / "index.bin", indexed, IndexRules(**manifest["index"]["rules"]))
+        index = HnswIndex.load(
+            path / "index.bin", indexed, IndexRules(**manifest["index"]["rules"])
+        )
     return Bundle(
         model, items, users, pl.read_parquet(path / "catalog.parquet"), stored["window"],
         timeline, vectors, rows,
@@ -358,8 +336,3 @@ def with_index(bundle: Bundle, rules: IndexRules) -> Bundle:
     """The bundle with an index built over the rows that exist and are available."""
     vectors = np.ascontiguousarray(bundle.vectors[bundle.rows])
     return replace(bundle, index=build_index(vectors, rules))
-
-
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """What a bundle says of itself, without loading it."""
-    return read_json(Path(path) / "manifest.json")

@@ -53,7 +53,7 @@ def write_candidates(
     exact: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Written:
-    """Write the best k items of each user.
+    """Write the best k items of each user; the most popular ones where nothing is known of them.
 
     Parts are written beside `out` under its name with `.parts`; a call that was stopped is taken
     up where it ended when bundle, k and users are the same, and only a whole file is ever seen
@@ -67,11 +67,11 @@ def write_candidates(
         histories: a file with `user` and `history` (a list, or items separated by blanks), or with
             rows of `user`, `item` in order; for new users too. Not together with `users`.
         drop_seen: leave out what each user had.
-        exact: search exactly.
+        exact: search every item, not the index.
         progress: told how many users are done, and of how many.
 
     Raises:
-        ConfigError: both `users` and `histories`, or k below 1.
+        ConfigError: both `users` and `histories`, k below 1, or `out` is a folder.
         DataError: a file cannot be read, or names no user.
     """
     if k < 1:
@@ -79,6 +79,8 @@ def write_candidates(
     if users is not None and histories is not None:
         raise ConfigError("Give a list of users or their histories, not both.")
     out = Path(out)
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder; name a file for the candidates.")
     people = _people(recommender, users, histories)
     total = len(people.ids)
     parts = out.with_name(out.name + ".parts")
@@ -88,7 +90,9 @@ def write_candidates(
         rows = np.arange(start, min(start + PART, total))
         frame = _answer(recommender, people.take(rows), k, drop_seen, exact)
         with atomic_write(parts / f"{start:012d}.parquet") as temporary:
-            frame.write_parquet(temporary, compression="zstd", compression_level=1, statistics=False)
+            frame.write_parquet(
+                temporary, compression="zstd", compression_level=1, statistics=False
+            )
         progress(int(rows[-1]) + 1, total)
     with atomic_write(out) as temporary:
         # Streams part after part, so that the whole never stands in memory.
@@ -105,9 +109,10 @@ def _people(
         bundle = recommender.bundle
         rows = np.arange(1, bundle.users.size)
         return People(bundle.users.ids, rows, None)
-    people = read_people(users if users is not None else histories, recommender.bundle, users is None)
+    path = users if users is not None else histories
+    people = read_people(path, recommender.bundle, histories=users is None)
     if not len(people.ids):
-        raise DataError(f"{users or histories} names no user.")
+        raise DataError(f"{path} names no user.")
     return people
 
 
@@ -118,10 +123,10 @@ def _answer(
         queries = recommender.queries(people.rows)
     else:
         queries = Queries(people.rows, people.history)
-    rows, scores = recommender.recommend_rows(queries, k, exact=exact, drop_seen=drop_seen)
+    rows, scores, _ = recommender.answer_rows(queries, k, exact=exact, drop_seen=drop_seen)
     found = rows >= 0
     user = np.repeat(np.arange(len(people.ids)), found.sum(1))
-    rank = np.broadcast_to(np.arange(1, k + 1, dtype=np.int32), rows.shape)[found]
+    rank = np.broadcast_to(np.arange(1, rows.shape[1] + 1, dtype=np.int32), rows.shape)[found]
     return pl.DataFrame(
         {
             "user": people.ids.gather(user),
@@ -135,7 +140,7 @@ def _answer(
 def _digest(
     recommender: Recommender, people: People, k: int, drop_seen: bool, exact: bool
 ) -> str:
-    asked = (k, drop_seen, exact, recommender.bundle.manifest["content"])
+    asked = (PART, k, drop_seen, exact, recommender.bundle.manifest["content"])
     history = Ragged.empty(0) if people.history is None else people.history
     return sha256_bytes(
         repr(asked).encode(),

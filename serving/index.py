@@ -449,7 +449,7 @@ def _distinct(vectors: np.ndarray) -> tuple[np.ndarray, Ragged | None]:
     """First row of each distinct vector, in row order (G,), and the rows of each; None if N = G."""
     key = np.zeros(len(vectors), np.uint64)
     random = np.random.default_rng(0)
-    constants: np.ndarray = random.integers(1, 2**64, vectors.shape[1], dtype=np.uint64) | 1
+    constants = random.integers(1, 2**64, (vectors.shape[1],), dtype=np.uint64) | np.uint64(1)
     for column, constant in enumerate(constants):  # over dimensions, not rows
         bits = (vectors[:, column] + np.float32(0)).view(np.uint32)  # -0 is 0
         key += (bits.astype(np.uint64) + np.uint64(column + 1)) * constant

@@ -66,7 +66,7 @@ def rows_of_lists(lists: pl.Series, bundle: Bundle) -> Ragged:
     return rows.where(rows.values > 0)
 
 
-def read_people(path: str | Path | None, bundle: Bundle, histories: bool) -> People:
+def read_people(path: str | Path, bundle: Bundle, *, histories: bool) -> People:
     """Read a list of users, or users with histories.
 
     Args:
@@ -76,10 +76,11 @@ def read_people(path: str | Path | None, bundle: Bundle, histories: bool) -> Peo
         histories: whether histories are wanted.
 
     Raises:
-        DataError: the file or a column is missing, or a user is null or empty.
+        DataError: the file or a column is missing, a user is null or empty, or one user has two
+            histories.
     """
     frame = scan(str(path))[0].collect()
-    need(frame, "user", path or "")
+    need(frame, "user", path)
     frame = frame.with_columns(pl.col("user").cast(pl.String))
     bad = frame["user"].is_null() | (frame["user"] == "")
     if bad.any():
@@ -87,12 +88,18 @@ def read_people(path: str | Path | None, bundle: Bundle, histories: bool) -> Peo
     history = None
     if histories:
         if "history" not in frame.columns:
-            need(frame, "item", path or "")
+            need(frame, "item", path)
             frame = frame.group_by("user", maintain_order=True).agg(
                 pl.col("item").cast(pl.String).alias("history")
             )
         history = rows_of_lists(as_lists(frame["history"]), bundle)
     elif frame["user"].is_duplicated().any():
         frame = frame.unique("user", keep="first", maintain_order=True)
+    twice = frame["user"].is_duplicated()
+    if twice.any():
+        raise DataError(
+            f"{path} has more than one history of user {frame['user'].filter(twice)[0]!r}. "
+            "Keep one row a user, or give rows of user and item."
+        )
     ids = frame["user"]
     return People(ids, bundle.users.encode(ids).astype(np.int64), history)

@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from features.batches import Queries
+from recsys.baselines import Popularity
 from recsys.errors import QueryError
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex
@@ -42,7 +43,8 @@ class Answers:
     def to_list(self) -> list[dict]:
         """One object an answer: item, score and the item's fields, as the command prints them."""
         return [
-            {"item": item, "score": round(float(score), 6), **fields}
+            # An item table may have a column of that name; the score is ours all the same.
+            {"item": item, "score": 0.0} | fields | {"item": item, "score": round(float(score), 6)}
             for item, score, fields in zip(
                 self.ids, self.scores, self.fields.to_dicts(), strict=True
             )
@@ -81,10 +83,9 @@ class Recommender:
         return ExactIndex(np.ascontiguousarray(self.bundle.vectors[self.bundle.rows]))
 
     @cached_property
-    def _popular(self) -> np.ndarray:
-        """(n,) indexed rows, most popular first: what answers when nothing is known of a user."""
-        counts = self.bundle.timeline.popularity(self._moment)[self.bundle.rows]
-        return self.bundle.rows[np.argsort(-counts, kind="stable")]
+    def _popular(self) -> Popularity:
+        """What answers when nothing is known of who asks."""
+        return Popularity(self.bundle.timeline.popularity(self._moment))
 
     # ------------------------------------------------------------------ many queries, by rows
 
@@ -124,17 +125,53 @@ class Recommender:
         exclude = self.seen(queries) if drop_seen else None
         return self._search(vectors, k, exact, allowed, exclude)
 
+    def answer_rows(
+        self, queries: Queries, k: int, *, exact: bool = False, drop_seen: bool = True
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `recommend_rows`; the most popular items answer who nothing is known of.
+
+        Returns:
+            rows and scores, never wider than there are items; (Q,) bool, who got popular items,
+            whose scores are counts.
+        """
+        k = self._at_most(k)
+        nothing = self.nothing_known(queries)
+        rows = np.full((len(queries), k), -1, np.int64)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        some = np.flatnonzero(~nothing)
+        if len(some):
+            rows[some], scores[some] = self.recommend_rows(
+                queries.take(some), k, exact=exact, drop_seen=drop_seen
+            )
+        rest = queries.take(np.flatnonzero(nothing))
+        if len(rest):
+            rows[nothing], scores[nothing] = self._popular.search(
+                rest.history, k, allowed=self.allowed, exclude=self.seen(rest) if drop_seen else None
+            )
+        return rows, scores, nothing
+
+    def nothing_known(self, queries: Queries) -> np.ndarray:
+        """(Q,) bool: neither a history nor a vector or features of the user."""
+        model = self.bundle.model
+        known = queries.users > 0
+        if not any(True for _ in model.users.named_buffers()):
+            known &= queries.users < model.user_spec.ids
+        return ~known & (queries.history.lengths == 0)
+
+    def _at_most(self, k: int) -> int:
+        """k, but no more than there are items: nobody needs memory for what is not there."""
+        return k if k < 1 else min(k, max(1, len(self.bundle.rows)))
+
     @property
     def allowed(self) -> np.ndarray:
-        """(N,) bool, the item rows that exist and are available now."""
-        alive = self.bundle.timeline.alive(self._moment)
-        return alive & bundles.available(self.bundle.window, self._moment)
+        """(N,) bool, the item rows that may be answered: they exist and are available."""
+        return self._position >= 0
 
     def seen(self, queries: Queries) -> Ragged:
         """Q ragged item rows that each asker had before, however far back."""
         known = self.bundle.timeline.histories(queries.users, queries.times)
         own = queries.history
-        # A history given with the query counts as seen too; where it is the known one, once is enough.
+        # A history given with the query counts as seen too, beside the known one.
         if len(known.values) and len(own.values):
             offsets = known.offsets + own.offsets
             values = np.empty(offsets[-1], np.int64)
@@ -176,8 +213,11 @@ class Recommender:
         return out
 
     def as_of(self, moment: int | None) -> Recommender:
-        """This recommender as it would have stood at the moment: which items exist, and, where the
-        towers read item statistics, vectors from the statistics strictly before it."""
+        """This recommender as it would have stood at the moment.
+
+        Which items exist is as of then and, where the towers read item statistics, vectors are
+        made from the statistics strictly before it.
+        """
         bundle = self.bundle
         rows = np.flatnonzero(
             bundle.timeline.alive(moment) & bundles.available(bundle.window, moment)
@@ -232,17 +272,10 @@ class Recommender:
                 notes.append(f"{len(unknown)} of {len(items)} items are unknown ({unknown[0]!r})")
             items = items[items > 0]
             queries = Queries(row.astype(np.int64), Ragged(np.array([0, len(items)]), items))
-        if not len(queries.history.values) and not (self._has_user_vector(row[0])):
+        rows, scores, popular = self.answer_rows(queries, k, exact=exact, drop_seen=drop_seen)
+        if popular[0]:
             notes.append("nothing is known to recommend from, so the most popular items answer")
-            seen = self.seen(queries).values if drop_seen else np.empty(0, np.int64)
-            return self._popular_answers(k, seen, "; ".join(notes))
-        rows, scores = self.recommend_rows(queries, k, exact=exact, drop_seen=drop_seen)
         return self._answers(rows[0], scores[0], "; ".join(notes) or None)
-
-    def _has_user_vector(self, row: int) -> bool:
-        return 0 < row < self.bundle.model.user_spec.ids or (
-            row > 0 and any(True for _ in self.bundle.model.users.named_buffers())
-        )
 
     def similar(
         self,
@@ -271,13 +304,16 @@ class Recommender:
             row = int(self.bundle.items.encode([item])[0])
             if row == 0:
                 note = f"item {item!r} is unknown, so the most popular items answer"
-                return self._popular_answers(k, np.empty(0, np.int64), note)
+                rows, scores = self._popular.search(
+                    Ragged.empty(1), self._at_most(k), allowed=self.allowed
+                )
+                return self._answers(rows[0], scores[0], note)
             vector = self.bundle.vectors[row : row + 1].copy()
             exclude = Ragged(np.array([0, 1]), np.array([row]))
         if self.bundle.model.rules.score == "cosine_bias":
             # Likeness is of direction; the bias says how popular an item is, not how alike.
             vector[:, -1] = 0.0
-        rows, scores = self._search(vector, k, exact, None, exclude)
+        rows, scores = self._search(vector, self._at_most(k), exact, None, exclude)
         return self._answers(rows[0], scores[0], None)
 
     def _text_vector(self, text: str) -> np.ndarray:
@@ -295,13 +331,6 @@ class Recommender:
         return encode_items(
             self.bundle.model, np.zeros(1, np.int64), self.bundle.timeline, self._moment, encoded
         )
-
-    def _popular_answers(self, k: int, seen: np.ndarray, note: str) -> Answers:
-        if k < 1:
-            raise QueryError(f"k is {k}; ask for at least 1.")
-        rows = self._popular[~np.isin(self._popular, seen)][:k]
-        counts = self.bundle.timeline.popularity(self._moment)[rows]
-        return self._answers(rows, counts, note)
 
     def _answers(self, rows: np.ndarray, scores: np.ndarray, note: str | None) -> Answers:
         found = rows >= 0

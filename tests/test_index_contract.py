@@ -381,6 +381,35 @@ def test_queries_with_long_and_short_exclusions_meet_in_one_call(big: HnswIndex)
     assert (rows[long] >= 0).sum(1).tolist() == [10] * 10
 
 
+@pytest.mark.parametrize("case", ["plain", "excluding", "filtered", "duplicates"])
+def test_common_questions_are_answered_by_the_graph_alone(case: str, monkeypatch) -> None:
+    """The fall-back would hide a graph that always gives too little, and cost its speed."""
+    vectors, queries = clusters(3000), clusters(20, seed=1)
+    if case == "duplicates":
+        vectors = vectors[np.arange(3000) // 30]
+    index = HnswIndex(vectors, IndexRules(ef=60, exact_breadth=0.5))
+    wanted = index.exact.search(queries, 60)
+    exclude = Ragged.from_lists(wanted[0]) if case == "excluding" else None
+    allowed = np.arange(3000) % 10 > 2 if case == "filtered" else None
+    monkeypatch.setattr(index, "exact", None)
+    rows, scores = index.search(queries, 60, exclude=exclude, allowed=allowed)
+    assert (rows >= 0).all()
+    if case in ("plain", "duplicates"):
+        assert (scores >= wanted[1][:, -1:] - 1e-6).mean() > 0.95
+
+
+def test_a_broader_lookup_finds_more() -> None:
+    vectors = np.random.default_rng(0).normal(size=(3000, 24)).astype(np.float32)
+    recall = [
+        recall_against_exact(HnswIndex(vectors, IndexRules(ef=ef, exact_breadth=1)), vectors, k=2)
+        for ef in (2, 100)
+    ]
+    assert recall[0] < 0.9 < 0.98 < recall[1]
+    # Twice the answers to be fetched is the least breadth.
+    narrow = HnswIndex(vectors, IndexRules(ef=1, exact_breadth=1))
+    assert narrow._breadth(50) == 100
+
+
 def test_a_graph_that_gives_up_is_answered_exactly(big: HnswIndex, monkeypatch) -> None:
     """hnswlib raises when fewer nodes are within reach than were asked for."""
 

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+RECENCY = 0.2
+"""How much less, as a logit, each earlier history entry weighs before anything is learned."""
+
+
 @dataclass(frozen=True)
 class FeatureSpec:
     """What is known of each row, by size; enough to build the layers that read it.
@@ -198,7 +202,8 @@ class History(nn.Module):
             self.content = nn.Sequential(
                 nn.Linear(dimension, dimension), nn.Tanh(), nn.Linear(dimension, 1, bias=False)
             )
-            self.place = nn.Parameter(torch.zeros(max_history))
+            # Start as a decay of a fifth an item: what came last says most until learned otherwise.
+            self.place = nn.Parameter(-RECENCY * torch.arange(max_history, dtype=torch.float32))
 
     def forward(self, items: Tensor, history: Tensor, lengths: Tensor) -> Tensor:
         """Pool.
@@ -217,7 +222,9 @@ class History(nn.Module):
         if self.pooling == "attention":
             example = torch.repeat_interleave(lengths, output_size=len(history))  # (H,)
             place = end[example] - 1 - torch.arange(len(history), device=history.device)
-            score = self.content(items)[history, 0] + self.place[place.clamp(max=self.max_history - 1)]
+            score = (
+                self.content(items)[history, 0] + self.place[place.clamp(max=self.max_history - 1)]
+            )
             weights = segment_softmax(score.float(), example, len(lengths))
         pooled = F.embedding_bag(
             history, items.float(), start,

@@ -67,7 +67,9 @@ class RowAdam(torch.optim.Optimizer):
                 self._move_dense(dense, group)
         return loss
 
-    def _move_rows(self, parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    def _move_rows(
+        self, parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> None:
         beta1, beta2 = group["betas"]
         gradient = parameter.grad.coalesce()
         rows, values = gradient.indices()[0], gradient.values()

@@ -199,6 +199,18 @@ class TwoTowerModule(lightning.LightningModule):
         self._vectors, self._values = None, []
         self.log(f"val/{self.rules.monitor}", value, prog_bar=True)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Dropout is drawn from torch's own generators: a run that goes on takes them up again."""
+        checkpoint["random"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            checkpoint["random_cuda"] = torch.cuda.get_rng_state(self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "random" in checkpoint:
+            torch.set_rng_state(checkpoint["random"].cpu())
+        if "random_cuda" in checkpoint and torch.cuda.is_available():
+            torch.cuda.set_rng_state(checkpoint["random_cuda"].cpu())
+
     def configure_optimizers(self) -> dict[str, Any]:
         rules = self.rules
         tables, matrices, rest = [], [], []
@@ -318,6 +330,13 @@ class InteractionData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> Batches:
         return self.batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the batches are: of a loader's own state Lightning minds only that of mid-epoch."""
+        return self.batches.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.batches.load_state_dict(state_dict)
 
     def val_dataloader(self) -> Any:
         return [] if self.validation is None else _Blocks(self.validation)

@@ -44,7 +44,7 @@ class TowerRules(Strict):
 
 
 def unit_vectors(x: Tensor) -> Tensor:
-    """(B, D) of length 1 in float32; what is almost 0 stays short, so that its gradient is bounded."""
+    """(B, D) of length 1 in float32; what is almost 0 stays short: its gradient has bounds."""
     return F.normalize(x.float(), dim=-1, eps=0.01)
 
 
@@ -107,8 +107,9 @@ class UserTower(nn.Module):
         out = self.features(side.users, table)
         if self.history is not None:
             out = out + self.history(items, side.history, side.lengths)
-        for position, context in enumerate(self.context):
-            out = out + context(side.context[:, position])
+        # Where no context is given, all of it is unknown, and unknown adds nothing.
+        for context, codes in zip(self.context, side.context.T, strict=False):
+            out = out + context(codes)
         out = self.deep(out)
         if self.rules.score == "dot":
             return out
