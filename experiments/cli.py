@@ -319,7 +319,7 @@ def simulate(
     users: Annotated[int, typer.Option(min=1)] = 2000,
     items: Annotated[int, typer.Option(min=1)] = 1500,
     days: Annotated[int, typer.Option(min=1)] = 30,
-    requests_per_user: Annotated[float, typer.Option(help="Pages a user sees, on average.")] = 18.0,
+    requests_per_user: Annotated[float, typer.Option(help="Pages a user sees, on average.")] = 40.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write a simulated shop with known tastes.

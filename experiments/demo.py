@@ -123,6 +123,7 @@ def best_possible(
     seen = bundle.timeline.histories(queries.users, queries.times)
     seen = Ragged(seen.offsets, of_row[seen.values])
     bootstrap = Bootstrap(queries.users)
+    assert queries.times is not None  # each event is asked at its own
     found = {}
     for kind in ("clicks", "taste"):
         best = world.best(users, queries.times, k, exclude=seen, kind=kind)
@@ -159,5 +160,3 @@ def _one_user(recommender: Recommender) -> None:
     item = bundle.items.decode(had[:1])[0]
     title = fields["title"][0] if "title" in fields.columns else item
     show.answers(recommender.similar(item=item, k=5).to_list(), f"Similar to {item}, {title}")
-
-

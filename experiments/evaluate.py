@@ -25,9 +25,8 @@ __all__ = ["EvaluateRules", "each_event", "evaluate_bundle", "later_log", "proto
 
 def each_event(config: RunConfig, dataset: Dataset) -> bool:
     """Whether a query stands at each positive's own time, as `[evaluate] queries` says."""
-    if config.evaluate.queries != "auto":
-        return config.evaluate.queries == "each_event"
-    return dataset.timed or dataset.manifest["split"]["kind"] != "given"
+    split = dataset.manifest["split"]["kind"]
+    return config.evaluate.each_event(timed=dataset.timed, split=split)
 
 
 def test_side(dataset: Dataset) -> Later:
@@ -118,7 +117,9 @@ def evaluate_bundle(
     if progress is not None:
         options["progress"] = progress
     if on is not None:
-        at_each = config.evaluate.queries != "cutoff"
+        at_each = config.evaluate.each_event(
+            timed=recommender.bundle.timeline.timed, split=manifest["data"]["split"]["kind"]
+        )
         said = {"data": config.data.format, "log": str(on), "trained": manifest["protocol"]}
         return judge(
             recommender, later_log(recommender, on), config.evaluate,

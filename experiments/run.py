@@ -1,43 +1,35 @@
-"""The straight way, top to bottom: log → prepared dataset → towers → bundle → scorecard → MLflow."""
+"""The straight way, top to bottom: log → prepared → towers → bundle → scorecard → MLflow."""
 
 from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
-from experiments.config import RunConfig, dump
+from experiments.bundling import make_bundle
+from experiments.config import RunConfig, dump, load
 from experiments.evaluate import each_event, protocol, test_side
 from experiments.scorecard import judge
-from experiments.spool import Spool
+from experiments.spool import Spool, flatten
 from experiments.track import Tracker, lightning_logger
 from features import logs
-from features.columns import ContextColumn
+from features.columns import texts as texts_of
 from features.dataset import Dataset
-from features.examples import timeline_until, training_events
+from features.examples import training_events
 from features.prepare import prepare as prepare_log
-
-from recsys.errors import DataError
+from recsys.errors import ConfigError, DataError
 from recsys.files import canonical_json, sha256_bytes
-from recsys.search import ExactIndex
 from recsys.split import duration
-from recsys.tables import Side
-from recsys.vocab import Vocab
-from serving import bundle as bundles
-from serving.bundle import Bundle
 from serving.manifest import read_manifest
 from serving.recommender import Recommender
-from towers.blocks import FeatureTable
 from towers.build import build_model, standardise, validation_side
-from towers.encode import encode_items
 from towers.training import InteractionData, TwoTowerModule
 from towers.two_tower import TwoTower
-
 
 if TYPE_CHECKING:
     from features.text import TextEncoder
@@ -90,9 +82,14 @@ def text_vectors(
         return None, None, None
     from features.text import encode_cached, fit_encoder
 
-    known = np.flatnonzero(dataset.item_known)
+    schema, catalog = config.data.catalog, dataset.catalog
+    # Row 0 has no text, and neither has an item that the table does not name.
+    written = pl.Series("text", texts)
+    rows = np.flatnonzero(np.asarray(dataset.item_known).astype(bool) & (written != "").to_numpy())
+    parts = dict.fromkeys(("title", *schema.text, *schema.categories))
+    fields = [texts_of(catalog, (part,)).gather(rows) for part in parts if part in catalog.columns]
     rules = config.text.model_copy(update={"seed": config.seed})
-    encoder = fit_encoder([texts[row] for row in known if texts[row]], rules, progress=say)
+    encoder = fit_encoder(written.gather(rows), rules, fields=fields, progress=say)
     cache = Path(config.out) / "cache"
     items = encode_cached(encoder, texts, cache)
     users = None
@@ -125,6 +122,7 @@ def fit(
     from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
     rules = config.training
+    precision: Any = rules.precision  # Lightning names the values that it takes
     events = training_events(dataset, skips=rules.skip_weight > 0)
     standardise(model, events, config.seed)
     validation = validation_side(
@@ -151,27 +149,31 @@ def fit(
     if validation is not None:
         best = ModelCheckpoint(
             folder / "checkpoints", filename="best", monitor=watched, mode="max",
-            save_last=True, enable_version_counter=False,
+            enable_version_counter=False,
         )  # fmt: skip
-        callbacks = [best, EarlyStopping(watched, patience=rules.patience, mode="max")]
+        # save_last of the one above writes only when the metric rose; resuming needs every epoch.
+        last = ModelCheckpoint(
+            folder / "checkpoints", filename="last", enable_version_counter=False
+        )
+        callbacks = [best, last, EarlyStopping(watched, patience=rules.patience, mode="max")]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         trainer = lightning.Trainer(
             max_epochs=rules.epochs,
             accelerator=rules.accelerator,
             devices=1,
-            precision=rules.precision,
+            precision=precision,
             logger=logger,
             callbacks=callbacks,
             enable_checkpointing=bool(callbacks),
             enable_model_summary=False,
             enable_progress_bar=sys.stderr.isatty(),
             num_sanity_val_steps=0,
-            log_every_n_steps=20,
+            log_every_n_steps=max(1, min(20, len(data.batches))),  # a short run has a curve too
             default_root_dir=folder,
         )
-        last = folder / "checkpoints" / "last.ckpt"
-        trainer.fit(module, data, ckpt_path=str(last) if resume and last.exists() else None)
+        stopped = folder / "checkpoints" / "last.ckpt"
+        trainer.fit(module, data, ckpt_path=str(stopped) if resume and stopped.exists() else None)
     if trainer.interrupted:
         raise KeyboardInterrupt
     if callbacks and callbacks[0].best_model_path:
@@ -180,136 +182,23 @@ def fit(
     return module.cpu().eval()
 
 
-def make_bundle(
-    config: RunConfig, dataset: Dataset, model: TwoTower, encoder: TextEncoder | None, path: Path
-) -> Path:
-    """Everything known before the test side, in one folder."""
-    timeline = timeline_until(dataset, Side.VALID)
-    cutoff = _cutoff(dataset, timeline.time)
-    # Items and users that only the test side knows are left out; rows move up.
-    catalog = dataset.catalog
-    described = [name for name in catalog.columns if name != "item"]
-    met = np.zeros(dataset.n_items, bool)
-    met[timeline.item] = True
-    if timeline.shown is not None:
-        met |= timeline.shown.lengths > 0
-    if described:
-        met[1:] |= (
-            catalog.select(pl.any_horizontal(pl.col(described).is_not_null()))
-            .to_series()
-            .to_numpy()
-        )
-    met[0] = True
-    items = np.flatnonzero(met)
-    users = np.diff(timeline.user_offsets) > 0
-    # A user table describes users who have not come yet.
-    users |= bool(
-        dataset.user_numbers.shape[1] or dataset.user_categories or any(dataset.user_text)
-    )
-    users[0] = True
-    kept_users = np.flatnonzero(users)
-    place = np.full(dataset.n_items, -1, np.int64)
-    place[items] = np.arange(len(items))
-    timeline = replace(
-        timeline,
-        user_offsets=np.append(np.asarray(timeline.user_offsets)[kept_users], len(timeline.item)),
-        item=place[timeline.item].astype(np.int32),
-        first_seen=timeline.first_seen[items],
-        exists_from=timeline.exists_from[items],
-        shown=None if timeline.shown is None else timeline.shown.take(items),
-    )
-    with_tables = _with_rows(model, items, kept_users)
-    shown = ["item", *(n for n in ("title", *config.data.catalog.fields) if n in catalog.columns)]
-    catalog = catalog[items[1:] - 1].select(list(dict.fromkeys(shown)))
-    window = _window(dataset)[items]
-    allowed = timeline.alive(cutoff) & bundles.available(window, cutoff)
-    rows = np.flatnonzero(allowed)
-    vectors = encode_items(with_tables, np.arange(len(items)), timeline, cutoff)
-    bundle = Bundle(
-        model=with_tables,
-        items=Vocab(dataset.items.ids.gather(items[1:] - 1)),
-        users=Vocab(dataset.users.ids.gather(kept_users[1:] - 1)),
-        catalog=catalog,
-        window=window,
-        timeline=timeline,
-        vectors=vectors,
-        rows=rows,
-        index=ExactIndex(np.ascontiguousarray(vectors[rows])),
-        cutoff=cutoff,
-        contexts=contexts(dataset),
-        manifest={
-            "config": config.model_dump(mode="json"),
-            "warm_items": dataset.n_warm_items,
-            "prepared": str(dataset.path.resolve()),
-            "prepared_digest": dataset.manifest["input"]["digest"],
-            "protocol": protocol(config, dataset),
-            "data": {k: dataset.manifest[k] for k in ("split", "skips", "counts")},
-        },
-    )
-    bundle = bundles.with_index(bundle, config.index)
-    return bundles.save(bundle, path, rules=config.index, encoder=encoder, seed=config.seed)
-
-
-def contexts(dataset: Dataset) -> tuple[ContextColumn, ...]:
-    """How the context columns became codes."""
-    return tuple(
-        ContextColumn(name, dataset.context_vocab(name), dataset.manifest["context"][name]["edges"])
-        for name in dataset.context_sizes
-    )
-
-
-def _window(dataset: Dataset) -> np.ndarray:
-    """(N, 2) int64, from when on and until when each item may be recommended."""
-    window = np.empty((dataset.n_items, 2), np.int64)
-    bounds = (dataset.item_available_from, dataset.item_available_until)
-    limits = np.iinfo(np.int64)
-    for side, (array, free) in enumerate(zip(bounds, (limits.min, limits.max), strict=True)):
-        window[:, side] = free if array is None else array
-    if dataset.item_available is not None:
-        window[~np.asarray(dataset.item_available).astype(bool)] = 0
-    return window
-
-
-def _cutoff(dataset: Dataset, times: np.ndarray) -> int | None:
-    if not dataset.timed:
-        return None
-    return dataset.test_from if dataset.test_from is not None else int(times.max()) + 1
-
-
-def _with_rows(model: TwoTower, items: np.ndarray, users: np.ndarray) -> TwoTower:
-    """The same towers over some rows of their tables."""
-
-    def some(table: FeatureTable, rows: np.ndarray) -> FeatureTable:
-        def of(buffer: Any) -> Any:
-            return None if buffer is None else buffer[rows]
-
-        return FeatureTable(
-            len(rows),
-            text=of(table.text),
-            vector=of(table.vector),
-            numbers=of(table.numbers),
-            categories={name: of(table.codes(name)) for name in table.category_names},
-        )
-
-    kept = TwoTower(
-        model.rules, some(model.items, items), some(model.users, users),
-        model.item_spec, model.user_spec, model.context,
-    )  # fmt: skip
-    kept.load_state_dict(model.state_dict())
-    return kept.eval()
-
-
 def train(config: RunConfig, *, resume: Path | None = None) -> TrainResult:
     """Train, bundle, judge and record.
 
     Args:
         config: the run.
         resume: folder of a run that was stopped; it goes on from its last checkpoint.
+
+    Raises:
+        ConfigError: the run to be resumed was another one.
     """
     began = time.perf_counter()
+    previous = None
+    if resume is not None:
+        _check_same(config, resume)
+        previous = Spool.open(resume).record["run_id"]
     dataset = prepare(config)
     run = resume or _new_folder(config)
-    previous = None if resume is None else Spool.open(resume).record["run_id"]
     with Tracker(
         config.track,
         run,
@@ -343,6 +232,27 @@ def train(config: RunConfig, *, resume: Path | None = None) -> TrainResult:
         )
         record_scorecard(tracker, scorecard, path)
     return TrainResult(tracker.run_id, path, scorecard, run)
+
+
+def _check_same(config: RunConfig, folder: Path) -> None:
+    """A run can only go on as what it was: its checkpoint fits no other data or towers.
+
+    Raises:
+        ConfigError: a key that decides what is learned has another value now.
+    """
+    if not (folder / "run.toml").is_file():
+        raise ConfigError(f"{folder} holds no run: it has no run.toml. Name a run's folder.")
+    free = {"name", "out", "index", "evaluate", "track"}
+    then, now = (
+        flatten(one.model_dump(mode="json", exclude=free))
+        for one in (load(folder / "run.toml"), config)
+    )
+    for key in now:
+        if key not in ("training.epochs", "training.patience") and then[key] != now[key]:
+            raise ConfigError(
+                f"{folder} was started with {key} = {then[key]!r}, and now it is {now[key]!r}. "
+                f"Go on with {folder}/run.toml, or start a new run."
+            )
 
 
 def record_scorecard(tracker: Tracker, scorecard: dict[str, Any], bundle: Path) -> None:

@@ -18,12 +18,15 @@ from recsys.tables import Side
 if TYPE_CHECKING:
     from features.dataset import Dataset
 
+
 def timeline_until(dataset: Dataset, side: Side) -> Timeline:
     """Every positive and exposure on the sides up to and including `side`."""
     kept = np.asarray(dataset.event_side) <= side
     shown_item = shown_time = None
     if len(dataset.request_user):
-        of_request = np.repeat(np.arange(len(dataset.request_user)), np.diff(dataset.request_offsets))
+        of_request = np.repeat(
+            np.arange(len(dataset.request_user)), np.diff(dataset.request_offsets)
+        )
         before = np.asarray(dataset.request_side)[of_request] <= side
         shown_item = np.asarray(dataset.shown_item)[before]
         shown_time = np.asarray(dataset.request_time)[of_request][before]

@@ -56,8 +56,8 @@ class Ragged:
 
     def where(self, keep: np.ndarray) -> Ragged:
         """The values for which `keep` (T,) is true; every row stays, perhaps empty."""
-        kept = np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])
-        return Ragged(kept[self.offsets], self.values[keep])
+        kept = np.flatnonzero(keep)
+        return Ragged(np.searchsorted(kept, self.offsets), self.values[kept])
 
     @staticmethod
     def from_lists(rows: Sequence[Sequence], dtype: type = np.int64) -> Ragged:
@@ -83,5 +83,6 @@ def gather(values: np.ndarray, start: np.ndarray, end: np.ndarray) -> Ragged:
     lengths = (end - start).astype(np.int64)
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    index = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
-    return Ragged(offsets, np.asarray(values[index]))
+    index = np.repeat(start - offsets[:-1], lengths)
+    index += np.arange(len(index))
+    return Ragged(offsets, np.asarray(values).take(index))

@@ -23,6 +23,8 @@ from serving.recommender import Recommender
 
 PART = 8192
 """Users of one part: the most that a stop can cost."""
+ANSWERS_AT_ONCE = 1 << 24
+"""Answers that a part may hold; with a very large k it has fewer users."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,11 @@ def write_candidates(
     people = _people(recommender, users, histories)
     total = len(people.ids)
     parts = out.with_name(out.name + ".parts")
-    resumed = _take_up(parts, _digest(recommender, people, k, drop_seen, exact), total)
+    step = max(1, min(PART, ANSWERS_AT_ONCE // max(1, min(k, len(recommender.bundle.rows)))))
+    resumed = _take_up(parts, _digest(recommender, people, k, drop_seen, exact, step), total, step)
     progress(resumed, total)
-    for start in range(resumed, total, PART):
-        rows = np.arange(start, min(start + PART, total))
+    for start in range(resumed, total, step):
+        rows = np.arange(start, min(start + step, total))
         frame = _answer(recommender, people.take(rows), k, drop_seen, exact)
         with atomic_write(parts / f"{start:012d}.parquet") as temporary:
             frame.write_parquet(
@@ -105,14 +108,15 @@ def write_candidates(
 def _people(
     recommender: Recommender, users: str | Path | None, histories: str | Path | None
 ) -> People:
-    if users is None and histories is None:
-        bundle = recommender.bundle
-        rows = np.arange(1, bundle.users.size)
-        return People(bundle.users.ids, rows, None)
-    path = users if users is not None else histories
-    people = read_people(path, recommender.bundle, histories=users is None)
+    bundle = recommender.bundle
+    if users is not None:
+        people = read_people(users, bundle, histories=False)
+    elif histories is not None:
+        people = read_people(histories, bundle, histories=True)
+    else:
+        return People(bundle.users.ids, np.arange(1, bundle.users.size), None)
     if not len(people.ids):
-        raise DataError(f"{path} names no user.")
+        raise DataError(f"{users or histories} names no user.")
     return people
 
 
@@ -138,9 +142,9 @@ def _answer(
 
 
 def _digest(
-    recommender: Recommender, people: People, k: int, drop_seen: bool, exact: bool
+    recommender: Recommender, people: People, k: int, drop_seen: bool, exact: bool, step: int
 ) -> str:
-    asked = (PART, k, drop_seen, exact, recommender.bundle.manifest["content"])
+    asked = (step, k, drop_seen, exact, recommender.bundle.manifest["content"])
     history = Ragged.empty(0) if people.history is None else people.history
     return sha256_bytes(
         repr(asked).encode(),
@@ -150,7 +154,7 @@ def _digest(
     )
 
 
-def _take_up(parts: Path, digest: str, total: int) -> int:
+def _take_up(parts: Path, digest: str, total: int, step: int) -> int:
     """How many users earlier parts have answered; parts of another question are removed."""
     about = parts / "about.json"
     try:
@@ -164,7 +168,7 @@ def _take_up(parts: Path, digest: str, total: int) -> int:
         return 0
     done = 0
     while (parts / f"{done:012d}.parquet").exists():
-        done = min(done + PART, total)
+        done = min(done + step, total)
         if done == total:
             break
     return done

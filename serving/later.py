@@ -19,7 +19,6 @@ from serving.bundle import Bundle
 from towers.blocks import FeatureTable
 from towers.two_tower import TwoTower
 
-
 ALWAYS = np.iinfo(np.int64).min
 
 
@@ -72,8 +71,9 @@ class Later:
                 clicked.values, asked.context[rows],
             )  # fmt: skip
         return Later(
-            self.user.gather(kept), self.item.gather(kept), self.time[kept], self.context[kept], asked
-        )
+            self.user.gather(kept), self.item.gather(kept), self.time[kept], self.context[kept],
+            asked,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def from_log(log: Log, bundle: Bundle) -> Later:
         frame = log.impressions.select("request", "user", "time", "shown", "clicked", *there)
         asked = frame.sort("time", "request").collect()
         pairs = asked.with_row_index("r").select("r", "shown").explode("shown", empty_as_null=False)
-        chosen = asked.with_row_index("r").select("r", "clicked").explode(
-            "clicked", empty_as_null=False
+        chosen = (
+            asked.with_row_index("r").select("r", "clicked").explode("clicked", empty_as_null=False)
         )
         hits = pairs.join(
             chosen.unique().with_columns(hit=True),
@@ -179,7 +179,7 @@ def extend(bundle: Bundle, later: Later) -> tuple[Bundle, CodedLater]:
     timeline = _timeline(bundle.timeline, coded, users.size, items.size)
     new_items = items.size - bundle.items.size
     vectors = np.concatenate(
-        [bundle.vectors, np.zeros((new_items, bundle.vectors.shape[1]), np.float32)]
+        [bundle.vectors, np.repeat(bundle.vectors[:1], new_items, axis=0)]  # nothing known of them
     )
     catalog = pl.concat(
         [bundle.catalog, pl.DataFrame({"item": items.ids[len(bundle.items.ids) :]})],
@@ -204,10 +204,11 @@ def _timeline(past: Timeline, later: CodedLater, n_users: int, n_items: int) -> 
     first = np.full(n_items, NEVER)
     np.minimum.at(first, later.item, later.time)
     np.minimum.at(first, later.shown.values, shown_time)
-    first_seen, exists_from = first.copy(), first
+    # Known is what is strictly before: an item is there only after the event that it came with.
+    first_seen, exists_from = first.copy(), np.where(first < NEVER, first + 1, NEVER)
     known = past.n_items
     first_seen[:known] = np.minimum(past.first_seen, first[:known])
-    exists_from[:known] = np.minimum(past.exists_from, first[:known])
+    exists_from[:known] = np.minimum(past.exists_from, exists_from[:known])
     first_seen[0] = exists_from[0] = NEVER
     has_requests = past.shown is not None or len(later.request_time) > 0
     return past.extended(
@@ -238,12 +239,17 @@ def _longer(table: FeatureTable, n_rows: int) -> FeatureTable:
     def grown(buffer: torch.Tensor | None) -> torch.Tensor | None:
         if buffer is None:
             return None
+        return lengthened(buffer)
+
+    def lengthened(buffer: torch.Tensor) -> torch.Tensor:
         return torch.cat([buffer, buffer.new_zeros(n_rows - len(buffer), *buffer.shape[1:])])
+
+    known = dict(table.named_buffers())
 
     return FeatureTable(
         n_rows,
-        text=grown(table.text),
-        vector=grown(table.vector),
-        numbers=grown(table.numbers),
-        categories={name: grown(table.codes(name)) for name in table.category_names},
+        text=grown(known.get("text")),
+        vector=grown(known.get("vector")),
+        numbers=grown(known.get("numbers")),
+        categories={name: lengthened(table.codes(name)) for name in table.category_names},
     )

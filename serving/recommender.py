@@ -146,7 +146,10 @@ class Recommender:
         rest = queries.take(np.flatnonzero(nothing))
         if len(rest):
             rows[nothing], scores[nothing] = self._popular.search(
-                rest.history, k, allowed=self.allowed, exclude=self.seen(rest) if drop_seen else None
+                rest.history,
+                k,
+                allowed=self.allowed,
+                exclude=self.seen(rest) if drop_seen else None,
             )
         return rows, scores, nothing
 
@@ -160,7 +163,9 @@ class Recommender:
 
     def _at_most(self, k: int) -> int:
         """k, but no more than there are items: nobody needs memory for what is not there."""
-        return k if k < 1 else min(k, max(1, len(self.bundle.rows)))
+        if k < 1:
+            raise QueryError(f"k is {k}; ask for at least 1.")
+        return min(k, max(1, len(self.bundle.rows)))
 
     @property
     def allowed(self) -> np.ndarray:
@@ -342,5 +347,3 @@ class Recommender:
 def _slots(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
-
-

@@ -9,12 +9,13 @@ import numpy as np
 import polars as pl
 
 from features.batches import Queries
-from features.columns import instants
 from features.logs import scan
+from features.sources.times import clock
 from recsys.errors import DataError
 from recsys.files import atomic_write
 from recsys.ragged import Ragged
 from recsys.tables import SECOND, Schema
+from serving.bundle import Bundle
 from serving.later import Later, extend
 from serving.people import as_lists, need, rows_of_lists
 from serving.recommender import Recommender
@@ -23,7 +24,13 @@ from towers.build import moments_of
 
 @dataclass(frozen=True)
 class Scored:
-    """What `write_scores` did: the file, its rows, and how many users and items were unknown."""
+    """What `write_scores` did: the file, and how many (user, item) pairs it has.
+
+    Args:
+        path: the Parquet file.
+        pairs: how many were scored.
+        unknown_users, unknown_items: how many different ids nobody knows.
+    """
 
     path: Path
     pairs: int
@@ -37,21 +44,22 @@ def write_scores(
     out: str | Path,
     *,
     log: Later | None = None,
-    refresh: int = 600 * SECOND,
+    refresh: int = 3_600 * SECOND,
 ) -> Scored:
     """Score every (user or history, item) pair of a file.
 
     The file has `item`, or a list column `shown` (or `items`) of whole requests; `user`, `history`
     or both; and perhaps `time`. With a time, histories and item statistics are those strictly
-    before it. The answer has the file's columns and `score`: a number beside an item, a list
-    beside a list. An item that nobody knows is scored as a new one without content.
+    before it; columns of context that the bundle knows are read where the file has them. The
+    answer has the file's columns and `score`: a number beside an item, a list beside a list. An
+    item that nobody knows is scored as a new one without content.
 
     Args:
         recommender: scores.
         pairs: CSV, TSV, NDJSON or Parquet.
         out: Parquet file.
         log: events after the bundle's cut-off that may be known, each strictly before its pair.
-        refresh: microseconds between two refreshes of item statistics.
+        refresh: microseconds between two refreshes of item statistics, as `[evaluate] refresh`.
 
     Raises:
         DataError: a column is missing or cannot be read.
@@ -60,9 +68,8 @@ def write_scores(
         recommender = Recommender(extend(recommender.bundle, log)[0])
     bundle = recommender.bundle
     frame = scan(str(pairs))[0].collect()
-    lists = next((name for name in ("shown", "items", "item") if name in frame.columns), None)
-    if lists is None:
-        need(frame, "item", pairs)
+    lists = next((name for name in ("shown", "items") if name in frame.columns), "item")
+    need(frame, lists, pairs)
     if "user" not in frame.columns and "history" not in frame.columns:
         need(frame, "user", pairs)
     single = lists == "item" and frame["item"].dtype not in (pl.List, pl.Array)
@@ -74,7 +81,10 @@ def write_scores(
     times = None
     if "time" in frame.columns and bundle.timeline.timed:
         times = _times(frame["time"], str(pairs))
-    history = rows_of_lists(as_lists(frame["history"]), bundle) if "history" in frame.columns else None
+    history = None
+    if "history" in frame.columns:
+        history = rows_of_lists(as_lists(frame["history"]), bundle)
+    context = _context(frame, bundle)
     scores = np.zeros(len(items.values), np.float32)
     moments = None
     if times is not None:
@@ -87,10 +97,11 @@ def write_scores(
     for moment, rows in groups:
         at = recommender if moment is None else recommender.as_of(moment)
         when = None if times is None else times[rows]
+        said = None if context is None else context[rows]
         queries = (
-            at.queries(users[rows], when)
+            at.queries(users[rows], when, said)
             if history is None
-            else Queries(users[rows], history.take(rows), when)
+            else Queries(users[rows], history.take(rows), when, said)
         )
         these = items.take(rows)
         to = np.concatenate([[0], np.cumsum(these.lengths)])
@@ -98,16 +109,35 @@ def write_scores(
         scores[flat] = at.score_rows(queries, these)
     column = pl.Series("score", scores)
     if not single:
-        column = pl.DataFrame({"row": items.row_of(), "score": scores})
-        empty = pl.DataFrame({"row": np.arange(len(frame))})
-        grouped = column.group_by("row", maintain_order=True).agg("score")
-        column = empty.join(grouped, on="row", how="left", maintain_order="left")["score"]
+        flat_scores = pl.DataFrame({"row": items.row_of(), "score": scores})
+        every = pl.DataFrame({"row": np.arange(len(frame))})
+        grouped = flat_scores.group_by("row", maintain_order=True).agg("score")
+        column = every.join(grouped, on="row", how="left", maintain_order="left")["score"]
     with atomic_write(out) as temporary:
         frame.with_columns(column.alias("score")).write_parquet(temporary)
+    strangers = 0
+    if "user" in frame.columns:
+        strangers = frame["user"].filter(pl.Series(users == 0)).n_unique()
+    new = asked.explode().drop_nulls().unique()
     return Scored(
-        Path(out), len(items.values), int((users == 0).sum()) if history is None else 0,
-        int((items.values == 0).sum()),
-    )  # fmt: skip
+        Path(out),
+        len(items.values),
+        strangers,
+        int((bundle.items.encode(new) == 0).sum()),
+    )
+
+
+def _context(frame: pl.DataFrame, bundle: Bundle) -> np.ndarray | None:
+    """(n, C) codes of the context columns that the file has; None where it has none."""
+    if not any(column.name in frame.columns for column in bundle.contexts):
+        return None
+    codes = [
+        column.encode(frame[column.name])
+        if column.name in frame.columns
+        else np.zeros(len(frame), np.int32)
+        for column in bundle.contexts
+    ]
+    return np.stack(codes, 1).astype(np.int64)
 
 
 def _rows(lists: pl.Series, recommender: Recommender) -> Ragged:
@@ -122,5 +152,13 @@ def _times(values: pl.Series, path: str) -> np.ndarray:
     empty = values.is_null().arg_true()
     if len(empty):
         raise DataError(f"{path} has no time in row {int(empty[0]) + 1}. Fill it in.")
-    numbered = pl.int_range(1, len(values) + 1, eager=True).cast(pl.String)
-    return instants(values, Schema(), 0, "row " + numbered)[1:]
+    schema, frame = Schema(), values.to_frame()
+    reading = clock(values.name, values.dtype, values.head(1000), schema)
+    reading = reading.widened() or reading
+    largest = frame.select(reading.largest).item()
+    times = frame.select(reading.microseconds(largest).alias("t")).to_series()
+    wrong = times.is_null().arg_true()
+    if len(wrong):
+        row = int(wrong[0])
+        raise DataError(f"{path}: the time of row {row + 1} {reading.complaint(values[row])}.")
+    return times.to_numpy().astype(np.int64)

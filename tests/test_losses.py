@@ -309,3 +309,29 @@ def test_on_a_zipf_toy_inclusion_has_the_least_gradient_bias_of_deduplicated_col
     assert bias["inclusion"] < 0.5 * bias["count"]
     assert bias["inclusion"] < 0.5 * bias["none"]
     assert bias["inclusion"] < 0.1
+
+
+def test_skips_apart_add_a_softmax_of_the_positive_against_them() -> None:
+    # One user, the positive and a drawn negative score 1 and 0, a skip of weight 2 scores 0.
+    users = torch.tensor([[1.0, 0.0]])
+    items = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    loss = in_batch_softmax(
+        users, items, torch.tensor([0]), log_inclusion=torch.zeros(2), temperature=1.0,
+        skips=torch.tensor([[0], [2]]), skip_log_weight=torch.log(torch.tensor([2.0])),
+        skip_share=0.5,
+    )  # fmt: skip
+    main, apart = math.log(1 + math.exp(-1)), math.log(1 + 2 * math.exp(-1))
+    assert loss.item() == pytest.approx(main + 0.5 * apart)
+
+
+def test_an_example_without_skips_has_no_term_apart() -> None:
+    users, items = torch.eye(2), torch.eye(2)
+    plain = in_batch_softmax(
+        users, items, torch.tensor([0, 1]), log_inclusion=torch.zeros(2), temperature=1.0
+    )
+    skips = torch.tensor([[0], [1]])
+    with_skips = in_batch_softmax(
+        users, items, torch.tensor([0, 1]), log_inclusion=torch.zeros(2), temperature=1.0,
+        skips=skips, skip_share=1.0, weight=torch.tensor([0.0, 1.0]),
+    )  # fmt: skip
+    assert with_skips.item() == pytest.approx(plain.item())

@@ -82,6 +82,14 @@ def test_the_same_texts_and_seed_give_the_same_encoder() -> None:
     assert fit_encoder(texts, SMALL.model_copy(update={"seed": 1})).fingerprint != first.fingerprint
 
 
+def test_training_leaves_the_number_of_threads_as_it_was() -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    fit_encoder(["one text", "another text"], SMALL)
+    assert torch.get_num_threads() == before
+
+
 def test_a_fingerprint_changes_with_one_weight_and_not_with_use(encoder: TextEncoder) -> None:
     import torch
 

@@ -221,14 +221,19 @@ def batch_with_skips() -> Batch:
 
 
 @pytest.mark.parametrize("logq", [True, False])
-def test_the_loss_of_a_batch_is_that_of_its_vectors_and_edges(logq: bool) -> None:
+@pytest.mark.parametrize(("skips", "share"), [("apart", 0.7), ("in_softmax", None)])
+def test_the_loss_of_a_batch_is_that_of_its_vectors_and_edges(
+    logq: bool, skips: str, share: float | None
+) -> None:
     model, batch = towers(), batch_with_skips()
-    module = TwoTowerModule(model, RULES.model_copy(update={"logq": logq})).eval()
+    rules = RULES.model_copy(update={"logq": logq, "skips": skips, "skip_weight": 0.7})
+    module = TwoTowerModule(model, rules).eval()
     embedded = model.embed_items(batch.rows)
     wanted = in_batch_softmax(
         model.encode_users(batch.user, embedded), model.item_tower(embedded), batch.target,
         log_inclusion=batch.log_inclusion * logq, temperature=0.1, known=batch.known,
-        skips=batch.skips, skip_log_weight=batch.skip_log_weight, weight=batch.weight,
+        skips=batch.skips, skip_log_weight=batch.skip_log_weight, skip_share=share,
+        weight=batch.weight,
     )  # fmt: skip
     assert batch.skips.shape[1] and batch.known.shape[1]
     torch.testing.assert_close(module.loss(batch), wanted)

@@ -6,6 +6,7 @@ Legend: R rows asked for, N rows of a table, D dimensions, B examples, H history
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,10 @@ class FeatureTable(nn.Module):
         categories: name → (N, C) int64 codes padded with 0.
     """
 
+    text: Tensor | None
+    vector: Tensor | None
+    numbers: Tensor | None
+
     def __init__(
         self,
         n_rows: int,
@@ -58,11 +63,11 @@ class FeatureTable(nn.Module):
         categories: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
+        categories = categories or {}
         self.n_rows = n_rows
-        self.category_names = tuple(categories or {})
-        self.register_buffer("text", text, persistent=False)
-        self.register_buffer("vector", vector, persistent=False)
-        self.register_buffer("numbers", numbers, persistent=False)
+        self.category_names = tuple(categories)
+        for name, given in (("text", text), ("vector", vector), ("numbers", numbers)):
+            self.register_buffer(name, given, persistent=False)
         for position, name in enumerate(self.category_names):
             self.register_buffer(f"category_{position}", categories[name], persistent=False)
         for name, buffer in self.named_buffers():
@@ -94,19 +99,19 @@ class FeatureEmbedding(nn.Module):
         id_dropout: probability that a row's id vector is replaced, in training, by the one that
             rows without an id get when the model serves, so that a new row lands in the right
             place from its content alone (DropoutNet; Volkovs et al., 2017).
+        dropout: probability that a dimension of the sum is zeroed in training.
     """
 
-    def __init__(self, spec: FeatureSpec, dimension: int, id_dropout: float = 0.0) -> None:
+    def __init__(
+        self, spec: FeatureSpec, dimension: int, id_dropout: float = 0.0, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.spec, self.dimension, self.id_dropout = spec, dimension, id_dropout
+        self.spec, self.dimension = spec, dimension
+        self.id_dropout, self.dropout = id_dropout, dropout
         if spec.ids:
             # sparse: only the touched rows get a gradient, and only they are moved.
-            self.ids = nn.Embedding(spec.ids, dimension, sparse=True)
-            nn.init.normal_(self.ids.weight, std=0.1 / dimension**0.5)
-            if not id_dropout:
-                # Hardly ever trained then, so that it had better say nothing than something random.
-                with torch.no_grad():
-                    self.ids.weight[0].zero_()
+            # Row 0 is hardly ever trained without id dropout; small() lets it say nothing.
+            self.ids = small(nn.Embedding(spec.ids, dimension, sparse=True))
         if spec.text:
             self.text = nn.Linear(spec.text, dimension, bias=False)
             _scale_to_unit(self.text, inputs_norm=1.0)
@@ -117,17 +122,15 @@ class FeatureEmbedding(nn.Module):
         self.categories = nn.ModuleDict(
             {
                 # A dot is not allowed in a module's name, and a column's name may hold one.
-                str(position): nn.EmbeddingBag(size, dimension, mode="mean", padding_idx=0)
+                str(position): small(
+                    nn.EmbeddingBag(size, dimension, mode="mean", padding_idx=0)
+                )
                 for position, size in enumerate(spec.categories.values())
             }
         )
-        for bag in self.categories.values():
-            nn.init.normal_(bag.weight, std=0.1 / dimension**0.5)
-            with torch.no_grad():
-                bag.weight[0].zero_()
         if spec.statistics:
-            self.register_buffer("statistic_mean", torch.zeros(spec.statistics))
-            self.register_buffer("statistic_scale", torch.ones(spec.statistics))
+            self.statistic_mean = nn.Buffer(torch.zeros(spec.statistics))
+            self.statistic_scale = nn.Buffer(torch.ones(spec.statistics))
             self.statistics = nn.Sequential(
                 nn.Linear(spec.statistics, dimension), nn.GELU(), nn.Linear(dimension, dimension)
             )
@@ -166,16 +169,37 @@ class FeatureEmbedding(nn.Module):
                 known = known * (torch.rand(len(rows), device=rows.device) >= self.id_dropout)
             out = out + self.ids(known)
         if self.spec.text:
-            out = out + self.text(table.text[rows] if texts is None else texts)
+            out = out + self.text(_of(table.text, rows) if texts is None else texts)
         if self.spec.vector:
-            out = out + self.vector(table.vector[rows])
+            out = out + self.vector(_of(table.vector, rows))
         if self.spec.numbers:
-            out = out + self.numbers(table.numbers[rows])
+            out = out + self.numbers(_of(table.numbers, rows))
         for bag, name in zip(self.categories.values(), self.spec.categories, strict=True):
             out = out + bag(table.codes(name)[rows])
         if self.spec.statistics:
+            if statistics is None:
+                raise ValueError(f"These layers read {self.spec.statistics} statistics of each row.")
             out = out + self.statistics(self.standardised(statistics))
+        if self.training and self.dropout:
+            out = nn.functional.dropout(out, self.dropout)
         return out if out.ndim else torch.zeros(len(rows), self.dimension, device=rows.device)
+
+
+Table = TypeVar("Table", nn.Embedding, nn.EmbeddingBag)
+
+
+def small(table: Table) -> Table:
+    """Start a table of vectors small beside the content, and its row 0, unknown, at zero."""
+    nn.init.normal_(table.weight, std=0.1 / table.embedding_dim**0.5)
+    with torch.no_grad():
+        table.weight[0].zero_()
+    return table
+
+
+def _of(buffer: Tensor | None, rows: Tensor) -> Tensor:
+    if buffer is None:
+        raise ValueError("The feature table lacks what the layers were built to read.")
+    return buffer[rows]
 
 
 def _scale_to_unit(layer: nn.Linear, inputs_norm: float) -> None:
@@ -261,7 +285,7 @@ class Residual(nn.Module):
 
     def __init__(self, dimension: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.layers = nn.Identity()
+        self.layers: nn.Module = nn.Identity()
         if hidden:
             last = nn.Linear(hidden, dimension)
             nn.init.zeros_(last.weight)

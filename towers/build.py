@@ -150,6 +150,9 @@ def validation_side(
     # At one cut-off nothing of the validation side itself is known yet.
     known = past if each_event else timeline_until(dataset, Side.TRAIN)
     cutoff = dataset.manifest["split"]["valid_from"] if past.timed else None
+    if past.timed and cutoff is None:
+        # Leave-one-out has no cut-off for all; what is known ends with the last training event.
+        cutoff = int(np.asarray(timeline_until(dataset, Side.TRAIN).time).max()) + 1
     context = dataset.event_context[chosen] if dataset.event_context.shape[1] else None
     questions = ask(
         known,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def in_batch_softmax(
@@ -20,6 +21,7 @@ def in_batch_softmax(
     known: Tensor | None = None,
     skips: Tensor | None = None,
     skip_log_weight: Tensor | None = None,
+    skip_share: float | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of each example's own item against every other candidate and its own skips.
@@ -37,28 +39,38 @@ def in_batch_softmax(
         known: (2, E) example and candidate that the user is known to like: no negative there.
         skips: (2, S) example and row of `items` that the user saw and passed over.
         skip_log_weight: (S,) log weight; a weight of 1 counts as one full negative.
+        skip_share: None: skips stand in the softmax beside the drawn negatives. A number: they form
+            a softmax of their own against the positive, which joins the loss with this weight; the
+            drawn negatives, which stand for the whole catalogue, then cannot drown them.
         weight: (B,) strength of each positive; None: all alike.
 
     Returns:
         () weighted mean over examples.
     """
     n_candidates = len(log_inclusion)
-    scores = (users @ items[:n_candidates].T).float() / temperature  # (B, N)
-    positive = scores.gather(1, target[:, None])  # (B, 1)
-    negatives = scores - log_inclusion
-    blocked = torch.zeros((), device=scores.device)
-    if known is not None and known.shape[1]:
-        blocked = torch.full((known.shape[1],), -torch.inf, device=scores.device)
-        negatives = negatives.index_put((known[0], known[1]), blocked)
-    # The target stands among the candidates once: there it is the positive, uncorrected.
-    logits = negatives.scatter(1, target[:, None], positive)
-    total = logits.logsumexp(1)  # (B,)
+    logits = ((users / temperature) @ items[:n_candidates].T).float()  # (B, N)
+    # Corrections and masks are constants: written in place and unseen by autograd they cost no copy
+    # of the matrix, and where -inf stands the softmax lets no gradient through.
+    with torch.no_grad():
+        own = logits.gather(1, target[:, None])  # (B, 1)
+        logits -= log_inclusion
+        if known is not None and known.shape[1]:
+            logits[known[0], known[1]] = -torch.inf
+        # The target stands among the candidates once: there it is the positive, uncorrected.
+        logits.scatter_(1, target[:, None], own)
+    loss = F.cross_entropy(logits, target, reduction="none")  # (B,)
     if skips is not None and skips.shape[1]:
         passed = (users[skips[0]] * items[skips[1]]).sum(1).float() / temperature  # (S,)
         if skip_log_weight is not None:
             passed = passed + skip_log_weight
-        total = ragged_logaddexp(total, passed, skips[0])
-    loss = total - positive[:, 0]
+        # The loss is relative to the positive, so that what joins it has to be, too.
+        positive = logits.gather(1, target[:, None])[:, 0]
+        behind = passed - positive[skips[0]]
+        if skip_share is None:
+            loss = ragged_logaddexp(loss, behind, skips[0])
+        else:
+            nothing = torch.zeros_like(loss)  # log(1 + Σ exp(behind)); 0 where nothing was skipped
+            loss = loss + skip_share * ragged_logaddexp(nothing, behind, skips[0])
     if weight is None:
         return loss.mean()
     return (loss * weight).sum() / weight.sum().clamp(min=1e-9)  # 0 when nothing weighs

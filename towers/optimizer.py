@@ -71,6 +71,7 @@ class RowAdam(torch.optim.Optimizer):
         self, parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]
     ) -> None:
         beta1, beta2 = group["betas"]
+        assert parameter.grad is not None  # step() has looked
         gradient = parameter.grad.coalesce()
         rows, values = gradient.indices()[0], gradient.values()
         state["step"] += 1
@@ -81,14 +82,16 @@ class RowAdam(torch.optim.Optimizer):
         state["exp_avg"].index_copy_(0, rows, first)
         state["exp_avg_sq"].index_copy_(0, rows, second)
         root = second.sqrt_().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-        parameter.index_add_(0, rows, first.div_(root), alpha=-group["lr"] / (1 - beta1**step))
+        moved = parameter.index_select(0, rows)
+        moved.addcdiv_(first, root, value=-group["lr"] / (1 - beta1**step))
+        parameter.index_copy_(0, rows, moved)
 
     def _move_dense(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[parameter] for parameter in parameters]
         beta1, beta2 = group["betas"]
         adamw(
             parameters,
-            [parameter.grad for parameter in parameters],
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -121,10 +124,6 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
             gradients.append(parameter.grad)
     if not gradients:
         return torch.zeros(())
-    norm = torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
-    )
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(scale)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -9,12 +9,13 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytorch_lightning as lightning
 import torch
 from pydantic import Field
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from features.batches import Batch, Batches, Queries, TrainingEvents
@@ -32,7 +33,9 @@ from towers.two_tower import TwoTower
 class TrainingRules(Strict):
     """[training]: how the towers learn."""
 
-    batch_size: int = Field(1024, ge=2)
+    batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
+    """auto: the power of two nearest to a hundredth of the training events, from 128 to 1024, so
+    that a small log still gets a hundred steps an epoch."""
     epochs: int = Field(30, ge=1)
     """At most; early stopping usually ends sooner."""
     patience: int = Field(4, ge=1)
@@ -49,7 +52,7 @@ class TrainingRules(Strict):
     """Steps over which the learning rate rises from zero."""
     gradient_clip: float = Field(1.0, gt=0)
     """Largest common norm of all gradients of a step."""
-    temperature: float = Field(0.07, gt=0)
+    temperature: float = Field(0.1, gt=0)
     """Divides the score; where learning starts when it is learned."""
     learn_temperature: bool = False
     logq: bool = True
@@ -58,8 +61,12 @@ class TrainingRules(Strict):
     """Items of the user that are never its negatives: all of the training side, or up to the event."""
     uniform_negatives: int = Field(0, ge=0)
     """Candidates drawn uniformly for the whole batch, beside the other examples' items."""
-    skip_weight: float = Field(0.5, ge=0)
-    """Weight of a skipped item beside a drawn one; 0 leaves skips out."""
+    skips: Literal["apart", "in_softmax"] = "apart"
+    """apart: a softmax of the positive against the skips of its own request, beside the main one.
+    in_softmax: skips stand among the drawn negatives; each of those stands for many items, so that
+    weights far above 1 are needed for skips to be felt."""
+    skip_weight: float = Field(0.3, ge=0)
+    """apart: share of the term in the loss; in_softmax: how many items a skip counts as; 0: none."""
     batches: Literal["auto", "random", "in_time"] = "auto"
     """in_time: a batch is a window of consecutive events, as item statistics need; auto: only then."""
     validation_queries: int = Field(20_000, ge=1)
@@ -107,11 +114,11 @@ class Validation:
     def blocks(self, size: int = 4096) -> Iterator[tuple[np.ndarray, int | None]]:
         """Query rows that share a moment, at most `size` at once, and the moment."""
         everyone = np.arange(len(self.queries))
-        if self.moments is None:
-            groups, moments = [everyone], [None]
-        else:
-            distinct, start = np.unique(self.moments, return_index=True)
-            groups, moments = np.split(everyone, start[1:]), [int(m) for m in distinct]
+        groups: list[np.ndarray] = [everyone]
+        moments: list[int | None] = [None]
+        if self.moments is not None:
+            distinct, first = np.unique(self.moments, return_index=True)
+            groups, moments = np.split(everyone, first[1:]), [int(m) for m in distinct]
         for rows, moment in zip(groups, moments, strict=True):
             for start in range(0, len(rows), size):
                 yield rows[start : start + size], moment
@@ -135,6 +142,7 @@ class TwoTowerModule(lightning.LightningModule):
         self._vectors: tuple[int | None, ExactIndex] | None = None
         self._values: list[np.ndarray] = []
         self._since = (0.0, 0)
+        self._telling = True
 
     def loss(self, batch: Batch) -> Tensor:
         """() loss of a batch."""
@@ -153,12 +161,19 @@ class TwoTowerModule(lightning.LightningModule):
             known=batch.known,
             skips=batch.skips,
             skip_log_weight=batch.skip_log_weight,
+            skip_share=self.rules.skip_weight if self.rules.skips == "apart" else None,
             weight=batch.weight,
         )
 
+    def on_train_batch_start(self, _batch: Batch, _index: int) -> None:
+        # A call of `log` costs as much as a layer, and only every so many steps is written anyway.
+        every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        self._telling = (self.global_step + 1) % every == 0 or self.trainer.is_last_batch
+
     def training_step(self, batch: Batch, _: int) -> Tensor:
         loss = self.loss(batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        if self._telling:
+            self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
 
     def on_train_epoch_start(self) -> None:
@@ -167,6 +182,8 @@ class TwoTowerModule(lightning.LightningModule):
     def on_train_batch_end(self, _outputs: Any, batch: Batch, _index: int) -> None:
         start, count = self._since
         self._since = (start, count + len(batch))
+        if not self._telling:
+            return
         rate = self._since[1] / max(time.perf_counter() - start, 1e-9)
         self.log("train/examples_per_second", rate, prog_bar=True, batch_size=len(batch))
         if self.rules.learn_temperature:
@@ -211,9 +228,11 @@ class TwoTowerModule(lightning.LightningModule):
         if "random_cuda" in checkpoint and torch.cuda.is_available():
             torch.cuda.set_rng_state(checkpoint["random_cuda"].cpu())
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         rules = self.rules
-        tables, matrices, rest = [], [], []
+        tables: list[Tensor] = []
+        matrices: list[Tensor] = []
+        rest: list[Tensor] = []
         sparse = {
             id(module.weight)
             for module in self.modules()
@@ -226,7 +245,7 @@ class TwoTowerModule(lightning.LightningModule):
                 tables.append(parameter)
             else:
                 (matrices if parameter.ndim > 1 else rest).append(parameter)
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": tables, "lr": rules.table_learning_rate or rules.learning_rate},
             {"params": matrices, "weight_decay": rules.weight_decay},
             {"params": rest},
@@ -251,6 +270,13 @@ class TwoTowerModule(lightning.LightningModule):
             (p for group in optimizer.param_groups for p in group["params"]),
             self.rules.gradient_clip if gradient_clip_val is None else gradient_clip_val,
         )
+
+
+def fitting_batch(rules: TrainingRules, events: int) -> int:
+    """Examples of a batch, as `[training] batch_size` says for so many training events."""
+    if rules.batch_size != "auto":
+        return rules.batch_size
+    return 2 ** round(math.log2(min(max(events / 100, 128), 1024)))
 
 
 def metric_at(name: str) -> tuple[str, int]:
@@ -318,11 +344,14 @@ class InteractionData(lightning.LightningDataModule):
         self.validation = validation
         self.batches = Batches(
             events,
-            batch_size=rules.batch_size,
+            batch_size=fitting_batch(rules, events.size),
             max_history=max_history,
             uniform_negatives=rules.uniform_negatives,
             known=rules.known,
-            skip_weight=rules.skip_weight,
+            # Apart, the weight is that of the term; each skip keeps its confidence.
+            skip_weight=float(rules.skip_weight > 0)
+            if rules.skips == "apart"
+            else rules.skip_weight,
             in_time=in_time,
             statistics=statistics,
             seed=seed,

@@ -16,7 +16,14 @@ from torch.nn import functional as F
 
 from features.batches import UserSide
 from recsys.tables import Strict
-from towers.blocks import FeatureEmbedding, FeatureSpec, FeatureTable, History, Residual
+from towers.blocks import (
+    FeatureEmbedding,
+    FeatureSpec,
+    FeatureTable,
+    History,
+    Residual,
+    small,
+)
 
 
 class TowerRules(Strict):
@@ -25,19 +32,19 @@ class TowerRules(Strict):
     dimension: int = Field(64, ge=2, le=4096)
     """Of the vectors that are compared."""
     score: Literal["cosine", "dot", "cosine_bias"] = "cosine"
-    """cosine: direction alone; dot: norms carry popularity; cosine_bias: cosine plus one number an item."""
+    """cosine: direction alone; dot: norms carry popularity; cosine_bias: cosine and a number an item."""
     history: Literal["none", "mean", "attention"] = "attention"
     """How the user's earlier items become one vector."""
     max_history: int = Field(50, ge=1)
     """Newest items read."""
     user_id: bool = False
-    """A vector of its own for every user of the training side; new users then have only the rest."""
+    """A vector of its own for every user of the training side; new users have only the rest."""
     item_id: bool = True
     """A vector of its own for every item of the training side."""
     id_dropout: float = Field(0.2, ge=0, lt=1)
     """Probability that an item's id is hidden in training, so that new items work from content."""
     hidden: int = Field(128, ge=0)
-    """Width of each tower's residual layer; 0: none."""
+    """Width of each tower's residual layer; 0: none, which overfits least on very small logs."""
     dropout: float = Field(0.1, ge=0, lt=1)
     statistics: bool | Literal["auto"] = "auto"
     """Item age, clicks and exposures as of the event; auto: when the log shows impressions."""
@@ -49,12 +56,12 @@ def unit_vectors(x: Tensor) -> Tensor:
 
 
 class ItemTower(nn.Module):
-    """Item rows → unit vectors (or plain ones for the dot product), plus a bias where there is one."""
+    """Item rows → unit vectors (plain ones for the dot product), and a bias where there is one."""
 
     def __init__(self, spec: FeatureSpec, rules: TowerRules) -> None:
         super().__init__()
         self.rules = rules
-        self.inputs = FeatureEmbedding(spec, rules.dimension, rules.id_dropout)
+        self.inputs = FeatureEmbedding(spec, rules.dimension, rules.id_dropout, rules.dropout)
         self.deep = Residual(rules.dimension, rules.hidden, rules.dropout)
         if rules.score == "cosine_bias":
             self.bias = nn.Linear(rules.dimension, 1)
@@ -85,12 +92,8 @@ class UserTower(nn.Module):
             else History(rules.dimension, rules.history, rules.max_history)
         )
         self.context = nn.ModuleList(
-            nn.Embedding(size, rules.dimension, padding_idx=0) for size in context
+            small(nn.Embedding(size, rules.dimension, padding_idx=0)) for size in context
         )
-        for table in self.context:
-            nn.init.normal_(table.weight, std=0.1 / rules.dimension**0.5)
-            with torch.no_grad():
-                table.weight[0].zero_()
         self.deep = Residual(rules.dimension, rules.hidden, rules.dropout)
 
     def forward(self, side: UserSide, items: Tensor, table: FeatureTable) -> Tensor:

@@ -11,9 +11,10 @@ the same batches and the same optimiser, in turn, and the medians count:
 `ours`: `TwoTowerModule` and `InteractionData` in a Lightning Trainer, logging to a run of the
     embedded MLflow store, batches made as it goes.
 
-Peak memory is that of a process of its own that does only what `ours` does. On a machine shared with
-others, ask for one thread (OMP_NUM_THREADS=1) and for processor time (--cpu) rather than time on
-the wall.
+Peak memory is that of a process of its own that does only what `ours` does. On a machine shared
+with others, ask for one thread (OMP_NUM_THREADS=1) and for processor time (--cpu) rather than time
+on the wall, or at least for threads that sleep while they wait (OMP_WAIT_POLICY=PASSIVE): threads
+that spin for a core which somebody else has make a step ten times as long.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ Clock = Callable[[], float]
 WARM = 5
 """Steps before the clock starts: the optimiser makes its state in the first."""
 AT_LEAST, BATCH_SHARE, ROOM = 0.85, 0.10, 1.0
-"""What is asked for: ratio to the bare loop, share of a step that batches take, GiB beside tables."""
+"""What is asked for: ratio to the bare loop, batches' share of a step, GiB beside the tables."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,10 @@ def bare(module: TwoTowerModule, batches: list[Batch], now: Clock) -> float:
 
     model, temperature = module.model.train(), module.rules.temperature
     dense = [p for name, p in model.named_parameters() if "inputs.ids" not in name]
-    groups = [{"params": [model.item_tower.inputs.ids.weight]}, {"params": dense}]
+    groups: list[dict[str, Any]] = [
+        {"params": [model.item_tower.inputs.ids.weight]},
+        {"params": dense},
+    ]
     optimizer = RowAdam(groups, lr=module.rules.learning_rate)
     start = 0.0
     for step, batch in enumerate(batches):
@@ -177,7 +181,7 @@ def ours(
         events, None, module.rules, max_history=case.max_history, statistics=False, seed=0
     )
     batches = Clocked(data.train_dataloader(), now)
-    data.train_dataloader = lambda: batches  # type: ignore[method-assign]
+    data.train_dataloader = lambda: batches  # type: ignore[method-assign, assignment, return-value]
 
     class Watch(lightning.Callback):
         start = end = 0.0
