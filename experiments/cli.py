@@ -164,6 +164,10 @@ def evaluate(
     on: Annotated[
         str | None, typer.Option(metavar="LOG", help="A later log of the same form.")
     ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="BUNDLE", help="Other bundles of the same data, paired."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """The scorecard of a bundle.
@@ -177,7 +181,7 @@ def evaluate(
     from experiments.evaluate import evaluate_bundle
 
     with aside():
-        scorecard = evaluate_bundle(bundle, on=on)
+        scorecard = evaluate_bundle(bundle, on=on, against=against or ())
     if json:
         print_json(scorecard)
     else:

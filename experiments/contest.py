@@ -5,6 +5,7 @@ Legend: Q queries, N item rows, K the deepest rank looked at, T shown items in a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +29,17 @@ class Baselines:
         recommender: extended with the later events.
         past: events before the cut-off, which co-occurrence is fitted on.
         rules: which baselines, and the window of the recent one.
+        rivals: name → other towers over the same rows, extended with the same events.
     """
 
-    def __init__(self, recommender: Recommender, past: Timeline, rules: EvaluateRules) -> None:
-        self.bundle, self.rules = recommender.bundle, rules
+    def __init__(
+        self,
+        recommender: Recommender,
+        past: Timeline,
+        rules: EvaluateRules,
+        rivals: Mapping[str, Recommender] | None = None,
+    ) -> None:
+        self.bundle, self.rules, self.rivals = recommender.bundle, rules, dict(rivals or {})
         n_items = self.bundle.items.size
         counts = np.zeros(n_items, np.float32)
         counts[: past.n_items] = past.popularity()
@@ -105,14 +113,15 @@ def rank(
 
     Args:
         extended: the recommender, its tables extended to the later items and users.
-        baselines: the other contestants.
+        baselines: the other contestants, rival towers among them.
         questions: who asks.
         moments: (Q,) at which items stood for each query, or None without a clock.
         rules: how deep, and whether seen items are left out.
         cold: (N,) bool, items that the towers never saw chosen.
     """
     k, queries = max(rules.ks), questions.queries
-    names = [MODEL, *baselines.at(extended.bundle.cutoff)]
+    towers = {MODEL: extended, **baselines.rivals}
+    names = [*towers, *baselines.at(extended.bundle.cutoff)]
     ranked, among = (
         {name: np.full((len(queries), k), -1, np.int64) for name in names} for _ in range(2)
     )
@@ -122,8 +131,8 @@ def rank(
     cold_candidates = np.zeros(len(queries), np.int64)
     candidates = np.zeros(extended.bundle.items.size, bool)
     for moment, rows in by_moment(moments, len(queries)):
-        at = extended.as_of(moment)
-        allowed = at.allowed
+        at = {name: one.as_of(moment) for name, one in towers.items()}
+        allowed = at[MODEL].allowed
         candidates |= allowed
         everybody, chilled = queries.take(rows), rows[cold_query[rows]]
         tasks = [(ranked, rows, everybody, allowed)]
@@ -132,10 +141,11 @@ def rank(
             cold_candidates[chilled] = np.count_nonzero(allowed & cold)
         others = baselines.at(moment)
         for store, to, part, these in tasks:
-            seen = at.seen(part) if rules.drop_seen else None
-            store[MODEL][to] = at.recommend_rows(
-                part, k, exact=True, drop_seen=rules.drop_seen, allowed=these
-            )[0]
+            seen = at[MODEL].seen(part) if rules.drop_seen else None
+            for name, one in at.items():
+                store[name][to] = one.recommend_rows(
+                    part, k, exact=True, drop_seen=rules.drop_seen, allowed=these
+                )[0]
             for name, baseline in others.items():
                 found = baseline.search(part.history, k, allowed=these, exclude=seen)
                 store[name][to] = found[0]
@@ -170,6 +180,8 @@ def score_shown(
         to = np.concatenate([[0], np.cumsum(these.lengths)])
         flat = np.arange(to[-1]) + np.repeat(items.offsets[rows] - to[:-1], these.lengths)
         found = {MODEL: at.score_rows(part, these)}
+        for name, rival in baselines.rivals.items():
+            found[name] = rival.as_of(moment).score_rows(part, these)
         for name, baseline in baselines.at(moment, shown=True).items():
             found[name] = baseline.score(part.history, these)
         for name, score in found.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,13 +99,18 @@ def later_log(recommender: Recommender, path: str) -> Later:
 
 
 def evaluate_bundle(
-    bundle: str | Path, on: str | None = None, progress: Callable[[str], None] | None = None
+    bundle: str | Path,
+    on: str | None = None,
+    against: Sequence[str | Path] = (),
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """The scorecard of a bundle, on its own test side or on a later log.
 
     Args:
         bundle: its folder.
         on: a later log of the same form; None: the prepared dataset that it was trained on.
+        against: other bundles made from the same prepared data, to be compared query by query;
+            each stands among the baselines under "against_" and the name of its run's folder.
         progress: told what is going on.
 
     Raises:
@@ -114,6 +119,9 @@ def evaluate_bundle(
     recommender = Recommender.load(bundle)
     config, manifest = bundle_config(recommender), recommender.bundle.manifest
     options: dict[str, Any] = {"seed": config.seed}
+    options["rivals"] = {
+        f"against_{Path(path).resolve().parent.name}": Recommender.load(path) for path in against
+    }
     if progress is not None:
         options["progress"] = progress
     if on is not None:

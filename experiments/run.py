@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +27,11 @@ from features.prepare import prepare as prepare_log
 from recsys.errors import ConfigError, DataError
 from recsys.files import canonical_json, sha256_bytes
 from recsys.split import duration
+from recsys.tables import Side
 from serving.manifest import read_manifest
 from serving.recommender import Recommender
 from towers.build import build_model, standardise, validation_side
-from towers.training import InteractionData, TwoTowerModule
+from towers.training import InteractionData, TwoTowerModule, Validation
 from towers.two_tower import TwoTower
 
 if TYPE_CHECKING:
@@ -101,30 +104,29 @@ def text_vectors(
 def fit(
     config: RunConfig,
     dataset: Dataset,
-    model: TwoTower,
+    make: Callable[[], TwoTower],
     *,
     folder: Path,
     logger: Any = False,
     resume: bool = False,
 ) -> TwoTowerModule:
-    """Train the towers; the epoch that ranks the validation side best is what stays.
+    """Train the towers for the number of epochs that ranks the validation side best.
+
+    With `training.refit` they then start again and learn from train and validation side together,
+    for as many epochs; otherwise the weights of the best epoch stay.
 
     Args:
         config: the run.
         dataset: prepared.
-        model: towers as `towers.build.build_model` made them.
+        make: gives untrained towers, the same at each call.
         folder: of checkpoints.
         logger: Lightning logger, or False.
-        resume: go on from the last checkpoint in the folder.
+        resume: go on from the last checkpoints in the folder.
     """
-    import pytorch_lightning as lightning
     import torch
-    from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
-    rules = config.training
-    precision: Any = rules.precision  # Lightning names the values that it takes
-    events = training_events(dataset, skips=rules.skip_weight > 0)
-    standardise(model, events, config.seed)
+    rules, folder = config.training, folder / "checkpoints"
+    model = make()
     validation = validation_side(
         dataset,
         rules,
@@ -135,6 +137,45 @@ def fit(
         statistics=model.uses_statistics,
         seed=config.seed,
     )
+    refolder = folder / "refit"
+    if resume and (refolder / "last.ckpt").exists():
+        module, epochs = TwoTowerModule(model, rules), best_epoch(folder)
+    else:
+        module, epochs = _learn(
+            config, dataset, model, validation, rules.epochs, folder, logger=logger, resume=resume
+        )
+    if validation is None:
+        return module
+    if rules.refit:
+        say(f"learning again from train and validation side, {epochs} epochs")
+        return _learn(config, dataset, make(), None, epochs, refolder, logger=False, resume=resume)[0]
+    best = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)
+    module.load_state_dict(best["state_dict"])
+    return module
+
+
+def _learn(
+    config: RunConfig,
+    dataset: Dataset,
+    model: TwoTower,
+    validation: Validation | None,
+    epochs: int,
+    folder: Path,
+    *,
+    logger: Any,
+    resume: bool,
+) -> tuple[TwoTowerModule, int]:
+    """One training; the module as it is at the end, and the best epoch, counted from 1."""
+    import pytorch_lightning as lightning
+    import torch
+    from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
+
+    rules = config.training
+    precision: Any = rules.precision  # Lightning names the values that it takes
+    # Without a side to choose on there is nothing to keep apart.
+    until = Side.TRAIN if validation is not None else Side.VALID
+    events = training_events(dataset, skips=rules.skip_weight > 0, until=until)
+    standardise(model, events, config.seed)
     module = TwoTowerModule(model, rules)
     data = InteractionData(
         events,
@@ -145,41 +186,42 @@ def fit(
         seed=config.seed,
     )
     watched = f"val/{rules.monitor}"
-    callbacks: list[Any] = []
+    # A checkpoint callback that watches a metric writes only when it rose; resuming needs every epoch.
+    callbacks: list[Callback] = [
+        ModelCheckpoint(folder, filename="last", enable_version_counter=False)
+    ]
     if validation is not None:
         best = ModelCheckpoint(
-            folder / "checkpoints", filename="best", monitor=watched, mode="max",
-            enable_version_counter=False,
-        )  # fmt: skip
-        # save_last of the one above writes only when the metric rose; resuming needs every epoch.
-        last = ModelCheckpoint(
-            folder / "checkpoints", filename="last", enable_version_counter=False
+            folder, filename="best", monitor=watched, mode="max", enable_version_counter=False
         )
-        callbacks = [best, last, EarlyStopping(watched, patience=rules.patience, mode="max")]
+        callbacks += [best, EarlyStopping(watched, patience=rules.patience, mode="max")]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         trainer = lightning.Trainer(
-            max_epochs=rules.epochs,
+            max_epochs=epochs,
             accelerator=rules.accelerator,
             devices=1,
             precision=precision,
             logger=logger,
             callbacks=callbacks,
-            enable_checkpointing=bool(callbacks),
             enable_model_summary=False,
             enable_progress_bar=sys.stderr.isatty(),
             num_sanity_val_steps=0,
             log_every_n_steps=max(1, min(20, len(data.batches))),  # a short run has a curve too
             default_root_dir=folder,
         )
-        stopped = folder / "checkpoints" / "last.ckpt"
-        trainer.fit(module, data, ckpt_path=str(stopped) if resume and stopped.exists() else None)
+        last = folder / "last.ckpt"
+        trainer.fit(module, data, ckpt_path=str(last) if resume and last.exists() else None)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    if callbacks and callbacks[0].best_model_path:
-        state = torch.load(callbacks[0].best_model_path, map_location="cpu", weights_only=True)
-        module.load_state_dict(state["state_dict"])
-    return module.cpu().eval()
+    return module.cpu().eval(), epochs if validation is None else best_epoch(folder)
+
+
+def best_epoch(folder: Path) -> int:
+    """How many epochs the best checkpoint in a folder has seen."""
+    import torch
+
+    return torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)["epoch"] + 1
 
 
 def train(config: RunConfig, *, resume: Path | None = None) -> TrainResult:
@@ -212,11 +254,12 @@ def train(config: RunConfig, *, resume: Path | None = None) -> TrainResult:
         tracker.log_file(run / "run.toml")
         tracker.log_dict(dataset.manifest, "data.json")
         encoder, item_text, user_text = text_vectors(config, dataset)
-        model = build_model(
-            dataset, config.towers, item_text=item_text, user_text=user_text, seed=config.seed
-        )
+        make = partial(
+            build_model, dataset, config.towers,
+            item_text=item_text, user_text=user_text, seed=config.seed,
+        )  # fmt: skip
         module = fit(
-            config, dataset, model,
+            config, dataset, make,
             folder=run, logger=lightning_logger(tracker), resume=resume is not None,
         )  # fmt: skip
         say(f"trained in {time.perf_counter() - began:.0f} s")
@@ -257,7 +300,7 @@ def _check_same(config: RunConfig, folder: Path) -> None:
 
 def record_scorecard(tracker: Tracker, scorecard: dict[str, Any], bundle: Path) -> None:
     """The scorecard as metrics, JSON and pictures, and the bundle as artifact and model version."""
-    from experiments.pictures import draw
+    from experiments.pictures import draw, training_curves
 
     tracker.log_dict(scorecard, "scorecard.json")
     numbers = {
@@ -266,7 +309,16 @@ def record_scorecard(tracker: Tracker, scorecard: dict[str, Any], bundle: Path) 
         if metric["value"] is not None
     }
     tracker.log_metrics(numbers)
-    for picture in draw(scorecard, tracker.folder / "pictures"):
+    pictures = tracker.folder / "pictures"
+    learned = [
+        {"step": point["step"], **{n: v for n, v in point["metrics"].items() if "/" in n}}
+        for point in Spool.open(tracker.folder).points()
+        if not any(name.startswith("test/") for name in point["metrics"])
+    ]
+    curves = training_curves(learned, pictures / "training.png")
+    if curves is not None:
+        tracker.log_file(curves, "pictures")
+    for picture in draw(scorecard, pictures):
         tracker.log_file(picture, "pictures")
     tracker.log_bundle(bundle, {"fingerprint": read_manifest(bundle)["fingerprint"]})
 

@@ -6,7 +6,7 @@ Legend: Q queries, N item rows, K the deepest rank looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from experiments import parts
 from experiments.contest import Baselines, rank
 from experiments.questions import EvaluateRules, questions_of, without_later_events
+from recsys.errors import ConfigError
 from recsys.intervals import Estimate
 from recsys.metrics import coverage, gini, mean_popularity, novelty, ranking_metrics
 from recsys.ragged import Ragged
@@ -35,6 +36,7 @@ def judge(
     each_event: bool,
     protocol: dict[str, Any],
     seed: int = 0,
+    rivals: Mapping[str, Recommender] | None = None,
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
     """Judge a recommender on later events.
@@ -46,7 +48,12 @@ def judge(
         each_event: a query at each positive; otherwise one a user at the cut-off.
         protocol: what else the scorecard should state (split, skips, data).
         seed: of samples and resamples.
+        rivals: name → another recommender made from the same prepared data; it stands among the
+            baselines, with paired differences, but the verdict does not speak of it.
         progress: told what is going on.
+
+    Raises:
+        ConfigError: a rival knows other items or users.
 
     Returns:
         The scorecard: `model`, `baselines`, `differences`, `slices`, `index`, `impressions`,
@@ -61,7 +68,8 @@ def judge(
     questions, moments = questions_of(bundle, coded, rules, each_event=each_event, seed=seed)
     queries = questions.queries
     progress(f"ranking all items for {len(queries):,} queries")
-    baselines = Baselines(extended, past, rules)
+    others = {name: _rival(recommender, one, later, each_event) for name, one in (rivals or {}).items()}
+    baselines = Baselines(extended, past, rules, others)
     cold = np.ones(bundle.items.size, bool)
     cold[: recommender.bundle.manifest["warm_items"] + 1] = False
     ranking = rank(extended, baselines, questions, moments, rules, cold)
@@ -100,8 +108,23 @@ def judge(
         "search": "exact",
         "intervals": f"95 %, bootstrap over users, {rules.resamples} resamples",
     }
-    scorecard["verdict"] = verdict(scorecard, rules.primary)
+    scorecard["verdict"] = verdict(scorecard, rules.primary, without=others)
     return scorecard
+
+
+def _rival(
+    recommender: Recommender, rival: Recommender, later: Later, each_event: bool
+) -> Recommender:
+    ours, theirs = recommender.bundle, rival.bundle
+    for what, a, b in (("items", ours.items, theirs.items), ("users", ours.users, theirs.users)):
+        if a.digest != b.digest:
+            raise ConfigError(
+                f"The two bundles know different {what} ({len(a.ids)} and {len(b.ids)}, digests "
+                f"{a.digest[:12]} and {b.digest[:12]}). Only runs on the same prepared data can be "
+                "paired query by query."
+            )
+    bundle = extend(theirs, later)[0]
+    return Recommender(bundle if each_event else without_later_events(bundle, theirs.timeline))
 
 
 def _values(
@@ -126,7 +149,7 @@ def _spread(ranked: np.ndarray, n_items: int, rules: EvaluateRules) -> dict[str,
     )
 
 
-def verdict(scorecard: dict[str, Any], primary: str) -> str:
+def verdict(scorecard: dict[str, Any], primary: str, without: Collection[str] = ()) -> str:
     """One plain sentence: do the towers beat every baseline on the primary metric?
 
     A baseline is beaten, or wins, when the 95 % interval of the paired difference says so.
@@ -138,10 +161,11 @@ def verdict(scorecard: dict[str, Any], primary: str) -> str:
         if repeats:
             why = f"all {repeats} later positives repeat what their users had (evaluate.drop_seen)"
         return f"Nothing was judged: {why}."
-    if not scorecard["baselines"]:
+    names = [name for name in scorecard["baselines"] if name not in without]
+    if not names:
         return f"The towers have {primary} {ours:.4f}; no baseline was asked for."
-    theirs = {name: card[primary]["value"] for name, card in scorecard["baselines"].items()}
-    gaps = {name: gap[primary] for name, gap in scorecard["differences"].items()}
+    theirs = {name: scorecard["baselines"][name][primary]["value"] for name in names}
+    gaps = {name: scorecard["differences"][name][primary] for name in names}
     order = sorted(theirs, key=lambda name: -theirs[name])
     won = [name for name in order if (gaps[name]["high"] or 0) < 0]
     open_ = [name for name in order if not (gaps[name]["low"] or 0) > 0]

@@ -129,7 +129,9 @@ def _times(
     first = np.full(len(listed), NEVER, np.int64)
     first[known.first["item"].to_numpy()] = known.first["time"].to_numpy()
     first = np.minimum(first, published)
-    exists = np.where(listed & (published == NEVER), BEGINNING, first)
+    # An item that only its own first event tells of is known after that event, not at it.
+    met = np.where(first < published, np.minimum(first, NEVER - 1) + 1, first)
+    exists = np.where(listed & (published == NEVER), BEGINNING, met)
     early = published == NEVER
     if known.cutoff is None or not known.timed:
         early[:] = True

@@ -57,10 +57,16 @@ def timeline_until(dataset: Dataset, side: Side) -> Timeline:
     )
 
 
-def training_events(dataset: Dataset, skips: bool) -> TrainingEvents:
-    """The training side: events, their strengths, skips and context, and what uniform negatives
-    are drawn from (items known at the cut-off)."""
-    kept = np.flatnonzero(np.asarray(dataset.event_side) == Side.TRAIN)
+def training_events(dataset: Dataset, skips: bool, until: Side = Side.TRAIN) -> TrainingEvents:
+    """What is learned from: events, their strengths, skips and context, and what uniform negatives
+    are drawn from (items known at the cut-off).
+
+    Args:
+        dataset: prepared.
+        skips: whether skips are wanted.
+        until: the last side to learn from: train, or valid once nothing is left to be chosen.
+    """
+    kept = np.flatnonzero(np.asarray(dataset.event_side) <= until)
     weight = np.asarray(dataset.event_weight)[kept]
     found = skip_weight = None
     if skips and len(dataset.skip_item):
@@ -69,7 +75,7 @@ def training_events(dataset: Dataset, skips: bool) -> TrainingEvents:
         found, skip_weight = all_skips.take(kept), weights.take(kept).values
     candidates = np.flatnonzero(dataset.item_known)
     return TrainingEvents(
-        timeline=timeline_until(dataset, Side.TRAIN),
+        timeline=timeline_until(dataset, until),
         weight=None if (weight == 1).all() else weight,
         skips=found,
         skip_weight=skip_weight,

@@ -40,6 +40,9 @@ class TrainingRules(Strict):
     """At most; early stopping usually ends sooner."""
     patience: int = Field(4, ge=1)
     """Epochs without a better validation metric before training stops."""
+    refit: bool = True
+    """Once the epoch is chosen, train again from the start on train and validation side together, for
+    so many epochs: what happened last before the cut-off says most about what comes next."""
     monitor: str = "ndcg_at_20"
     """Validation metric, by full ranking, that picks the epoch: recall_at_K, ndcg_at_K, hit_rate_at_K."""
     learning_rate: float = Field(2e-3, gt=0)
