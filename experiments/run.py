@@ -148,7 +148,9 @@ def fit(
         return module
     if rules.refit:
         say(f"learning again from train and validation side, {epochs} epochs")
-        return _learn(config, dataset, make(), None, epochs, refolder, logger=False, resume=resume)[0]
+        return _learn(config, dataset, make(), None, epochs, refolder, logger=False, resume=resume)[
+            0
+        ]
     best = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)
     module.load_state_dict(best["state_dict"])
     return module
@@ -186,7 +188,7 @@ def _learn(
         seed=config.seed,
     )
     watched = f"val/{rules.monitor}"
-    # A checkpoint callback that watches a metric writes only when it rose; resuming needs every epoch.
+    # A checkpoint that watches a metric is written only when it rose; resuming needs every epoch.
     callbacks: list[Callback] = [
         ModelCheckpoint(folder, filename="last", enable_version_counter=False)
     ]

@@ -68,7 +68,9 @@ def judge(
     questions, moments = questions_of(bundle, coded, rules, each_event=each_event, seed=seed)
     queries = questions.queries
     progress(f"ranking all items for {len(queries):,} queries")
-    others = {name: _rival(recommender, one, later, each_event) for name, one in (rivals or {}).items()}
+    others = {
+        name: _rival(recommender, one, later, each_event) for name, one in (rivals or {}).items()
+    }
     baselines = Baselines(extended, past, rules, others)
     cold = np.ones(bundle.items.size, bool)
     cold[: recommender.bundle.manifest["warm_items"] + 1] = False

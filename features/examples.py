@@ -120,7 +120,7 @@ def ask(
         past: everything that may be known; each query sees only what is strictly before it.
         user, item, time: (E,) the events to be foretold.
         each_event: one query for each user and time; otherwise one a user, at the cut-off.
-        cutoff: moment of the queries when not `each_event`; None without a clock: `past` ends there.
+        cutoff: moment of the queries when not `each_event`; None without a clock.
         max_history: newest history entries kept.
         drop_seen: leave out targets that the user had before the query.
         context: (E, C) codes of each event.

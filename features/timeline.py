@@ -1,4 +1,4 @@
-"""What was known before any moment: each user's items in order, each item's clicks, exposures and age.
+"""What was known before any moment: a user's items in order, an item's clicks, exposures and age.
 
 Legend: E events (positives), Q questions, R item rows, S statistics.
 "Before" is strict everywhere: what happens at time t is not known at t.
@@ -58,7 +58,7 @@ class Timeline:
         first_seen: (N,) int64 when each item row was published or first met; `NEVER` when it has
             not been. The age of an item counts from here.
         exists_from: (N,) int64 from when on an item may be answered. An item of a table that says
-            nothing of publication has always been there, though its age counts from its first event.
+            nothing of publication has always been there; its age counts from its first event.
         shown: item row → sorted times of its exposures, when the log has them.
         timed: whether `time` is a clock.
     """
@@ -123,7 +123,7 @@ class Timeline:
         return times_by_row(self.item, self.time, self.n_items)
 
     def past(self, users: np.ndarray, times: np.ndarray | None) -> np.ndarray:
-        """(Q,) how many events of each user lie strictly before each time; all when there is none."""
+        """(Q,) how many events of each user lie strictly before each time; all without times."""
         if times is None:
             return np.diff(self.user_offsets)[users]
         return count_before(Ragged(self.user_offsets, self.time), users, times)

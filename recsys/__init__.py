@@ -1,8 +1,8 @@
 """Two-tower recommendation: train on interaction logs, answer with nearest items.
 
-    from recsys import Recommender
-    recommender = Recommender.load("runs/demo/bundle")
-    recommender.similar(text="brass desk lamp", k=5)
+from recsys import Recommender
+recommender = Recommender.load("runs/demo/bundle")
+recommender.similar(text="brass desk lamp", k=5)
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -107,11 +107,13 @@ def build() -> Callable[..., Built]:
         config = loads(f'out = "{folder.as_posix()}"\n{toml}')
         dataset = prepare(config)
         encoder, items, users = text_vectors(config, dataset)
-        model = build_model(
-            dataset, config.towers, item_text=items, user_text=users, seed=config.seed
-        )
-        if trained:
-            model = fit(config, dataset, model, folder=folder / "fit").model
+
+        def make() -> Any:
+            return build_model(
+                dataset, config.towers, item_text=items, user_text=users, seed=config.seed
+            )
+
+        model = fit(config, dataset, make, folder=folder / "fit").model if trained else make()
         path = make_bundle(config, dataset, model.eval(), encoder, folder / "bundle")
         return Built(config, dataset, path)
 

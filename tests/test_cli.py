@@ -208,7 +208,7 @@ def test_a_mistake_of_the_user_ends_with_2_and_no_traceback(
 def test_an_error_of_the_library_is_one_message_on_stderr(
     recsys: Callable[..., Any], library: Callable[..., None]
 ) -> None:
-    def evaluate_bundle(bundle: Path, on: str | None = None) -> None:
+    def evaluate_bundle(bundle: Path, on: str | None = None, against: Any = ()) -> None:
         raise BundleError(f"{bundle}/manifest.json says 128, but index.bin was built with 64.")
 
     library("experiments.evaluate", evaluate_bundle=evaluate_bundle)
@@ -221,7 +221,7 @@ def test_an_error_of_the_library_is_one_message_on_stderr(
 def test_a_mistake_of_ours_ends_with_1_and_says_how_to_see_more(
     recsys: Callable[..., Any], library: Callable[..., None]
 ) -> None:
-    def evaluate_bundle(bundle: Path, on: str | None = None) -> None:
+    def evaluate_bundle(bundle: Path, on: str | None = None, against: Any = ()) -> None:
         raise ZeroDivisionError("division by zero")
 
     library("experiments.evaluate", evaluate_bundle=evaluate_bundle)
@@ -255,7 +255,7 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
         "import sys, types\n"
         "module = types.ModuleType('experiments.evaluate')\n"
         "card = {'model': {'x%d' % n: 'y' * 100 for n in range(10_000)}}\n"
-        "module.evaluate_bundle = lambda bundle, on=None: card\n"
+        "module.evaluate_bundle = lambda bundle, on=None, against=(): card\n"
         "sys.modules['experiments.evaluate'] = module\n"
         "from experiments.cli import main; main(['evaluate', 'b', '--json'])\n"
     )

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 RECENCY = 0.2
 """How much less, as a logit, each earlier history entry weighs before anything is learned."""
 
@@ -122,9 +121,7 @@ class FeatureEmbedding(nn.Module):
         self.categories = nn.ModuleDict(
             {
                 # A dot is not allowed in a module's name, and a column's name may hold one.
-                str(position): small(
-                    nn.EmbeddingBag(size, dimension, mode="mean", padding_idx=0)
-                )
+                str(position): small(nn.EmbeddingBag(size, dimension, mode="mean", padding_idx=0))
                 for position, size in enumerate(spec.categories.values())
             }
         )
@@ -178,7 +175,9 @@ class FeatureEmbedding(nn.Module):
             out = out + bag(table.codes(name)[rows])
         if self.spec.statistics:
             if statistics is None:
-                raise ValueError(f"These layers read {self.spec.statistics} statistics of each row.")
+                raise ValueError(
+                    f"These layers read {self.spec.statistics} statistics of each row."
+                )
             out = out + self.statistics(self.standardised(statistics))
         if self.training and self.dropout:
             out = nn.functional.dropout(out, self.dropout)

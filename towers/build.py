@@ -1,4 +1,4 @@
-"""From a prepared dataset to towers: feature tables, their sizes, the model, the validation side."""
+"""From a prepared dataset to towers: feature tables and sizes, the model, the validation side."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def validation_side(
     statistics: bool,
     seed: int,
 ) -> Validation | None:
-    """The validation side as queries, a seeded sample when there are many; None when it is empty."""
+    """The validation side as queries, a seeded sample of many; None when it is empty."""
     chosen = np.flatnonzero(np.asarray(dataset.event_side) == Side.VALID)
     if not len(chosen):
         return None

@@ -41,10 +41,11 @@ class TrainingRules(Strict):
     patience: int = Field(4, ge=1)
     """Epochs without a better validation metric before training stops."""
     refit: bool = True
-    """Once the epoch is chosen, train again from the start on train and validation side together, for
-    so many epochs: what happened last before the cut-off says most about what comes next."""
+    """Once the epoch is chosen, train again from the start on train and validation side together,
+    for so many epochs: what happened last before the cut-off says most about what comes next."""
     monitor: str = "ndcg_at_20"
-    """Validation metric, by full ranking, that picks the epoch: recall_at_K, ndcg_at_K, hit_rate_at_K."""
+    """Picks the epoch, by full ranking of the validation side: recall_at_K, ndcg_at_K or
+    hit_rate_at_K."""
     learning_rate: float = Field(2e-3, gt=0)
     """Of the dense layers."""
     table_learning_rate: float | None = Field(None, gt=0)
@@ -61,7 +62,7 @@ class TrainingRules(Strict):
     logq: bool = True
     """Correct drawn negatives by their inclusion probability."""
     known: Literal["all", "past", "none"] = "all"
-    """Items of the user that are never its negatives: all of the training side, or up to the event."""
+    """Items of the user that are never its negatives: all learned from, or those before."""
     uniform_negatives: int = Field(0, ge=0)
     """Candidates drawn uniformly for the whole batch, beside the other examples' items."""
     skips: Literal["apart", "in_softmax"] = "apart"
@@ -69,9 +70,9 @@ class TrainingRules(Strict):
     in_softmax: skips stand among the drawn negatives; each of those stands for many items, so that
     weights far above 1 are needed for skips to be felt."""
     skip_weight: float = Field(0.3, ge=0)
-    """apart: share of the term in the loss; in_softmax: how many items a skip counts as; 0: none."""
+    """apart: weight of the term; in_softmax: how many items a skip counts as; 0: no skips."""
     batches: Literal["auto", "random", "in_time"] = "auto"
-    """in_time: a batch is a window of consecutive events, as item statistics need; auto: only then."""
+    """in_time: a batch is a window of consecutive events; auto: where item statistics need it."""
     validation_queries: int = Field(20_000, ge=1)
     """At most so many validation queries an epoch, a seeded sample."""
     accelerator: str = "auto"

@@ -32,7 +32,7 @@ class TowerRules(Strict):
     dimension: int = Field(64, ge=2, le=4096)
     """Of the vectors that are compared."""
     score: Literal["cosine", "dot", "cosine_bias"] = "cosine"
-    """cosine: direction alone; dot: norms carry popularity; cosine_bias: cosine and a number an item."""
+    """cosine: direction alone; dot: norms carry popularity; cosine_bias: and a number an item."""
     history: Literal["none", "mean", "attention"] = "attention"
     """How the user's earlier items become one vector."""
     max_history: int = Field(50, ge=1)

@@ -33,9 +33,9 @@ def read(source: DataSource) -> Log:
 
     `log` (or train, valid, test) is a behaviors file or a folder that holds behaviors.tsv; news.tsv
     in that folder is read too, unless `items` names it. The items of a user's history become
-    positives before the first impression of the whole log, a microsecond apart: MIND tells their order
-    and not their times, and all of them happened before it. Of a given split they are on the training
-    side.
+    positives before the first impression of the whole log, a microsecond apart: MIND tells their
+    order and not their times, and all of them happened before it. Of a given split they are on the
+    training side.
     The order of an impression list is no position.
     """
     schema = with_defaults(
