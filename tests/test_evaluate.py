@@ -14,7 +14,7 @@ import pytest
 from experiments.evaluate import evaluate_bundle, later_log, protocol
 from experiments.evaluate import test_side as later_side  # the name is not that of a test
 from experiments.scorecard import judge
-from recsys.errors import BundleError, DataError
+from recsys.errors import BundleError, ConfigError, DataError
 from serving.later import extend
 from serving.recommender import Recommender
 
@@ -194,3 +194,19 @@ def test_prepared_data_that_is_gone_or_another_is_refused_with_the_way_out(
     assert prepare(built.config).path == path
     with pytest.raises(BundleError, match=r"was prepared from other input .* than this bundle"):
         evaluate_bundle(built.bundle)
+
+
+def test_a_bundle_against_itself_differs_by_nothing_and_is_not_in_the_verdict(tiny: Any) -> None:
+    card = evaluate_bundle(tiny.bundle, against=[tiny.bundle])
+    name = f"against_{tiny.bundle.parent.name}"
+    for metric, value in card["differences"][name].items():
+        assert value["value"] in (0, None), metric
+    shown = card["impressions"]
+    assert shown["baselines"][name] == shown["model"]
+    assert card["slices"]["warm_items"]["differences"][name]["recall_at_20"]["value"] == 0
+    assert card["verdict"] == evaluate_bundle(tiny.bundle)["verdict"]
+
+
+def test_only_bundles_of_the_same_data_can_be_paired(tiny: Any, plain: Any) -> None:
+    with pytest.raises(ConfigError, match=r"know different items \(\d+ and \d+"):
+        evaluate_bundle(tiny.bundle, against=[plain.bundle])
