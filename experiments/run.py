@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +34,7 @@ from recsys.tables import Side
 from serving.manifest import read_manifest
 from serving.recommender import Recommender
 from towers.build import build_model, standardise, validation_side
-from towers.training import InteractionData, TwoTowerModule, Validation
+from towers.training import EpochLines, InteractionData, TwoTowerModule, Validation
 from towers.two_tower import TwoTower
 
 if TYPE_CHECKING:
@@ -190,14 +193,15 @@ def _learn(
     watched = f"val/{rules.monitor}"
     # A checkpoint that watches a metric is written only when it rose; resuming needs every epoch.
     callbacks: list[Callback] = [
-        ModelCheckpoint(folder, filename="last", enable_version_counter=False)
+        ModelCheckpoint(folder, filename="last", enable_version_counter=False),
+        EpochLines(say),
     ]
     if validation is not None:
         best = ModelCheckpoint(
             folder, filename="best", monitor=watched, mode="max", enable_version_counter=False
         )
         callbacks += [best, EarlyStopping(watched, patience=rules.patience, mode="max")]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _without_chatter():
         torch.manual_seed(config.seed)
         trainer = lightning.Trainer(
             max_epochs=epochs,
@@ -217,6 +221,25 @@ def _learn(
     if trainer.interrupted:
         raise KeyboardInterrupt
     return module.cpu().eval(), epochs if validation is None else best_epoch(folder)
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Lightning advertises products and warns of its own internals; errors still come through."""
+    chatter = logging.getLogger("pytorch_lightning")
+    level = chatter.level
+    chatter.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in (
+                ".*LeafSpec.*",
+                ".*across ranks is zero.*",
+                ".*exists and is not empty.*",
+            ):
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        chatter.setLevel(level)
 
 
 def best_epoch(folder: Path) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -293,6 +293,28 @@ def metric_at(name: str) -> tuple[str, int]:
     if stem not in METRICS or not k.isdigit() or int(k) < 1:
         raise ValueError(f"{name!r} is no metric; use {', '.join(m + '_K' for m in METRICS)}.")
     return stem, int(k)
+
+
+class EpochLines(lightning.Callback):
+    """Tells each epoch in a line, for logs that no progress bar reaches.
+
+    Args:
+        say: is given the line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        """Loss, examples a second and, where it was measured, the validation metric."""
+        found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        parts = [f"epoch {trainer.current_epoch + 1} of at most {trainer.max_epochs}"]
+        if "train/loss" in found:
+            parts.append(f"loss {found['train/loss']:.3f}")
+        parts += [f"{n[4:]} {value:.4f}" for n, value in found.items() if n.startswith("val/")]
+        if "train/examples_per_second" in found:
+            parts.append(f"{found['train/examples_per_second']:,.0f} examples/s")
+        self._say(", ".join(parts))
 
 
 @dataclass(frozen=True)
