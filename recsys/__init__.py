@@ -16,21 +16,20 @@ _DOORS = {
     "TwoTower": "towers.two_tower",
     "TwoTowerModule": "towers.training",
     "InteractionData": "towers.training",
-    "load_config": "experiments.config",
+    "RunConfig": "experiments.config",
     "prepare": "experiments.run",
     "train": "experiments.run",
-    "simulate": "recsys.simulate",
 }
 
 if TYPE_CHECKING:
+    from experiments.config import RunConfig
     from experiments.run import prepare, train
-    from recsys.simulate import simulate
     from serving.recommender import Recommender
     from towers.training import InteractionData, TwoTowerModule
     from towers.two_tower import TwoTower
 
 __all__ = [
-    "InteractionData", "Recommender", "TwoTower", "TwoTowerModule", "prepare", "simulate", "train",
+    "InteractionData", "Recommender", "RunConfig", "TwoTower", "TwoTowerModule", "prepare", "train",
 ]  # fmt: skip
 
 
@@ -40,6 +39,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"recsys has no {name!r}; it has {', '.join(sorted(_DOORS))}.")
     import importlib
 
-    value = getattr(importlib.import_module(_DOORS[name]), name.replace("load_config", "load"))
+    value = getattr(importlib.import_module(_DOORS[name]), name)
     globals()[name] = value
     return value
