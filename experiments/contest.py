@@ -15,7 +15,7 @@ from experiments.questions import EvaluateRules, by_moment
 from features.examples import Questions
 from features.timeline import Timeline
 from recsys.baselines import CoOccurrence, Popularity, TextSimilarity, newest_first
-from recsys.ragged import Ragged
+from recsys.ragged import Ragged, slots
 from recsys.split import duration
 from serving.recommender import Recommender
 
@@ -177,8 +177,7 @@ def score_shown(
         at = extended.as_of(moment)
         part = at.queries(users[rows], times[rows], None if context is None else context[rows])
         these = items.take(rows)
-        to = np.concatenate([[0], np.cumsum(these.lengths)])
-        flat = np.arange(to[-1]) + np.repeat(items.offsets[rows] - to[:-1], these.lengths)
+        flat = slots(items.offsets[rows], these.lengths)
         found = {MODEL: at.score_rows(part, these)}
         for name, rival in baselines.rivals.items():
             found[name] = rival.as_of(moment).score_rows(part, these)

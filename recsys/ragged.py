@@ -86,3 +86,9 @@ def gather(values: np.ndarray, start: np.ndarray, end: np.ndarray) -> Ragged:
     index = np.repeat(start - offsets[:-1], lengths)
     index += np.arange(len(index))
     return Ragged(offsets, np.asarray(values).take(index))
+
+
+def slots(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Positions of rows in a flat array: `start[r] … start[r] + lengths[r] - 1`, row after row."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)

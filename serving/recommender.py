@@ -17,7 +17,7 @@ import polars as pl
 from features.batches import Queries
 from recsys.baselines import Popularity
 from recsys.errors import QueryError
-from recsys.ragged import Ragged
+from recsys.ragged import Ragged, slots
 from recsys.search import ExactIndex
 from serving import bundle as bundles
 from serving.bundle import Bundle
@@ -180,8 +180,8 @@ class Recommender:
         if len(known.values) and len(own.values):
             offsets = known.offsets + own.offsets
             values = np.empty(offsets[-1], np.int64)
-            values[_slots(offsets[:-1], known.lengths)] = known.values
-            values[_slots(offsets[:-1] + known.lengths, own.lengths)] = own.values
+            values[slots(offsets[:-1], known.lengths)] = known.values
+            values[slots(offsets[:-1] + known.lengths, own.lengths)] = own.values
             return Ragged(offsets, values)
         return known if len(known.values) else own
 
@@ -342,8 +342,3 @@ class Recommender:
         rows, scores = rows[found], scores[found]
         fields = self.bundle.catalog[rows - 1].drop("item")
         return Answers(self.bundle.items.decode(rows).to_list(), scores, fields, note)
-
-
-def _slots(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)

@@ -13,7 +13,7 @@ from features.logs import scan
 from features.sources.times import clock
 from recsys.errors import DataError
 from recsys.files import atomic_write
-from recsys.ragged import Ragged
+from recsys.ragged import Ragged, slots
 from recsys.tables import SECOND, Schema
 from serving.bundle import Bundle
 from serving.later import Later, extend
@@ -104,8 +104,7 @@ def write_scores(
             else Queries(users[rows], history.take(rows), when, said)
         )
         these = items.take(rows)
-        to = np.concatenate([[0], np.cumsum(these.lengths)])
-        flat = np.arange(to[-1]) + np.repeat(items.offsets[rows] - to[:-1], these.lengths)
+        flat = slots(items.offsets[rows], these.lengths)
         scores[flat] = at.score_rows(queries, these)
     column = pl.Series("score", scores)
     if not single:
