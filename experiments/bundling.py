@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 def make_bundle(
     config: RunConfig, dataset: Dataset, model: TwoTower, encoder: TextEncoder | None, path: Path
 ) -> Path:
-    """Everything known before the test side, in one folder."""
+    """Everything known before the test side, in one folder.
+
+    A text encoder that learned with the towers takes the place of `encoder`, with which it began.
+    """
+    if model.texts is not None:
+        encoder = model.texts.trained()
     timeline = timeline_until(dataset, Side.VALID)
     cutoff = _cutoff(dataset, timeline.time)
     # Items and users that only the test side knows are left out; rows move up.
@@ -127,23 +132,26 @@ def _cutoff(dataset: Dataset, times: np.ndarray) -> int | None:
 
 
 def _with_rows(model: TwoTower, items: np.ndarray, users: np.ndarray) -> TwoTower:
-    """The same towers over some rows of their tables."""
+    """The same towers over some rows of their tables; text that was learned becomes a table."""
 
-    def some(table: FeatureTable, rows: np.ndarray) -> FeatureTable:
+    def some(table: FeatureTable, rows: np.ndarray, text: Any) -> FeatureTable:
         def of(buffer: Any) -> Any:
             return None if buffer is None else buffer[rows]
 
         return FeatureTable(
             len(rows),
-            text=of(table.text),
+            text=of(text),
             vector=of(table.vector),
             numbers=of(table.numbers),
             categories={name: of(table.codes(name)) for name in table.category_names},
         )
 
     kept = TwoTower(
-        model.rules, some(model.items, items), some(model.users, users),
+        model.rules,
+        some(model.items, items, model.item_texts()),
+        some(model.users, users, model.users.text),
         model.item_spec, model.user_spec, model.context,
     )  # fmt: skip
-    kept.load_state_dict(model.state_dict())
+    weights = model.state_dict()
+    kept.load_state_dict({n: w for n, w in weights.items() if not n.startswith("texts.")})
     return kept.eval()

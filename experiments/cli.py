@@ -319,6 +319,31 @@ def score(
 
 
 @app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a bundle's.")],
+    json: Json = False,
+) -> None:
+    """What is wrong with a run, and what helps.
+
+    Collapse, temperature, popularity, overfit, content that is not read.
+
+    \b
+    Example:
+      recsys doctor runs/shop
+    """
+    from experiments.doctor import examine
+
+    with aside():
+        report = examine(run)
+    if json:
+        print_json(report)
+    else:
+        from experiments.doctor import tell
+
+        tell(report)
+
+
+@app.command()
 def simulate(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Written here.")],
     users: Annotated[int, typer.Option(min=1)] = 2000,

@@ -21,7 +21,7 @@ from features.text import TextRules
 from recsys.split import SplitRules
 from recsys.tables import Strict
 from serving.index import IndexRules
-from towers.training import TrainingRules
+from towers.rules import TrainingRules
 from towers.two_tower import TowerRules
 
 

@@ -16,7 +16,7 @@ from experiments import show
 from experiments.config import RunConfig, loads
 from experiments.evaluate import test_side
 from experiments.run import TrainResult, prepare, train
-from features.batches import Queries
+from features.batch import Queries
 from features.examples import ask
 from recsys.intervals import Bootstrap, Estimate
 from recsys.metrics import recall_at

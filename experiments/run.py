@@ -34,11 +34,15 @@ from recsys.tables import Side
 from serving.manifest import read_manifest
 from serving.recommender import Recommender
 from towers.build import build_model, standardise, validation_side
-from towers.training import EpochLines, InteractionData, TwoTowerModule, Validation
+from towers.data import InteractionData
+from towers.spectral import start as start_tables
+from towers.training import EpochLines, TwoTowerModule
 from towers.two_tower import TwoTower
+from towers.validation import Validation
 
 if TYPE_CHECKING:
     from features.text import TextEncoder
+    from towers.text import TextTower
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,11 @@ def prepare(config: RunConfig) -> Dataset:
 def text_vectors(
     config: RunConfig, dataset: Dataset
 ) -> tuple[TextEncoder | None, np.ndarray | None, np.ndarray | None]:
-    """The text encoder, fitted on items known at the cut-off, and vectors of items and users."""
+    """The text encoder, fitted on items known at the cut-off, and vectors of items and users.
+
+    An encoder that is to learn with the towers gives no item vectors beforehand; those of users
+    stay what it gave before it learned.
+    """
     texts = dataset.item_text
     if not any(texts):
         return None, None, None
@@ -97,11 +105,24 @@ def text_vectors(
     rules = config.text.model_copy(update={"seed": config.seed})
     encoder = fit_encoder(written.gather(rows), rules, fields=fields, progress=say)
     cache = Path(config.out) / "cache"
-    items = encode_cached(encoder, texts, cache)
+    items = encode_cached(encoder, texts, cache) if rules.train == "frozen" else None
     users = None
     if any(dataset.user_text):
         users = encode_cached(encoder, dataset.user_text, cache)
     return encoder, items, users
+
+
+def text_tower(
+    config: RunConfig, dataset: Dataset, encoder: TextEncoder | None
+) -> Callable[[], TextTower] | None:
+    """Gives the text encoder as a part of the item tower, untrained at each call; None: frozen."""
+    if encoder is None or config.text.train == "frozen":
+        return None
+    from features.tokens import tokenise
+    from towers.text import TextTower
+
+    tokens = tokenise(encoder, dataset.item_text)
+    return partial(TextTower, encoder, tokens, train=config.text.train, chunk=config.text.chunk)
 
 
 def fit(
@@ -181,12 +202,14 @@ def _learn(
     until = Side.TRAIN if validation is not None else Side.VALID
     events = training_events(dataset, skips=rules.skip_weight > 0, until=until)
     standardise(model, events, config.seed)
-    module = TwoTowerModule(model, rules)
+    if rules.start != "random":
+        start_tables(model, events.timeline, rules.start, config.seed)
+    module = TwoTowerModule(model, rules, audits=folder.parent / "audit")
     data = InteractionData(
         events,
         validation,
         rules,
-        max_history=config.towers.max_history,
+        towers=config.towers,
         statistics=model.uses_statistics,
         seed=config.seed,
     )
@@ -281,7 +304,8 @@ def train(config: RunConfig, *, resume: Path | None = None) -> TrainResult:
         encoder, item_text, user_text = text_vectors(config, dataset)
         make = partial(
             build_model, dataset, config.towers,
-            item_text=item_text, user_text=user_text, seed=config.seed,
+            item_text=item_text, user_text=user_text,
+            texts=text_tower(config, dataset, encoder), seed=config.seed,
         )  # fmt: skip
         module = fit(
             config, dataset, make,

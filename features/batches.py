@@ -1,141 +1,37 @@
 """Whole batches by vectorized gathers, never one example at a time.
 
-Legend: B examples, R distinct item rows of a batch, N of them candidates, M of them encoded by the
-item tower (candidates first, then rows that were only skipped); the rest stand only in histories.
-H history entries in all, S skip edges, E known edges.
+Legend: B examples, Q queries, R distinct item rows of a batch, N of them candidates, M of them
+encoded by the item tower, K queued columns, H history entries, S own negatives, E training events.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
-import torch
 
+from features.batch import Batch, Source, UserSide, context_codes, tensor
+from features.distinct import Distinct
+from features.frequency import StreamingFrequency
+from features.inclusion import Drawn, Inclusion
+from features.negatives import Known, OwnNegatives, UserNegatives, is_target
+from features.parts import (
+    Asked,
+    ByEvent,
+    BySequence,
+    ByUser,
+    Part,
+    Reading,
+    elapsed_seconds,
+)
+from features.plans import Plan, Share, Shuffled, Windows
 from features.timeline import Timeline
 from recsys.ragged import Ragged, gather
 
-
-@dataclass(frozen=True)
-class Queries:
-    """Who asks, with which past, and when.
-
-    Args:
-        users: (Q,) user rows, 0 for unknown.
-        history: Q ragged item rows, oldest first.
-        times: (Q,) int64 microseconds, or None without a clock.
-        context: (Q, C) codes of the context columns, or None.
-    """
-
-    users: np.ndarray
-    history: Ragged
-    times: np.ndarray | None = None
-    context: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.users)
-
-    def take(self, rows: np.ndarray) -> Queries:
-        """The given queries, in the given order."""
-        return Queries(
-            self.users[rows],
-            self.history.take(rows),
-            None if self.times is None else self.times[rows],
-            None if self.context is None else self.context[rows],
-        )
-
-
-@dataclass(frozen=True)
-class UserSide:
-    """What the user tower reads.
-
-    Args:
-        users: (B,) int64 user rows.
-        history: (H,) int64 positions in the item rows beside it, oldest first.
-        lengths: (B,) int64 history entries of each example.
-        context: (B, C) int64 codes, C may be 0.
-    """
-
-    users: torch.Tensor
-    history: torch.Tensor
-    lengths: torch.Tensor
-    context: torch.Tensor
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> UserSide:
-        return _moved(self, device, non_blocking)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One training step's worth.
-
-    Args:
-        user: the user side; its history points into `rows`.
-        rows: (R,) int64 distinct item rows: N candidates, then rows only skipped, then the rest.
-        n_candidates: N.
-        n_encoded: M, candidates and skipped rows.
-        target: (B,) int64 candidate that each example chose.
-        log_inclusion: (N,) log probability that a candidate was drawn by another example or source.
-        known: (2, E) example and candidate that the user is known to like, never the target.
-        skips: (2, S) example and encoded row that was shown to this user and not chosen.
-        skip_log_weight: (S,) log weight of each skip.
-        weight: (B,) strength of each positive.
-        statistics: (R, F) item statistics as of the batch's moment, F may be 0.
-    """
-
-    user: UserSide
-    rows: torch.Tensor
-    n_candidates: int
-    n_encoded: int
-    target: torch.Tensor
-    log_inclusion: torch.Tensor
-    known: torch.Tensor
-    skips: torch.Tensor
-    skip_log_weight: torch.Tensor
-    weight: torch.Tensor
-    statistics: torch.Tensor
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch on another device; Lightning calls this."""
-        return _moved(self, device, non_blocking)
-
-    def __len__(self) -> int:
-        return len(self.target)
-
-
-def _moved(value: Any, device: torch.device | str, non_blocking: bool) -> Any:
-    parts = {field.name: getattr(value, field.name) for field in fields(value)}
-    for name, part in parts.items():
-        if isinstance(part, torch.Tensor):
-            parts[name] = part.to(device, non_blocking=non_blocking)
-        elif isinstance(part, UserSide):
-            parts[name] = _moved(part, device, non_blocking)
-    return type(value)(**parts)
-
-
-class Distinct:
-    """Distinct rows in time linear in their number, by a scratch table of one entry an item.
-
-    Args:
-        n_rows: rows are in [0, n_rows).
-    """
-
-    def __init__(self, n_rows: int) -> None:
-        self.place = np.full(n_rows, -1, np.int64)
-
-    def add(self, rows: np.ndarray, start: int) -> np.ndarray:
-        """Give places from `start` on to rows without one; return those rows, in place order."""
-        new = rows[self.place[rows] < 0]
-        self.place[new] = np.arange(len(new))
-        new = new[self.place[new] == np.arange(len(new))]
-        self.place[new] = start + np.arange(len(new))
-        return new
-
-    def forget(self, rows: np.ndarray) -> None:
-        """Take the places back."""
-        self.place[rows] = -1
+PlanName = Literal["random", "in_time", "by_user", "sequences"]
 
 
 @dataclass(frozen=True)
@@ -162,256 +58,351 @@ class TrainingEvents:
     def size(self) -> int:
         return len(self.timeline.item)
 
+    def strength(self, events: np.ndarray) -> np.ndarray:
+        """(n,) float32 strength of each of the given events."""
+        if self.weight is None:
+            return np.ones(len(events), np.float32)
+        return np.asarray(self.weight[events], np.float32)
+
 
 class Batches:
     """An epoch of batches, seeded by (seed, epoch); its place can be saved and taken up again.
 
     Each iteration is the next epoch, whether or not the one before was read to its end (Lightning
     stops asking after `len` batches). The first one after `load_state_dict` goes on where it was.
+    `mined` may be set between two epochs and is no part of the state: who mined it keeps it.
 
     Args:
         events: the training side.
-        batch_size: B; the last batch of an epoch may be smaller.
+        plan: which events form a batch.
+            "random": events in any order, each with the history before it.
+            "in_time": consecutive events, so that a batch has one moment for item statistics and
+            its negatives are of that time.
+            "by_user": whole users, every item an example, a random part of them the history.
+            "sequences": whole users' newest events, an example at every position (causal towers).
+        batch_size: examples of a batch, or users where the plan is of whole users; the last batch
+            of an epoch may be smaller. On each rank.
         max_history: newest history entries kept.
+        window_span: "in_time": microseconds that a window spans at most, or None.
+        history_dropout: "by_user": probability that an item is left out of its user's history.
+        elapsed: whether history entries carry the seconds to their query.
+        strength: whether history entries carry the strength of their event, where events differ.
+        half_life: microseconds after which an event counts half, back from the newest; None: never.
+        negatives: "drawn": targets, uniform draws and the queue; "all": every row of
+            `events.candidates` beside the targets, which needs no correction.
         uniform_negatives: candidates drawn uniformly for the whole batch, beside the targets.
+        queue: what so many earlier batches of the epoch drew stands in columns of its own.
+        queue_after: batches, counted from the first epoch on, before the queue is used.
         known: which other items of a user are never its negatives: "all" of the training side,
             those of the "past" of the event, or "none".
         skip_weight: multiplies every skip's weight; 0 leaves skips out.
-        in_time: consecutive events form a batch, so that it has one moment for item statistics
-            and its negatives are of that time; otherwise examples are drawn at random.
-        statistics: whether item statistics are gathered; needs `in_time`.
+        given: negatives of each user from a file, or None.
+        per_query: of the negatives mined and given, at most so many are drawn from each of the two
+            for each query; None: all.
+        counts: draw probabilities are "exact" (counted beforehand; near the batch in time, with
+            "in_time") or from the "streaming" estimate, which is then part of the state.
+        statistics: whether item statistics are gathered; needs "in_time".
+        seed: of everything drawn.
+        rank, world: this process's equal part of every global batch; what does not divide is left
+            out. Draw probabilities are those of this rank's own batch.
+
+    Raises:
+        ValueError: options that do not go together.
     """
 
     def __init__(
         self,
         events: TrainingEvents,
         *,
+        plan: PlanName = "random",
         batch_size: int = 1024,
         max_history: int = 50,
+        window_span: int | None = None,
+        history_dropout: float = 0.2,
+        elapsed: bool = False,
+        strength: bool = False,
+        half_life: int | None = None,
+        negatives: Literal["drawn", "all"] = "drawn",
         uniform_negatives: int = 0,
+        queue: int = 0,
+        queue_after: int = 0,
         known: str = "all",
         skip_weight: float = 1.0,
-        in_time: bool = False,
+        given: UserNegatives | None = None,
+        per_query: int | None = None,
+        counts: Literal["exact", "streaming"] = "exact",
         statistics: bool = False,
         seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
+        timeline = events.timeline
+        if statistics and plan != "in_time":
+            raise ValueError(f'Item statistics need the plan "in_time"; this one is "{plan}".')
+        if (elapsed or half_life is not None) and not timeline.timed:
+            raise ValueError("This log has no clock: leave elapsed at False and half_life at None.")
+        if negatives == "all" and (uniform_negatives or queue):
+            raise ValueError(
+                'With negatives="all" every item is a candidate: leave uniform_negatives and queue '
+                "at 0."
+            )
         self.events, self.batch_size, self.max_history = events, batch_size, max_history
-        self.uniform_negatives, self.known, self.skip_weight = uniform_negatives, known, skip_weight
-        self.in_time, self.statistics, self.seed = in_time, statistics, seed
+        self.elapsed, self.strength, self.half_life = elapsed, strength, half_life
+        self.negatives, self.uniform_negatives = negatives, uniform_negatives
+        self.queue, self.queue_after = queue, queue_after
+        self.skip_weight, self.per_query = skip_weight, per_query
+        self.statistics, self.seed, self.share = statistics, seed, Share(rank, world)
+        self.reading, self._plan = _planned(
+            events, plan, batch_size, max_history, window_span, history_dropout, self.share
+        )
         self.epoch, self.done = 0, 0
         self._going_on = False
-        timeline = events.timeline
-        self._user = timeline.user.astype(np.int32)
-        counts = np.bincount(timeline.item, minlength=timeline.n_items)
-        self._share = counts / max(1, counts.sum())
-        self._past = _strictly_before(timeline)
+        self._known = Known(timeline, known)
+        self._given = self._fitting(given)
+        self._mined: UserNegatives | None = None
         self._distinct = Distinct(timeline.n_items)
-        self._distinct_users = Distinct(timeline.n_users)
-        self._by_time = np.argsort(timeline.time, kind="stable") if in_time else None
+        self._newest = int(np.max(timeline.time, initial=0)) if half_life is not None else 0
+        self.frequency = StreamingFrequency(seed=seed) if counts == "streaming" else None
+        # With every item a candidate nothing was drawn and nothing is corrected.
+        self._inclusion: Inclusion | None = None
+        if negatives == "drawn":
+            self._inclusion = Inclusion(
+                timeline, self.reading, len(events.candidates), uniform_negatives, self.frequency
+            )
+
+    @property
+    def mined(self) -> UserNegatives | None:
+        """Negatives of each user from the model as it was; None: none yet."""
+        return self._mined
+
+    @mined.setter
+    def mined(self, mined: UserNegatives | None) -> None:
+        self._mined = self._fitting(mined)
+
+    def _fitting(self, table: UserNegatives | None) -> UserNegatives | None:
+        if table is not None and table.n_users != self.events.timeline.n_users:
+            raise ValueError(
+                f"The negatives are of {table.n_users} user rows, but the training side has "
+                f"{self.events.timeline.n_users}."
+            )
+        return table
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.events.size, self.batch_size)
-        if not self.in_time or self.events.size <= self.batch_size:
-            return whole + (rest > 0)
-        # The same in every epoch, as a trainer needs; the two outer windows share what the inner
-        # ones leave, and of two possible numbers the one that lets the edges move further is taken.
-        return whole + 1 + (2 * rest > self.batch_size)
+        return len(self._plan)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "done": self.done}
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the epoch, and the streaming counts where there are any."""
+        state: dict[str, Any] = {"epoch": self.epoch, "done": self.done}
+        if self.frequency is not None:
+            state["frequency"] = self.frequency.state_dict()
+        return state
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the place of a `state_dict`."""
         self.epoch, self.done = state["epoch"], state["done"]
+        if self.frequency is not None:
+            self.frequency.load_state_dict(state["frequency"])
         self._going_on = True
 
     def __iter__(self) -> Iterator[Batch]:
         if self.done >= len(self) or (self.done and not self._going_on):
             self.epoch, self.done = self.epoch + 1, 0
         self._going_on = False
-        rng = np.random.default_rng([self.seed, self.epoch])
-        for number, (chosen, around) in enumerate(self._plan(rng)):
-            # A batch has its own generator, so that going on in mid-epoch gives the same batches.
-            if number >= self.done:
-                batch = self.make(
-                    chosen, np.random.default_rng([self.seed, self.epoch, number]), around
-                )
-                self.done = number + 1
-                yield batch
+        parts = self._plan.epoch(np.random.default_rng([self.seed, self.epoch]))
+        earlier = range(max(0, self.done - self.queue), self.done)
+        recent = deque((self._drawn_by(parts, number) for number in earlier), self.queue)
+        for number in range(self.done, len(parts)):
+            old = self.epoch * len(self) + number >= self.queue_after
+            part = self._sorted(parts[number])
+            batch, drawn = self._make(part, self._generator(number), recent if old else ())
+            recent.append(drawn)
+            self.done = number + 1
+            yield batch
 
-    def _plan(self, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        size, total = self.batch_size, self.events.size
-        if self._by_time is None:
-            order = rng.permutation(total)
-            for start in range(0, total, size):
-                yield order[start : start + size], None
-            return
-        # Where the first window ends varies, so that windows fall differently in each epoch.
-        edges = np.array([0, total])
-        if total > size:
-            inner = len(self) - 2
-            outer = total - inner * size
-            first = int(rng.integers(max(1, outer - size), min(size, outer - 1), endpoint=True))
-            edges = np.concatenate([[0], first + size * np.arange(inner + 1), [total]])
-        for window in rng.permutation(len(edges) - 1):
-            low, high = edges[window], edges[window + 1]
-            yield (
-                self._by_time[low:high],
-                self._by_time[max(0, low - 4 * size) : high + 4 * size],
-            )
+    def _generator(self, number: int) -> np.random.Generator:
+        """A batch has its own generator, so that going on in mid-epoch gives the same batches."""
+        key = [self.seed, self.epoch, number]
+        return np.random.default_rng([*key, self.share.rank] if self.share.rank else key)
 
-    def make(
-        self, chosen: np.ndarray, rng: np.random.Generator, around: np.ndarray | None = None
-    ) -> Batch:
-        """The batch of the given events.
+    def _sorted(self, part: Part) -> Part:
+        # Whole users stand in order of length, so that a tower can work on them in buckets.
+        if not self.reading.whole_users:
+            return part
+        order = np.argsort(self.reading.length(part.drawn), kind="stable")
+        return Part(part.drawn[order], part.around, part.moment)
+
+    def _drawn_by(self, parts: Sequence[Part], number: int) -> Drawn:
+        """What the batch of that number drew, without making it again."""
+        part, rng = self._sorted(parts[number]), self._generator(number)
+        uniform = self._uniform(part.moment, rng)
+        asked = self.reading.ask(part.drawn, rng)
+        return self._queueable(asked, uniform, len(part.drawn))
+
+    def _queueable(self, asked: Asked, uniform: np.ndarray, draws: int) -> Drawn:
+        if not self.queue:
+            return Drawn(uniform[:0], 0)
+        targets = self.events.timeline.item[asked.events].astype(np.int64)
+        return Drawn(np.concatenate([targets, uniform]), draws)
+
+    def _uniform(self, moment: int | None, rng: np.random.Generator) -> np.ndarray:
+        if not self.uniform_negatives:
+            return np.empty(0, np.int64)
+        drawn = rng.choice(self.events.candidates, self.uniform_negatives).astype(np.int64)
+        return self._existing(drawn, moment)
+
+    def _existing(self, items: np.ndarray, moment: int | None) -> np.ndarray:
+        if moment is None:
+            return items
+        return items[self.events.timeline.exists_from[items] <= moment]
+
+    def make(self, part: Part, rng: np.random.Generator, recent: Sequence[Drawn] = ()) -> Batch:
+        """The batch of a part of a plan.
 
         Args:
-            chosen: (B,) events.
-            rng: draws uniform negatives.
-            around: events near in time, from which the draw probability of each candidate is
-                estimated; None: the whole training side.
+            part: events or users.
+            rng: draws uniform negatives, then the histories of whole users, then own negatives.
+            recent: what the batches of the queue drew.
         """
-        events, timeline = self.events, self.events.timeline
-        users, targets = self._user[chosen], timeline.item[chosen].astype(np.int64)
-        start = np.asarray(timeline.user_offsets)[users]
-        end = start + self._past[chosen]
-        history = gather(timeline.item, np.maximum(start, end - self.max_history), end)
-        moment = int(timeline.time[chosen].min()) if self.in_time else None
+        return self._make(part, rng, recent)[0]
+
+    def _make(
+        self, part: Part, rng: np.random.Generator, recent: Sequence[Drawn]
+    ) -> tuple[Batch, Drawn]:
+        events, timeline, moment = self.events, self.events.timeline, part.moment
+        uniform = self._uniform(moment, rng)
+        asked = self.reading.ask(part.drawn, rng)
+        targets = timeline.item[asked.events].astype(np.int64)
+        drawn = self._queueable(asked, uniform, len(part.drawn))
+        if self._inclusion is None:
+            uniform = self._existing(events.candidates, moment)
+        else:
+            self._inclusion.learn(asked, targets, len(part.drawn))
 
         place = self._distinct
         candidates = place.add(targets, 0)
-        pool = 0
-        if self.uniform_negatives:
-            drawn = rng.choice(events.candidates, self.uniform_negatives)
-            pool = len(events.candidates)
-            if moment is not None:
-                drawn = drawn[timeline.exists_from[drawn] <= moment]
-            candidates = np.concatenate([candidates, place.add(drawn, len(candidates))])
-        skips, skip_weight = self._skips_of(chosen)
-        skipped = place.add(skips.values, len(candidates))
-        rest = place.add(history.values.astype(np.int64), len(candidates) + len(skipped))
-        rows = np.concatenate([candidates, skipped, rest])
-
+        if len(uniform):
+            candidates = np.concatenate([candidates, place.add(uniform, len(candidates))])
+        columns, queued = candidates, candidates[:0]
+        if recent:
+            past = np.concatenate([before.items for before in recent])
+            queued = place.add(self._existing(past, moment), len(candidates))
+            columns = np.concatenate([candidates, queued])
         target = place.place[targets]
-        known = self._known_edges(chosen, users, target, len(candidates))
+        known = self._known.edges(asked, target, place.place, len(columns))
+        place.forget(queued)
+
+        own = self._own(asked, targets, moment, rng)
+        alone = place.add(own.item, len(candidates))
+        n_encoded = len(candidates) + len(alone)
+        history = timeline.item[asked.history].astype(np.int64)
+        rows = np.concatenate([candidates, alone, place.add(history, n_encoded)])
         batch = Batch(
-            user=UserSide(
-                users=_tensor(users.astype(np.int64)),
-                history=_tensor(place.place[history.values]),
-                lengths=_tensor(history.lengths),
-                context=_tensor(_context(events.context, chosen)),
-            ),
-            rows=_tensor(rows),
+            user=self._user_side(asked, place.place[history]),
+            rows=tensor(rows),
             n_candidates=len(candidates),
-            n_encoded=len(candidates) + len(skipped),
-            target=_tensor(target),
-            log_inclusion=_tensor(self._log_inclusion(candidates, len(chosen), pool, around)),
-            known=_tensor(known),
-            skips=_tensor(np.stack([skips.row_of(), place.place[skips.values]])),
-            skip_log_weight=_tensor(np.log(skip_weight).astype(np.float32)),
-            weight=_tensor(
-                np.ones(len(chosen), np.float32) if events.weight is None else events.weight[chosen]
+            n_encoded=n_encoded,
+            target=tensor(target),
+            owner=None if asked.owner is None else tensor(asked.owner),
+            queued=tensor(queued),
+            log_inclusion=tensor(
+                np.zeros(len(columns), np.float32)
+                if self._inclusion is None
+                else self._inclusion.log(columns, part, recent)
             ),
-            statistics=_tensor(
+            known=tensor(known),
+            own=tensor(np.stack([own.query, place.place[own.item]])),
+            own_log_weight=tensor(np.log(own.weight)),
+            own_source=tensor(own.source),
+            weight=tensor(self._weight(asked.events)),
+            statistics=tensor(
                 timeline.statistics(rows, moment)
                 if self.statistics and moment is not None
                 else np.zeros((len(rows), 0), np.float32)
             ),
         )
         place.forget(rows)
-        return batch
+        return batch, drawn
 
-    def _skips_of(self, chosen: np.ndarray) -> tuple[Ragged, np.ndarray]:
-        skips, weight = self.events.skips, self.events.skip_weight
-        if skips is None or weight is None or self.skip_weight == 0:
-            return Ragged.empty(len(chosen)), np.empty(0, np.float32)
-        start, end = np.asarray(skips.offsets)[chosen], np.asarray(skips.offsets)[chosen + 1]
-        found = gather(skips.values, start, end)
-        weights = gather(weight, start, end).values * self.skip_weight
+    def _user_side(self, asked: Asked, history: np.ndarray) -> UserSide:
+        events = self.events
+        if events.context is not None and asked.first is None:
+            # A user that asks once for all its items has no context: every code is unknown.
+            context = np.zeros((len(asked.users), events.context.shape[1]), np.int64)
+        else:
+            context = context_codes(
+                events.context, asked.users if asked.first is None else asked.first
+            )
+        return UserSide(
+            users=tensor(asked.users),
+            history=tensor(history),
+            lengths=tensor(asked.lengths),
+            context=tensor(context),
+            at=None if asked.at is None else tensor(asked.at),
+            elapsed=tensor(elapsed_seconds(asked, events.timeline)) if self.elapsed else None,
+            # Where all are alike nothing is said of them, as in the queries of a timeline.
+            strength=tensor(events.strength(asked.history))
+            if self.strength and events.weight is not None
+            else None,
+        )
+
+    def _weight(self, chosen: np.ndarray) -> np.ndarray:
+        """(B,) float32 strength of each event, less what time has taken of it."""
+        weight = self.events.strength(chosen)
+        if self.half_life is None:
+            return weight
+        age = self._newest - self.events.timeline.time[chosen]
+        return (weight * np.exp2(-age / self.half_life)).astype(np.float32)
+
+    def _own(
+        self, asked: Asked, targets: np.ndarray, moment: int | None, rng: np.random.Generator
+    ) -> OwnNegatives:
+        """Skips of the examples' requests, and what was mined or given for the users."""
+        found = []
+        if self.events.skips is not None and self.skip_weight:
+            found.append(self._skips_of(asked))
+        for table, source in ((self._mined, Source.MINED), (self._given, Source.GIVEN)):
+            if table is not None:
+                drawn = OwnNegatives.of(*table.draw(asked.query_users, self.per_query, rng), source)
+                keep = ~self._known.holds(asked, drawn.query, drawn.item)
+                if moment is not None:
+                    keep &= self.events.timeline.exists_from[drawn.item] <= moment
+                found.append(drawn.where(keep))
+        own = OwnNegatives.joined(found)
         # An item may be passed over now and chosen as the user's next: it is no negative of itself.
-        own = self.events.timeline.item[chosen][found.row_of()]
-        keep = (found.values > 0) & (weights > 0) & (found.values != own)
-        kept = found.where(keep)
-        return Ragged(kept.offsets, kept.values.astype(np.int64)), weights[keep]
+        return own.where(~is_target(asked, targets, own, self.events.timeline.n_items))
 
-    def _known_edges(
-        self, chosen: np.ndarray, users: np.ndarray, target: np.ndarray, n_candidates: int
-    ) -> np.ndarray:
-        """(2, E) example and candidate: items of the user other than the example's own target."""
-        timeline, place = self.events.timeline, self._distinct.place
-        if self.known == "none":
-            return np.empty((2, 0), np.int64)
-        offsets = np.asarray(timeline.user_offsets)
-        if self.known == "past":
-            start = offsets[users]
-            items = gather(timeline.item, start, start + self._past[chosen])
-            example, column = items.row_of(), place[items.values]
-            keep = (column >= 0) & (column < n_candidates)
-            example, column = example[keep], column[keep]
-        else:
-            # Once a user, not once an example: a heavy user stands in a batch many times.
-            distinct = self._distinct_users.add(users.astype(np.int64), 0)
-            of_example = self._distinct_users.place[users]
-            self._distinct_users.forget(distinct)
-            items = gather(timeline.item, offsets[distinct], offsets[distinct + 1])
-            column = place[items.values]
-            hits = Ragged(items.offsets, column).where((column >= 0) & (column < n_candidates))
-            edges = hits.take(of_example)
-            example, column = edges.row_of(), edges.values
-        other = column != target[example]
-        return np.stack([example[other], column[other]])
-
-    def _log_inclusion(
-        self, candidates: np.ndarray, examples: int, pool: int, around: np.ndarray | None
-    ) -> np.ndarray:
-        """(N,) float32 log of 1 - (1-p)^(B-1) · (1-1/pool)^M.
-
-        The probability that another example or the uniform draw brings the candidate in: a column
-        stands once however often it was drawn, so that inclusion, not the expected count, is what
-        has to be divided by.
-        """
-        if around is None:
-            share = self._share[candidates]
-        else:
-            near = self.events.timeline.item[around]
-            counts = np.bincount(near, minlength=len(self._share))[candidates]
-            share = counts / len(near)
-        absent = (examples - 1) * np.log1p(-np.minimum(share, 1 - 1e-9))
-        if pool:
-            absent = absent + self.uniform_negatives * np.log1p(-1.0 / max(pool, 2))
-        return np.log(np.maximum(-np.expm1(absent), 1e-12)).astype(np.float32)
+    def _skips_of(self, asked: Asked) -> OwnNegatives:
+        skips, weight = self.events.skips, self.events.skip_weight
+        assert skips is not None and weight is not None  # they come together
+        start = np.asarray(skips.offsets)[asked.events]
+        end = np.asarray(skips.offsets)[asked.events + 1]
+        passed = gather(skips.values, start, end)
+        weights = gather(weight, start, end).values * self.skip_weight
+        return OwnNegatives.of(
+            asked.query_of(passed.row_of()), passed.values, weights, Source.SKIPPED
+        )
 
 
-def _strictly_before(timeline: Timeline) -> np.ndarray:
-    """(E,) how many events of the same user are strictly earlier than each event."""
-    time, size = np.asarray(timeline.time), len(timeline.time)
-    position = np.arange(size)
-    starts = np.asarray(timeline.user_offsets)[timeline.user] if size else position
-    fresh = np.ones(size, bool)
-    fresh[1:] = (time[1:] != time[:-1]) | (starts[1:] != starts[:-1])
-    # The first event of each run of equal times, carried forward along the run.
-    first = np.maximum.accumulate(np.where(fresh, position, 0))
-    return (first - starts).astype(np.int32)
-
-
-def _context(context: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
-    if context is None:
-        return np.zeros((len(rows), 0), np.int64)
-    return np.asarray(context[rows]).astype(np.int64)
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def query_side(queries: Queries, max_history: int) -> tuple[UserSide, np.ndarray]:
-    """The user side of queries, and the (R,) item rows that its histories point into."""
-    history = queries.history.last(max_history)
-    rows, inverse = np.unique(history.values, return_inverse=True)
-    everyone = np.arange(len(queries))
-    side = UserSide(
-        users=_tensor(queries.users.astype(np.int64)),
-        history=_tensor(inverse.reshape(-1).astype(np.int64)),
-        lengths=_tensor(history.lengths),
-        context=_tensor(_context(queries.context, everyone)),
-    )
-    return side, rows.astype(np.int64)
+def _planned(
+    events: TrainingEvents,
+    plan: PlanName,
+    batch_size: int,
+    max_history: int,
+    window_span: int | None,
+    history_dropout: float,
+    share: Share,
+) -> tuple[Reading, Plan]:
+    """How parts are read, and how epochs are divided into them."""
+    timeline = events.timeline
+    if plan == "by_user":
+        users = ByUser(timeline, max_history, history_dropout)
+        return users, Shuffled(users.units, batch_size, share)
+    if plan == "sequences":
+        sequences = BySequence(timeline, max_history)
+        return sequences, Shuffled(sequences.units, batch_size, share)
+    reading = ByEvent(timeline, max_history)
+    if plan == "in_time":
+        return reading, Windows(np.asarray(timeline.time), batch_size, window_span, share)
+    if plan != "random":
+        raise ValueError(f"{plan!r} is no plan; use random, in_time, by_user or sequences.")
+    return reading, Shuffled(events.size, batch_size, share)

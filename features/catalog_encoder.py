@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from features.text import TextRules
 
+Features = Callable[[np.ndarray, np.ndarray], dict[str, "torch.Tensor"]]
+"""Tokens (T,) of texts one after another and lengths (n,) to a model's input."""
 FREQUENT = 2
 """Times that a token stands at least. With 1, scripts without spaces would learn sentences."""
 FIRST_SYLLABLE = "\u2e80"
@@ -59,23 +61,9 @@ def train_static(
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
     rng = np.random.default_rng(rules.seed)
-    items = pl.DataFrame({"text": texts, **{f"{i}": field for i, field in enumerate(fields)}})
-    items = items.filter(pl.col("text").str.strip_chars() != "")
-    items = items.unique("text", keep="first", maintain_order=True)
-    if items.height > rules.max_texts:
-        # In the old order: the sample decides the encoder, not the order of drawing.
-        items = items[np.sort(rng.choice(items.height, rules.max_texts, replace=False))]
+    items = learned_from(texts, fields, rules, rng)
     tokenizer = fit_tokenizer(items["text"].to_list(), rules)
-    tokens = tokenize(tokenizer, items["text"])
-    if not len(tokens.values):
-        raise DataError(
-            f"All {len(texts):,} item texts are empty, so there is nothing to train a text "
-            "encoder on. Name columns that hold text in data.catalog.text, or leave it empty."
-        )
-    progress(
-        f"text: {items.height:,} distinct texts, {tokenizer.get_vocab_size():,} tokens in the "
-        f"vocabulary, {len(tokens.values) / items.height:.1f} a text"
-    )
+    tokens = tokenized(tokenizer, items, len(texts), progress)
     pairs = make_pairs(tokens, items, tokenizer, rules)
     with one_thread():
         start = lsa_vectors(tokens, tokenizer.get_vocab_size(), rules.dimension, rng)
@@ -86,6 +74,46 @@ def train_static(
         weights = module.embedding.weight
         weights.copy_(torch.from_numpy(inherit(tokenizer, tokens, weights.numpy())))
     return model.eval()
+
+
+def learned_from(
+    texts: pl.Series, fields: list[pl.Series], rules: TextRules, rng: np.random.Generator
+) -> pl.DataFrame:
+    """Distinct texts that say something, a sample of very many: column `text`, then `fields`."""
+    items = pl.DataFrame({"text": texts, **{f"{i}": field for i, field in enumerate(fields)}})
+    items = items.filter(pl.col("text").str.strip_chars() != "")
+    items = items.unique("text", keep="first", maintain_order=True)
+    if items.height > rules.max_texts:
+        # In the old order: the sample decides the encoder, not the order of drawing.
+        items = items[np.sort(rng.choice(items.height, rules.max_texts, replace=False))]
+    return items
+
+
+def tokenized(
+    tokenizer: Tokenizer, items: pl.DataFrame, given: int, progress: Callable[[str], None]
+) -> Ragged:
+    """Token numbers of `items`, and a word of how many there are.
+
+    Args:
+        tokenizer: fitted on them.
+        items: column `text`.
+        given: how many texts there were, empty ones included.
+        progress: is told.
+
+    Raises:
+        DataError: no text has a letter in it.
+    """
+    tokens = tokenize(tokenizer, items["text"])
+    if not len(tokens.values):
+        raise DataError(
+            f"All {given:,} item texts are empty, so there is nothing to train a text "
+            "encoder on. Name columns that hold text in data.catalog.text, or leave it empty."
+        )
+    progress(
+        f"text: {items.height:,} distinct texts, {tokenizer.get_vocab_size():,} tokens in the "
+        f"vocabulary, {len(tokens.values) / items.height:.1f} a text"
+    )
+    return tokens
 
 
 @contextmanager
@@ -113,17 +141,10 @@ def fit_tokenizer(texts: list[str], rules: TextRules) -> Tokenizer:
     No accents are stripped: in Japanese, Thai or Hindi that would make other words of them. An
     unknown letter is left out rather than read as some token.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    lower = [normalizers.Lowercase()] if rules.lowercase else []
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), *lower])
-    # Splits at spaces and punctuation, so that #comic and "# comic" are the same word.
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    letters = Counter(tokenizer.normalizer.normalize_str("\n".join(texts)))
-    # Chosen here: among letters of equal count the trainer would choose by chance.
-    ranked = sorted((c for c in letters if not c.isspace()), key=lambda c: (-letters[c], c))
-    alphabet = ranked[: rules.vocabulary // 2]
+    alphabet = read_as_words(tokenizer, texts, rules)
     trainer = trainers.BpeTrainer(
         vocab_size=rules.vocabulary,
         min_frequency=FREQUENT,
@@ -135,6 +156,21 @@ def fit_tokenizer(texts: list[str], rules: TextRules) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
     tokenizer.enable_truncation(rules.max_tokens)
     return tokenizer
+
+
+def read_as_words(tokenizer: Tokenizer, texts: list[str], rules: TextRules) -> list[str]:
+    """Let a tokenizer see words of normal letters; the letters that it has to know are returned."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    lower = [normalizers.Lowercase()] if rules.lowercase else []
+    normalizer = normalizers.Sequence([normalizers.NFKC(), *lower])
+    tokenizer.normalizer = normalizer
+    # Splits at spaces and punctuation, so that #comic and "# comic" are the same word.
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    letters = Counter(normalizer.normalize_str("\n".join(texts)))
+    # Chosen here: among letters of equal count the trainer would choose by chance.
+    ranked = sorted((c for c in letters if not c.isspace()), key=lambda c: (-letters[c], c))
+    return ranked[: rules.vocabulary // 2]
 
 
 def tokenize(tokenizer: Tokenizer, texts: pl.Series) -> Ragged:
@@ -262,8 +298,19 @@ def contrast(
     rules: TextRules,
     rng: np.random.Generator,
     progress: Callable[[str], None],
+    features: Features | None = None,
 ) -> None:
-    """Train token vectors in place: both views of an item find each other among the batch."""
+    """Train in place: both views of an item find each other among the batch.
+
+    Args:
+        model: any whose first module reads what `features` gives.
+        kinds: pairs to draw views of.
+        rules: epochs, batch, rate and temperature.
+        rng: draws the views.
+        progress: is told in words what is going on.
+        features: tokens (T,) and lengths (n,) of texts to the model's input; None: as the static
+            encoder reads them.
+    """
     import torch
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
@@ -279,7 +326,7 @@ def contrast(
         directions=("query_to_doc", "doc_to_query"),
         partition_mode="per_direction",
     )
-    optimizer = torch.optim.Adam(model.parameters(), lr=rules.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rules.rate, fused=True)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     model.train()
     step, losses = 0, []
@@ -293,7 +340,7 @@ def contrast(
         ]
         for number in rng.permutation(len(batches))[: steps - step]:
             kind, part = batches[number]
-            views = draw_views(kind, part, rules.keep, rng)
+            views = draw_views(kind, part, rules.keep, rng, features)
             if views is not None:
                 loss = loss_of(views, torch.empty(0))
                 optimizer.zero_grad()
@@ -311,9 +358,13 @@ def contrast(
 
 
 def draw_views(
-    kind: Pairs, part: np.ndarray, keep: float, rng: np.random.Generator
+    kind: Pairs,
+    part: np.ndarray,
+    keep: float,
+    rng: np.random.Generator,
+    features: Features | None = None,
 ) -> list[dict[str, torch.Tensor]] | None:
-    """Two views of each pair as the features of StaticEmbedding; None with fewer than two pairs.
+    """Two views of each pair as the features of a model; None with fewer than two pairs.
 
     A text stands once in a batch on each side: a second one would be its own false negative.
     """
@@ -338,9 +389,10 @@ def draw_views(
     both = (count_a > 0) & (count_b > 0)
     if both.sum() < 2:
         return None
+    make = features or _bag
     return [
-        _bag(a.values[in_a][both[row_a]], count_a[both]),
-        _bag(b.values[in_b][both[row_b]], count_b[both]),
+        make(a.values[in_a][both[row_a]], count_a[both]),
+        make(b.values[in_b][both[row_b]], count_b[both]),
     ]
 
 

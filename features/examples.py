@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from features.batches import Queries, TrainingEvents
+from features.batch import Queries
+from features.batches import TrainingEvents
 from features.timeline import Timeline
 from recsys.ragged import Ragged
 from recsys.tables import Side
@@ -54,7 +55,37 @@ def timeline_until(dataset: Dataset, side: Side) -> Timeline:
         base.exists_from,
         base.shown,
         base.timed,
+        _strength(np.asarray(dataset.event_weight)[kept]),
     )
+
+
+def _strength(weight: np.ndarray) -> np.ndarray | None:
+    """Weights of events where they say anything: all 1 says nothing."""
+    return None if (weight == 1).all() else weight
+
+
+def asking(
+    past: Timeline,
+    users: np.ndarray,
+    times: np.ndarray | None = None,
+    context: np.ndarray | None = None,
+    *,
+    last: int | None = None,
+    moment: int | None = None,
+) -> Queries:
+    """Queries of user rows with what each had before its time, how long before and how strongly.
+
+    Args:
+        past: everything that may be known; each query sees only what is strictly before it.
+        users: (Q,) user rows.
+        times: (Q,) moments; None: everything known, asked at `moment`.
+        context: (Q, C) codes, or None.
+        last: newest history entries kept; None: all.
+        moment: when everything known is asked about; None: the time of an entry says nothing.
+    """
+    history = past.histories(users, times, last)
+    elapsed, strength = past.beside_histories(users, times, last, moment)
+    return Queries(users, history, times, context, elapsed, strength)
 
 
 def training_events(dataset: Dataset, skips: bool, until: Side = Side.TRAIN) -> TrainingEvents:
@@ -76,7 +107,7 @@ def training_events(dataset: Dataset, skips: bool, until: Side = Side.TRAIN) -> 
     candidates = np.flatnonzero(dataset.item_known)
     return TrainingEvents(
         timeline=timeline_until(dataset, until),
-        weight=None if (weight == 1).all() else weight,
+        weight=_strength(weight),
         skips=found,
         skip_weight=skip_weight,
         context=dataset.event_context[kept] if dataset.event_context.shape[1] else None,
@@ -141,10 +172,8 @@ def ask(
         had = pairs_in(targets.row_of(), targets.values, past.histories(users, times), past.n_items)
         repeats = int(had.sum())
         targets = targets.where(~had)
-    queries = Queries(
-        users, past.histories(users, times, max_history), times,
-        None if context is None else context[first],
-    )  # fmt: skip
+    said = None if context is None else context[first]
+    queries = asking(past, users, times, said, last=max_history)
     asked = np.flatnonzero(targets.lengths > 0)
     return Questions(queries.take(asked), targets.take(asked), repeats, first[asked])
 

@@ -59,7 +59,7 @@ def open_model(name: str, device: str | None, local: bool) -> SentenceTransforme
         pickles = sorted(file for file in files if file.suffix in PICKLES)
         if pickles and not any(file.suffix == ".safetensors" for file in files):
             raise ValueError(f"{pickles[0].name} may be a pickle; only safetensors are read")
-    with _quiet():
+    with quiet():
         return SentenceTransformer(
             name,
             device=device,
@@ -69,7 +69,7 @@ def open_model(name: str, device: str | None, local: bool) -> SentenceTransforme
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' own progress bars off the screen."""
     from transformers.utils import logging
 

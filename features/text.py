@@ -30,6 +30,10 @@ FORMAT_VERSION = 1
 MANIFEST = "encoder.json"
 DIGEST_BYTES = 16
 """Of a text: 128 bits, so that two of a billion texts meet with a chance of 1e-21."""
+SILENT = 1e-6
+"""A text vector at most so long says nothing and becomes zero: its direction would be rounding."""
+RATES = {"static": 0.01, "small_transformer": 5e-4}
+"""Learning rate of each kind of encoder that is trained on the catalogue."""
 
 View = Literal["split", "dropout", "halves", "fields"]
 Progress = Callable[[str], None]
@@ -37,17 +41,31 @@ Texts = Sequence[str | None] | pl.Series
 
 
 class TextRules(Strict):
-    """How item text becomes vectors; all below `batch` is for the static encoder only."""
+    """How item text becomes vectors; all below `batch` is for an encoder of the catalogue only."""
 
     model: Annotated[str, Field(min_length=1)] | None = None
-    """A sentence-transformers model, by name or folder, used as it stands. None: train a small
-    static encoder on the catalogue's own text, in seconds and without a network."""
+    """A sentence-transformers model, by name or folder. None: train a small `encoder` on the
+    catalogue's own text, without a network."""
+    train: Literal["frozen", "last", "all"] = "frozen"
+    """What of the encoder goes on learning inside the item tower, from the towers' own loss.
+    frozen: nothing; texts are encoded once and kept. all: every weight. last: the last layer and
+    what follows it; a static encoder is one layer, so that there last is all."""
+    chunk: Annotated[int, Field(ge=1)] | None = 16_384
+    """Tokens, padding included, whose intermediate results are held at once while a transformer
+    learns: a larger batch is encoded in chunks, and each a second time for its gradient (GradCache;
+    Gao et al., 2021). Memory is bounded, a step takes a third longer. None: all at once."""
     device: Annotated[str, Field(min_length=1)] | None = None
     """Where `model` runs (cpu, cuda, …); None: the fastest that is there."""
     batch: Annotated[int, Field(ge=1)] = 64
     """Texts that `model` encodes at once."""
+    encoder: Literal["static", "small_transformer"] = "static"
+    """static: the mean of token vectors, seconds. small_transformer: a small BERT from random
+    weights, which reads word order; minutes, best with train = "all"."""
+    layers: Annotated[int, Field(ge=1, le=24)] = 2
+    """Of the small transformer."""
     dimension: Annotated[int, Field(ge=2, le=4096)] = 256
-    """Of the static encoder; 128 halves the memory and costs a few per cent of recall."""
+    """Of the vectors, and the width of the small transformer; 128 halves the memory and costs the
+    static encoder a few per cent of recall."""
     vocabulary: Annotated[int, Field(ge=300, le=1_000_000)] = 32_768
     """Tokens at most; a token is a letter, a part of a word or a word that stands twice."""
     lowercase: bool = True
@@ -68,12 +86,18 @@ class TextRules(Strict):
     """Pairs seen over all epochs at most: what bounds the time on a large catalogue."""
     batch_size: Annotated[int, Field(ge=2)] = 512
     """Pairs a step: each text stands against that many others."""
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Of Adam, falling to 0 in a straight line."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Of Adam, falling to 0 in a straight line; None: 0.01 of the static encoder, 0.0005 of the
+    small transformer."""
     scale: Annotated[float, Field(gt=0, le=1000)] = 10.0
     """Multiplies the cosine (1 / temperature): larger looks at the nearest others only."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """The same texts and seed give the same encoder."""
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, chosen or usual."""
+        return RATES[self.encoder] if self.learning_rate is None else self.learning_rate
 
 
 class TextEncoder:
@@ -134,7 +158,7 @@ class TextEncoder:
         Raises:
             DataError: the model gives a vector that is not finite.
         """
-        distinct, code = _distinct(_series(texts))
+        distinct, code = distinct_texts(texts)
         read = np.flatnonzero((distinct.str.strip_chars() != "").to_numpy())
         vectors = np.zeros((len(distinct), self.dimension), np.float32)
         for start in range(0, len(read), 64 * self.batch):
@@ -153,7 +177,7 @@ class TextEncoder:
                 f"The text encoder gives a vector that is not finite for {distinct[row][:80]!r}. "
                 "Its weights are damaged: load or train it again."
             )
-        vectors = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 1e-12)
+        vectors = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > SILENT)
         return vectors[code]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -235,6 +259,7 @@ def fit_encoder(
         return TextEncoder(pretrained(rules.model, rules.device), rules.batch)
     # Here, so that a model which is only loaded does not pay for scipy and scikit-learn.
     from features.catalog_encoder import train_static
+    from features.small_transformer import train_transformer
 
     whole = _series(texts)
     columns = [_series(field) for field in fields]
@@ -244,7 +269,10 @@ def fit_encoder(
                 f"Field {number + 1} has {len(column)} texts for {len(whole)} items. "
                 "Give one text an item in each field, empty where there is none."
             )
-    return TextEncoder(train_static(whole, columns, rules, progress or (lambda _: None)), 1024)
+    told = progress or (lambda _: None)
+    if rules.encoder == "small_transformer":
+        return TextEncoder(train_transformer(whole, columns, rules, told), 256)
+    return TextEncoder(train_static(whole, columns, rules, told), 1024)
 
 
 def encode_cached(
@@ -263,7 +291,7 @@ def encode_cached(
         (n, D) float32, each row of length 1 or 0.
     """
     path = Path(cache) / f"text-{encoder.fingerprint[:32]}.safetensors"
-    distinct, code = _distinct(_series(texts))
+    distinct, code = distinct_texts(texts)
     digests = _digests(distinct)
     old_digests, old_vectors = _read_cache(path, encoder)
     asked = pl.DataFrame(digests, schema=["a", "b"])
@@ -344,8 +372,9 @@ def _series(texts: Texts) -> pl.Series:
     return series.cast(pl.String).fill_null("").alias("text")
 
 
-def _distinct(texts: pl.Series) -> tuple[pl.Series, np.ndarray]:
+def distinct_texts(texts: Texts) -> tuple[pl.Series, np.ndarray]:
     """Distinct texts in order of appearance, and for each text (n,) which of them it is."""
+    texts = _series(texts)
     distinct = texts.unique(maintain_order=True)
     rows = distinct.to_frame().with_row_index("code")
     code = texts.to_frame().join(rows, on="text", how="left", maintain_order="left")["code"]

@@ -61,6 +61,7 @@ class Timeline:
             nothing of publication has always been there; its age counts from its first event.
         shown: item row → sorted times of its exposures, when the log has them.
         timed: whether `time` is a clock.
+        strength: (E,) float32 weight of each event, NaN where it is not known; None: all alike.
     """
 
     user_offsets: np.ndarray
@@ -70,6 +71,7 @@ class Timeline:
     exists_from: np.ndarray
     shown: Ragged | None
     timed: bool
+    strength: np.ndarray | None = None
 
     @staticmethod
     def build(
@@ -83,6 +85,7 @@ class Timeline:
         shown_item: np.ndarray | None = None,
         shown_time: np.ndarray | None = None,
         timed: bool = True,
+        strength: np.ndarray | None = None,
     ) -> Timeline:
         """Sort events in any order into a timeline; ties keep the given order."""
         order = np.lexsort((time, user))
@@ -98,6 +101,7 @@ class Timeline:
             first_seen if exists_from is None else exists_from,
             shown,
             timed,
+            None if strength is None else strength[order],
         )
 
     @property
@@ -138,9 +142,39 @@ class Timeline:
             times: (Q,) moments; None: everything known.
             last: keep only so many of the newest; None: all.
         """
+        return gather(self.item, *self._span(users, times, last))
+
+    def _span(
+        self, users: np.ndarray, times: np.ndarray | None, last: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         start = np.asarray(self.user_offsets)[users]
         end = start + self.past(users, times)
-        return gather(self.item, start if last is None else np.maximum(start, end - last), end)
+        return start if last is None else np.maximum(start, end - last), end
+
+    def beside_histories(
+        self,
+        users: np.ndarray,
+        times: np.ndarray | None = None,
+        last: int | None = None,
+        moment: int | None = None,
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """What else is known of the entries that `histories` gives.
+
+        Args:
+            users, times, last: as there.
+            moment: when it is asked, where there are no times: the cut-off.
+
+        Returns:
+            (H,) float64 seconds from each entry to its query, None without a clock or a moment;
+            (H,) strength of each entry, None where all are alike.
+        """
+        start, end = self._span(users, times, last)
+        elapsed = None
+        if self.timed and (times is not None or moment is not None):
+            asked = np.full(len(start), moment) if times is None else times
+            elapsed = elapsed_of(gather(self.time, start, end), asked)
+        strength = None if self.strength is None else gather(self.strength, start, end).values
+        return elapsed, strength
 
     def alive(self, moment: int | None) -> np.ndarray:
         """(N,) bool, the items that exist at the moment; row 0 never does."""
@@ -193,6 +227,7 @@ class Timeline:
             user_offsets=kept[np.asarray(self.user_offsets)],
             item=np.asarray(self.item)[keep],
             time=np.asarray(self.time)[keep],
+            strength=None if self.strength is None else np.asarray(self.strength)[keep],
         )
 
     def extended(
@@ -206,8 +241,17 @@ class Timeline:
         exists_from: np.ndarray,
         shown_item: np.ndarray | None = None,
         shown_time: np.ndarray | None = None,
+        strength: np.ndarray | None = None,
     ) -> Timeline:
-        """This timeline and later events in one; both may know new users and new items."""
+        """This timeline and later events in one; both may know new users and new items.
+
+        Strengths of later events count where those of this timeline differ among each other.
+        """
+        if self.strength is not None:
+            later = np.full(len(item), np.nan) if strength is None else strength
+            strength = np.concatenate([self.strength, later]).astype(np.float32)
+        else:
+            strength = None
         old_shown = self.shown if self.shown is not None else Ragged.empty(self.n_items)
         if shown_item is not None and shown_time is not None:
             shown_item = np.concatenate([old_shown.row_of(), shown_item])
@@ -224,7 +268,16 @@ class Timeline:
             shown_item=shown_item,
             shown_time=shown_time,
             timed=self.timed,
+            strength=strength,
         )
+
+
+def elapsed_of(history: Ragged, moments: np.ndarray) -> np.ndarray:
+    """(H,) float64 seconds from each of the ragged times (µs) to the moment (Q,) of its query.
+
+    Not float32, which cannot tell the seconds of last year from each other.
+    """
+    return (np.asarray(moments, np.int64)[history.row_of()] - history.values) / SECOND
 
 
 def times_by_row(rows: np.ndarray, times: np.ndarray, n_rows: int) -> Ragged:

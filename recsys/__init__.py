@@ -15,7 +15,7 @@ _DOORS = {
     "Recommender": "serving.recommender",
     "TwoTower": "towers.two_tower",
     "TwoTowerModule": "towers.training",
-    "InteractionData": "towers.training",
+    "InteractionData": "towers.data",
     "RunConfig": "experiments.config",
     "prepare": "experiments.run",
     "train": "experiments.run",
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from experiments.config import RunConfig
     from experiments.run import prepare, train
     from serving.recommender import Recommender
-    from towers.training import InteractionData, TwoTowerModule
+    from towers.data import InteractionData
+    from towers.training import TwoTowerModule
     from towers.two_tower import TwoTower
 
 __all__ = [

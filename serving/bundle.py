@@ -217,6 +217,8 @@ def _timeline_arrays(timeline: Timeline) -> dict[str, np.ndarray]:
     if timeline.shown is not None:
         arrays["shown_offsets"] = timeline.shown.offsets
         arrays["shown_times"] = timeline.shown.values
+    if timeline.strength is not None:
+        arrays["strength"] = np.asarray(timeline.strength, np.float32)
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
@@ -287,7 +289,7 @@ def _load_parts(path: Path, manifest: dict[str, Any]) -> Bundle:
     )
     timeline = Timeline(
         arrays["user_offsets"], arrays["item"], arrays["time"], arrays["first_seen"],
-        arrays["exists_from"], shown, manifest["timed"],
+        arrays["exists_from"], shown, manifest["timed"], arrays.get("strength"),
     )  # fmt: skip
     stored = load_arrays(path / "vectors.safetensors")
     vectors, rows = stored["vectors"], stored["rows"]

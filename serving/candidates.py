@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from features.batches import Queries
+from features.batch import Queries
 from recsys.errors import ConfigError, DataError
 from recsys.files import atomic_write, sha256_bytes, write_json
 from recsys.ragged import Ragged

@@ -52,6 +52,7 @@ class Later:
         time: (E,) int64 microseconds, or positions without a clock.
         context: (E, C) codes of the context columns.
         requests: impression lists, or None.
+        strength: (E,) float32 weight of each event, or None where it is not known.
     """
 
     user: pl.Series
@@ -59,6 +60,7 @@ class Later:
     time: np.ndarray
     context: np.ndarray
     requests: Requests | None = None
+    strength: np.ndarray | None = None
 
     def since(self, moment: int) -> Later:
         """Only what is at or after the moment."""
@@ -72,7 +74,7 @@ class Later:
             )  # fmt: skip
         return Later(
             self.user.gather(kept), self.item.gather(kept), self.time[kept], self.context[kept],
-            asked,
+            asked, None if self.strength is None else self.strength[kept],
         )  # fmt: skip
 
 
@@ -89,6 +91,7 @@ class CodedLater:
     request_context: np.ndarray
     shown: Ragged
     clicked: np.ndarray
+    strength: np.ndarray | None = None
 
 
 def from_log(log: Log, bundle: Bundle) -> Later:
@@ -96,7 +99,9 @@ def from_log(log: Log, bundle: Bundle) -> Later:
     names = [CONTEXT + column.name for column in bundle.contexts]
     frame = log.interactions.filter(pl.col("kind") == Kind.POSITIVE)
     there = [name for name in names if name in frame.collect_schema().names()]
-    events = frame.select("user", "item", "time", "row", *there).sort("time", "row").collect()
+    events = (
+        frame.select("user", "item", "time", "weight", "row", *there).sort("time", "row").collect()
+    )
     requests = None
     if log.impressions is not None:
         schema = log.impressions.collect_schema().names()
@@ -131,7 +136,10 @@ def from_log(log: Log, bundle: Bundle) -> Later:
     if not bundle.timeline.timed:
         # Without a clock a later log goes on where each user's sequence ended.
         time = time + np.diff(bundle.timeline.user_offsets)[bundle.users.encode(events["user"])]
-    return Later(events["user"], events["item"], time, _codes(events, bundle), requests)
+    return Later(
+        events["user"], events["item"], time, _codes(events, bundle), requests,
+        events["weight"].cast(pl.Float32).to_numpy(),
+    )  # fmt: skip
 
 
 def _codes(frame: pl.DataFrame, bundle: Bundle) -> np.ndarray:
@@ -175,6 +183,7 @@ def extend(bundle: Bundle, later: Later) -> tuple[Bundle, CodedLater]:
             items.encode(requests.items).astype(np.int64)[requests.shown.values],
         ),
         clicked=np.empty(0, bool) if requests is None else requests.clicked,
+        strength=later.strength,
     )
     timeline = _timeline(bundle.timeline, coded, users.size, items.size)
     new_items = items.size - bundle.items.size
@@ -220,6 +229,7 @@ def _timeline(past: Timeline, later: CodedLater, n_users: int, n_items: int) -> 
         exists_from=exists_from,
         shown_item=later.shown.values if has_requests else None,
         shown_time=shown_time if has_requests else None,
+        strength=later.strength,
     )
 
 
@@ -232,6 +242,7 @@ def _model(model: TwoTower, n_items: int, n_users: int) -> TwoTower:
     )  # fmt: skip
     longer.items, longer.users = _longer(model.items, n_items), _longer(model.users, n_users)
     longer.item_tower, longer.user_tower = model.item_tower, model.user_tower
+    longer.texts = None  # a bundle holds text vectors, whoever made them
     return longer.eval()
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from features.batches import Queries
+from features.batch import Queries
+from features.examples import asking
 from recsys.baselines import Popularity
 from recsys.errors import QueryError
 from recsys.ragged import Ragged, slots
-from recsys.search import ExactIndex
+from recsys.search import ExactIndex, best_scores, search_interests
 from serving import bundle as bundles
 from serving.bundle import Bundle
 from towers.encode import encode_items, encode_users
@@ -96,9 +97,10 @@ class Recommender:
         context: np.ndarray | None = None,
     ) -> Queries:
         """Queries of known user rows with what each had before its time."""
-        last = self.bundle.model.rules.max_history
-        history = self.bundle.timeline.histories(users, times, last)
-        return Queries(users, history, times, context)
+        return asking(
+            self.bundle.timeline, users, times, context,
+            last=self.bundle.model.rules.max_history, moment=self._moment,
+        )  # fmt: skip
 
     def recommend_rows(
         self,
@@ -197,7 +199,8 @@ class Recommender:
             place = self._position[exclude.values]
             exclude = Ragged(exclude.offsets, place).where(place >= 0)
         index = self._exact if exact else self.bundle.index
-        found, scores = index.search(
+        found, scores = search_interests(
+            index,
             vectors,
             k,
             allowed=None if allowed is None else allowed[self.bundle.rows],
@@ -207,14 +210,17 @@ class Recommender:
         return rows, scores
 
     def score_rows(self, queries: Queries, items: Ragged) -> np.ndarray:
-        """Scores of given item rows for each query, flat in the order of `items`, float32."""
+        """Scores of given item rows for each query, flat in the order of `items`, float32.
+
+        With several interests the nearest one counts.
+        """
         vectors = encode_users(self.bundle.model, queries, self.bundle.timeline, self._moment)
         out = np.empty(len(items.values), np.float32)
         query = items.row_of()
-        for start in range(0, len(out), 1 << 18):
-            part = slice(start, start + (1 << 18))
-            pair = vectors[query[part]], self.bundle.vectors[items.values[part]]
-            out[part] = np.einsum("qd,qd->q", *pair)
+        step = max(1, (1 << 18) * vectors.shape[-1] // max(1, vectors[:1].size))
+        for start in range(0, len(out), step):
+            part = slice(start, start + step)
+            out[part] = best_scores(vectors[query[part]], self.bundle.vectors[items.values[part]])
         return out
 
     def as_of(self, moment: int | None) -> Recommender:

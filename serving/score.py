@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from features.batches import Queries
+from features.batch import Queries
 from features.logs import scan
 from features.sources.times import clock
 from recsys.errors import DataError

@@ -11,12 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.batches import Batch, Batches, Distinct, Queries, TrainingEvents, query_side
+from features.batch import Batch, Queries, query_side
+from features.batches import Batches, TrainingEvents
+from features.distinct import Distinct
+from features.parts import Part
 from features.timeline import Timeline
 from recsys.ragged import Ragged
 
 N_USERS, N_ITEMS = 6, 15
 SEED = st.integers(0, 2**32 - 1)
+PLANS = st.sampled_from(["random", "in_time"])
 
 
 def world(events: int = 60, seed: int = 0, moments: int = 40) -> TrainingEvents:
@@ -81,7 +85,7 @@ def read(batch: Batch) -> list[dict]:
     ends = batch.user.lengths.cumsum(0).tolist()
     history = [rows[place] for place in batch.user.history.tolist()]
     skips = list(
-        zip(*batch.skips.tolist(), batch.skip_log_weight.double().exp().tolist(), strict=True)
+        zip(*batch.own.tolist(), batch.own_log_weight.double().exp().tolist(), strict=True)
     )
     known = list(zip(*batch.known.tolist(), strict=True))
     return [
@@ -120,7 +124,7 @@ def test_a_batch_holds_what_loops_over_lists_say(
     rng = np.random.default_rng(seed)
     chosen = rng.choice(31, size, replace=False)
     batches = Batches(events, max_history=4, uniform_negatives=uniform, known=known, seed=seed)
-    batch = batches.make(chosen, np.random.default_rng(seed))
+    batch = batches.make(Part(chosen), np.random.default_rng(seed))
     drawn = np.random.default_rng(seed).choice(events.candidates, uniform) if uniform else []
     rows, n, m = batch.rows.tolist(), batch.n_candidates, batch.n_encoded
     wanted = expect(events, chosen, known, max_history=4)
@@ -145,7 +149,9 @@ def test_a_batch_holds_what_loops_over_lists_say(
 def test_a_batch_made_twice_is_the_same_batch() -> None:
     """The scratch table is left as it was found."""
     batches = Batches(world(), uniform_negatives=5)
-    first, again = (batches.make(np.arange(3, 20), np.random.default_rng(1)) for _ in range(2))
+    first, again = (
+        batches.make(Part(np.arange(3, 20)), np.random.default_rng(1)) for _ in range(2)
+    )
     assert same(first, again)
 
 
@@ -155,16 +161,16 @@ def test_the_target_is_never_masked_and_never_its_own_skip(seed: int) -> None:
     events = world(events=50, seed=seed)
     for batch in Batches(events, batch_size=16, known="all", seed=seed):
         assert (batch.known[1] != batch.target[batch.known[0]]).all()
-        assert (batch.skips[1] != batch.target[batch.skips[0]]).all()
+        assert (batch.own[1] != batch.target[batch.own[0]]).all()
 
 
 def test_the_weight_of_skips_is_multiplied_and_0_leaves_them_out() -> None:
     events, chosen, rng = world(), np.arange(30), np.random.default_rng(0)
-    full = Batches(events).make(chosen, rng)
-    half = Batches(events, skip_weight=0.5).make(chosen, rng)
-    none = Batches(events, skip_weight=0).make(chosen, rng)
-    torch.testing.assert_close(half.skip_log_weight, full.skip_log_weight + math.log(0.5))
-    assert none.skips.shape == (2, 0)
+    full = Batches(events).make(Part(chosen), rng)
+    half = Batches(events, skip_weight=0.5).make(Part(chosen), rng)
+    none = Batches(events, skip_weight=0).make(Part(chosen), rng)
+    torch.testing.assert_close(half.own_log_weight, full.own_log_weight + math.log(0.5))
+    assert none.own.shape == (2, 0)
     assert none.n_encoded == none.n_candidates
 
 
@@ -184,7 +190,7 @@ def test_inclusion_is_the_frequency_with_which_a_candidate_is_drawn(uniform: int
     frequency, said = np.zeros(N_ITEMS), np.full(N_ITEMS, np.nan)
     for _ in range(draws):
         chosen = np.append(0, 1 + rng.choice(total - 1, size - 1, replace=False))
-        batch = batches.make(chosen, rng)
+        batch = batches.make(Part(chosen), rng)
         rows = batch.rows[: batch.n_candidates].numpy()
         frequency[rows] += 1 / draws
         said[rows] = batch.log_inclusion.exp().numpy()
@@ -200,16 +206,16 @@ def test_a_candidate_near_in_time_is_likelier_than_the_whole_log_says() -> None:
         np.ones(100, np.int64), item, np.arange(100), n_users=2, first_seen=np.zeros(3, np.int64)
     )
     events = TrainingEvents(timeline, None, None, None, None, np.array([1, 2]))
-    batches = Batches(events, batch_size=3, in_time=True)
-    batch = batches.make(np.arange(3), np.random.default_rng(0), around=np.arange(50))
+    batches = Batches(events, batch_size=3, plan="in_time")
+    batch = batches.make(Part(np.arange(3), np.arange(50)), np.random.default_rng(0))
     assert batch.log_inclusion.exp().tolist() == pytest.approx([1.0])
-    whole = batches.make(np.arange(3), np.random.default_rng(0))
+    whole = batches.make(Part(np.arange(3)), np.random.default_rng(0))
     assert whole.log_inclusion.exp().tolist() == pytest.approx([1 - 0.5**2])
 
 
 def test_statistics_are_those_of_the_first_moment_of_the_batch() -> None:
     events = world()
-    batches = Batches(events, batch_size=7, in_time=True, statistics=True, uniform_negatives=4)
+    batches = Batches(events, batch_size=7, plan="in_time", statistics=True, uniform_negatives=4)
     times = {
         t: events.timeline.statistics(np.arange(N_ITEMS), t) for t in set(events.timeline.time)
     }
@@ -221,7 +227,8 @@ def test_statistics_are_those_of_the_first_moment_of_the_batch() -> None:
         assert fits
         assert min(fits) <= by_time.max()
     chosen = np.argsort(events.timeline.time, kind="stable")[20:27]
-    batch = batches.make(chosen, np.random.default_rng(0))
+    moment = int(by_time[20])
+    batch = batches.make(Part(chosen, None, moment), np.random.default_rng(0))
     assert np.array_equal(batch.statistics, times[by_time[20]][batch.rows])
     drawn_only = set(batch.rows[: batch.n_candidates].tolist()) - set(
         events.timeline.item[chosen].tolist()
@@ -229,39 +236,38 @@ def test_statistics_are_those_of_the_first_moment_of_the_batch() -> None:
     assert all(events.timeline.exists_from[row] <= by_time[20] for row in drawn_only)
 
 
-@given(st.integers(1, 60), st.integers(2, 20), st.booleans(), SEED)
+@given(st.integers(1, 60), st.integers(2, 20), PLANS, SEED)
 @settings(max_examples=60)
 def test_every_event_comes_once_an_epoch_in_as_many_batches_as_the_length_says(
-    total: int, size: int, in_time: bool, seed: int
+    total: int, size: int, plan: str, seed: int
 ) -> None:
     events = world(events=total, seed=seed, moments=2**20)
-    batches = Batches(events, batch_size=size, in_time=in_time, seed=seed, skip_weight=0)
-    plans = []
+    batches = Batches(events, batch_size=size, plan=plan, seed=seed, skip_weight=0)
     for epoch in range(3):
-        plan = [chosen for chosen, _ in batches._plan(np.random.default_rng(epoch))]
-        assert len(plan) == len(batches)
-        assert sorted(np.concatenate(plan).tolist()) == list(range(total))
-        assert all(1 <= len(chosen) <= size for chosen in plan)
-        plans.append(plan)
-        if in_time:
+        parts = [part.drawn for part in batches._plan.epoch(np.random.default_rng(epoch))]
+        assert len(parts) == len(batches)
+        assert sorted(np.concatenate(parts).tolist()) == list(range(total))
+        assert all(1 <= len(chosen) <= size for chosen in parts)
+        if plan == "in_time":
             ranks = np.argsort(np.argsort(events.timeline.time, kind="stable"))
-            assert all((np.diff(ranks[chosen]) == 1).all() for chosen in plan)
+            assert all((np.diff(ranks[chosen]) == 1).all() for chosen in parts)
     assert [len(list(batches)) for _ in range(3)] == [len(batches)] * 3
 
 
 def test_windows_fall_differently_in_each_epoch() -> None:
-    batches = Batches(world(64), batch_size=16, in_time=True)
+    batches = Batches(world(64), batch_size=16, plan="in_time")
     firsts = {
-        min(len(c) for c, _ in batches._plan(np.random.default_rng(seed))) for seed in range(20)
+        min(len(part.drawn) for part in batches._plan.epoch(np.random.default_rng(seed)))
+        for seed in range(20)
     }
     assert len(firsts) > 3
 
 
-@pytest.mark.parametrize("in_time", [False, True])
+@pytest.mark.parametrize("plan", ["random", "in_time"])
 @pytest.mark.parametrize("stop", [0, 1, 3])
-def test_going_on_in_mid_epoch_gives_the_same_remaining_batches(stop: int, in_time: bool) -> None:
+def test_going_on_in_mid_epoch_gives_the_same_remaining_batches(stop: int, plan: str) -> None:
     def new() -> Batches:
-        return Batches(world(), batch_size=9, uniform_negatives=3, in_time=in_time, seed=4)
+        return Batches(world(), batch_size=9, uniform_negatives=3, plan=plan, seed=4)
 
     whole = new()
     list(whole)
@@ -316,7 +322,7 @@ def test_a_batch_moves_whole() -> None:
     batch = next(iter(Batches(world(), batch_size=8)))
     moved = batch.to("meta")
     assert all(part.is_meta for part in tensors(moved))
-    assert len(tensors(moved)) == len(tensors(batch)) == 12
+    assert len(tensors(moved)) == len(tensors(batch)) == 14
     assert (moved.n_candidates, moved.n_encoded, len(moved)) == (
         batch.n_candidates, batch.n_encoded, 8,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from experiments import cli, show
 from recsys.errors import BundleError, ConfigError
 
 VERBS = ["init", "prepare", "train", "evaluate", "candidates", "similar", "recommend", "score"]
-VERBS += ["simulate", "demo", "replay"]
+VERBS += ["doctor", "simulate", "demo", "replay"]
 
 Ended = SimpleNamespace
 

@@ -15,7 +15,8 @@ from features.timeline import Timeline
 from recsys.ragged import Ragged
 from recsys.tables import Side
 from towers.build import moments_of, validation_side
-from towers.training import TrainingRules, Validation
+from towers.rules import TrainingRules
+from towers.validation import Validation
 
 N_USERS, N_ITEMS = 4, 7
 EVENT = st.tuples(st.integers(1, N_USERS - 1), st.integers(1, N_ITEMS - 1), st.integers(0, 12))

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
-from features.batches import Queries
+from features.batch import Queries
 from recsys.errors import QueryError
 from recsys.ragged import Ragged
+from serving import bundle as bundles
+from serving.index import IndexRules
 from serving.recommender import Answers, Recommender
 from towers.encode import encode_users
 
@@ -281,3 +284,61 @@ def test_an_earlier_moment_knows_only_what_was_before_it(shopkeeper: Recommender
         np.testing.assert_array_equal(a, b)
     now = shopkeeper.recommend_rows(shopkeeper.queries(users), 9)[0]
     assert (now != here.recommend_rows(here.queries(users, times), 9)[0]).any()
+
+
+def test_with_several_interests_the_nearest_one_ranks_and_scores(
+    build: Callable[..., Any], market_run: str, tmp_path: Any
+) -> None:
+    run = market_run.replace("[towers]", '[towers]\nhistory = "multi_interest"\ninterests = 3')
+    recommender = Recommender.load(build(run, tmp_path).bundle)
+    bundle = recommender.bundle
+    queries = recommender.queries(np.arange(1, bundle.users.size))
+    users = encode_users(bundle.model, queries)
+    assert users.shape == (len(queries), 3, 8)
+    matrix = np.einsum("qkd,nd->qkn", users, bundle.vectors).max(1)
+    for moved, rows_there in ((recommender, bundle.rows), (recommender.as_of(bundle.cutoff), None)):
+        there = moved.bundle.rows if rows_there is None else rows_there
+        rows, scores, _ = moved.answer_rows(queries, 9)
+        for q in range(len(queries)):
+            may = np.setdiff1d(there, queries.history[q])
+            best = may[np.argsort(-matrix[q, may], kind="stable")][:9]
+            assert rows[q].tolist() == best.tolist()
+            np.testing.assert_allclose(scores[q], matrix[q, best], rtol=1e-4)
+    items = Ragged.from_lists([[3, 9], [], [0, 5, 5]])
+    wanted = [matrix[q, i] for q in range(3) for i in items[q]]
+    found = recommender.score_rows(queries.take(np.arange(3)), items)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+    one = recommender.recommend(user=bundle.users.ids[4], k=9)
+    assert one.ids == bundle.items.decode(recommender.answer_rows(queries, 9)[0][4]).to_list()
+
+
+def test_times_and_strengths_of_a_history_reach_the_towers_and_survive_the_bundle(
+    build: Callable[..., Any], market_run: str, tmp_path: Any
+) -> None:
+    run = market_run.replace("[towers]", '[towers]\nhistory_inputs = ["recency", "strength"]')
+    bundle = Recommender.load(build(run, tmp_path).bundle).bundle
+    events = len(bundle.timeline.item)
+    strength = np.random.default_rng(0).integers(1, 4, events).astype(np.float32)
+    timeline = replace(bundle.timeline, strength=strength)
+    with torch.no_grad():
+        for table in ("recency", "strength"):
+            getattr(bundle.model.user_tower.history.inputs, table).weight[1:].normal_()
+    told = Recommender(replace(bundle, timeline=timeline))
+    users = np.arange(1, bundle.users.size)
+    queries = told.queries(users)
+    assert queries.elapsed is not None and queries.strength is not None
+    at = np.concatenate([np.arange(*timeline.user_offsets[u : u + 2])[-50:] for u in users])
+    seconds = (bundle.cutoff - timeline.time[at]) / 1_000_000
+    np.testing.assert_array_equal(queries.elapsed, seconds)
+    np.testing.assert_array_equal(queries.strength, strength[at])
+    again = Recommender.load(
+        bundles.save(told.bundle, tmp_path / "again", rules=IndexRules(kind="exact"))
+    )
+    found = encode_users(again.bundle.model, again.queries(users))
+    np.testing.assert_array_equal(found, encode_users(bundle.model, queries))
+    # Half a day later the same history is older; typed in, it has no times.
+    later = told.queries(users, np.full(len(users), bundle.cutoff + 43_200_000_000))
+    assert (np.abs(encode_users(bundle.model, later) - found).max(1) > 1e-4).any()
+    typed = encode_users(bundle.model, Queries(users, queries.history))
+    assert (np.abs(typed - found).max(1) > 1e-4).all()
+    assert again.recommend(history=["i01", "i02"], k=3).fallback is None

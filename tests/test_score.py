@@ -12,7 +12,7 @@ import pytest
 
 from experiments.evaluate import test_side as later_side  # the name is not that of a test
 from experiments.scorecard import judge
-from features.batches import Queries
+from features.batch import Queries
 from recsys.errors import DataError
 from recsys.metrics import auc
 from recsys.ragged import Ragged

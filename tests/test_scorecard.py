@@ -18,7 +18,7 @@ from experiments.evaluate import test_side as later_side  # the name is not that
 from experiments.parts import slices
 from experiments.questions import EvaluateRules, questions_of, without_later_events
 from experiments.scorecard import judge, verdict
-from features.batches import Queries
+from features.batch import Queries
 from features.examples import Questions
 from recsys.errors import ConfigError
 from recsys.ragged import Ragged

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.batches import _strictly_before
+from features.parts import strictly_before
 from features.timeline import (
     NEVER,
     STATISTICS,
     WINDOWS,
     Timeline,
     count_before,
+    elapsed_of,
     statistic_scale,
     times_by_row,
 )
@@ -90,7 +91,7 @@ def test_histories_are_strictly_before_and_oldest_first(
 @given(WORLDS)
 def test_the_past_of_every_event_is_counted_alike_in_both_places(world: World) -> None:
     timeline = world.timeline()
-    found = _strictly_before(timeline)
+    found = strictly_before(timeline)
     assert found.tolist() == timeline.past(timeline.user, timeline.time).tolist()
 
 
@@ -252,3 +253,42 @@ def test_the_scale_of_statistics_is_of_items_alive_and_never_0() -> None:
     assert scale[STATISTICS.index("clicks")] == 1.0  # both have one click
     nobody = statistic_scale(timeline, [0], 100, np.random.default_rng(0))
     assert nobody[0].tolist() == [0.0] * 8 and nobody[1].tolist() == [1.0] * 8
+
+
+def test_elapsed_and_strength_by_hand() -> None:
+    second = 1_000_000
+    timeline = Timeline.build(
+        np.array([1, 0, 1, 1]), np.array([2, 3, 4, 5]), np.array([9, 1, 3, 5]) * second,
+        n_users=2, first_seen=np.zeros(6, np.int64),
+        strength=np.array([0.5, 1, 2, 3], np.float32),
+    )  # fmt: skip
+    assert timeline.strength is not None and timeline.strength.tolist() == [1, 2, 3, 0.5]
+    both = np.array([1, 0])
+    elapsed, strength = timeline.beside_histories(both, np.array([9, 2]) * second)
+    assert elapsed is not None and elapsed.tolist() == [6, 4, 1]
+    assert strength is not None and strength.tolist() == [2, 3, 1]
+    elapsed, strength = timeline.beside_histories(both, last=2, moment=11 * second)
+    assert elapsed is not None and elapsed.tolist() == [6, 2, 10]
+    assert strength is not None and strength.tolist() == [3, 0.5, 1]
+    assert timeline.beside_histories(both)[0] is None  # nobody says when it is asked
+    part = timeline.select(np.array([True, False, True, True]))
+    assert part.strength is not None and part.strength.tolist() == [1, 3, 0.5]
+    longer = [
+        timeline.extended(
+            np.array([1, 0]), np.array([1, 1]), np.array([4, 8]) * second, n_users=2,
+            first_seen=np.zeros(6), exists_from=np.zeros(6), strength=later,
+        ).strength
+        for later in (np.array([7, 8]), None)
+    ]  # fmt: skip
+    assert longer[0] is not None and longer[0].tolist() == [1, 8, 2, 7, 3, 0.5]
+    assert longer[1] is not None
+    np.testing.assert_array_equal(longer[1], [1, np.nan, 2, np.nan, 3, 0.5])
+    untimed = replace(timeline, timed=False, strength=None)
+    assert untimed.beside_histories(both, np.array([9, 2])) == (None, None)
+
+
+def test_seconds_of_last_year_are_told_apart() -> None:
+    year = 365 * 86_400 * 1_000_000
+    history = Ragged.from_lists([[0, 1_000_000, 3_000_000]])
+    elapsed = elapsed_of(history, np.array([3 * year]))
+    assert (-np.diff(elapsed)).tolist() == [1, 2]

@@ -14,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from features.batches import Queries, UserSide
+from features.batch import Queries, UserSide
 from features.timeline import STATISTICS, Timeline
 from recsys.errors import ConfigError, DataError
 from recsys.ragged import Ragged
 from towers import encode
-from towers.blocks import FeatureEmbedding, FeatureSpec, FeatureTable, History, Residual
-from towers.blocks import segment_softmax as softmax_of_segments
+from towers.blocks import FeatureEmbedding, FeatureSpec, FeatureTable, Residual
 from towers.build import padded, uses_statistics
 from towers.encode import Embeddings, encode_items, encode_users
+from towers.histories import History
+from towers.histories import segment_softmax as softmax_of_segments
 from towers.two_tower import TowerRules, TwoTower
 
 SEED = st.integers(0, 2**32 - 1)
@@ -131,7 +132,7 @@ def test_pooling_equals_a_loop_in_value_and_gradient(
     mix = torch.randn(len(histories), 3)
     found = []
     for out in (
-        pool(items, asked.history, asked.lengths),
+        pool(items, asked),
         pooled_by_loop(pool, items, histories),
     ):
         gradient = torch.autograd.grad(
@@ -145,7 +146,7 @@ def test_pooling_equals_a_loop_in_value_and_gradient(
 
 def test_histories_that_are_all_empty_need_no_item() -> None:
     pool = History(3, "attention", 4)
-    out = pool(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), torch.zeros(2).long())
+    out = pool(torch.zeros(0, 3), side([[], []]))
     assert torch.equal(out, pool.empty.expand(2, 3))
 
 

@@ -13,20 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from features.batches import Batch, Batches, Queries, TrainingEvents
+from features.batch import Batch, Queries
+from features.batches import Batches, TrainingEvents
 from features.timeline import STATISTICS, Timeline
 from recsys.ragged import Ragged
 from towers.blocks import FeatureSpec, FeatureTable
 from towers.encode import encode_items, encode_users
 from towers.losses import in_batch_softmax
-from towers.training import (
-    InteractionData,
-    Temperature,
-    TrainingRules,
-    TwoTowerModule,
-    Validation,
-    metric_at,
-)
+from towers.data import InteractionData
+from towers.rules import TrainingRules, metric_at
+from towers.training import Temperature, TwoTowerModule
+from towers.validation import Validation
 from towers.two_tower import TowerRules, TwoTower
 
 lightning = pytest.importorskip("pytorch_lightning")
@@ -107,7 +104,7 @@ def learn(
 ) -> tuple[TwoTowerModule, Any]:  # fmt: skip
     events, validation = checkerboard()
     module = TwoTowerModule(towers(seed, **(tower_rules or {})), rules)
-    data = InteractionData(events, validation, rules, max_history=5, statistics=False, seed=seed)
+    data = InteractionData(events, validation, rules, towers=TowerRules(max_history=5), statistics=False, seed=seed)
     torch.manual_seed(seed if resume is None else 999)
     running = trainer(epochs, *callbacks, **options)
     with warnings.catch_warnings():
@@ -135,7 +132,11 @@ def test_every_epoch_trains_on_all_batches_and_is_validated_once() -> None:
         learn(3, steps, rules=rules)
         events, _ = checkerboard()
         size = rules.batch_size
-        length = len(Batches(events, batch_size=size, in_time=rules.batches == "in_time"))
+        length = len(
+            Batches(
+                events, batch_size=size, plan="in_time" if rules.batches == "in_time" else "random"
+            )
+        )
         wanted = [[*((epoch, i) for i in range(length)), "validated"] for epoch in range(3)]
         assert steps.seen == [step for epoch in wanted for step in epoch]
 
@@ -232,10 +233,10 @@ def test_the_loss_of_a_batch_is_that_of_its_vectors_and_edges(
     wanted = in_batch_softmax(
         model.encode_users(batch.user, embedded), model.item_tower(embedded), batch.target,
         log_inclusion=batch.log_inclusion * logq, temperature=0.1, known=batch.known,
-        skips=batch.skips, skip_log_weight=batch.skip_log_weight, skip_share=share,
+        skips=batch.own, skip_log_weight=batch.own_log_weight, skip_share=share,
         weight=batch.weight,
     )  # fmt: skip
-    assert batch.skips.shape[1] and batch.known.shape[1]
+    assert batch.own.shape[1] and batch.known.shape[1]
     torch.testing.assert_close(module.loss(batch), wanted)
 
 
@@ -265,7 +266,7 @@ def test_validation_equals_ranking_everything_by_hand() -> None:
     model = towers(statistics=len(STATISTICS))
     rules = RULES.model_copy(update={"monitor": "recall_at_3"})
     data = InteractionData(
-        checkerboard()[0], validation, rules, max_history=5, statistics=True, seed=0
+        checkerboard()[0], validation, rules, towers=TowerRules(max_history=5), statistics=True, seed=0
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -348,7 +349,7 @@ def test_the_learned_temperature_moves_and_the_fixed_one_does_not() -> None:
 
 def test_without_a_validation_side_training_goes_through() -> None:
     events, _ = checkerboard()
-    data = InteractionData(events, None, RULES, max_history=5, statistics=False, seed=0)
+    data = InteractionData(events, None, RULES, towers=TowerRules(max_history=5), statistics=False, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         running = trainer(2)

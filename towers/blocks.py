@@ -1,6 +1,6 @@
-"""What both towers are built of: feature tables, their embedding, history pooling.
+"""What both towers are built of: feature tables, their embedding, a residual layer.
 
-Legend: R rows asked for, N rows of a table, D dimensions, B examples, H history entries in all.
+Legend: R rows asked for, N rows of a table, D dimensions, B examples.
 """
 
 from __future__ import annotations
@@ -10,10 +10,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-
-RECENCY = 0.2
-"""How much less, as a logit, each earlier history entry weighs before anything is learned."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +143,7 @@ class FeatureEmbedding(nn.Module):
         table: FeatureTable,
         statistics: Tensor | None = None,
         texts: Tensor | None = None,
+        ids: nn.Embedding | None = None,
     ) -> Tensor:
         """Embed rows.
 
@@ -155,6 +152,7 @@ class FeatureEmbedding(nn.Module):
             table: where features are looked up.
             statistics: (R, S) as of the event; needed when the spec has any.
             texts: (R, T) text vectors to use instead of the table's.
+            ids: id vectors to use instead of those learned here.
 
         Returns:
             (R, D).
@@ -164,7 +162,7 @@ class FeatureEmbedding(nn.Module):
             known = torch.where(rows < self.spec.ids, rows, 0)
             if self.training and self.id_dropout:
                 known = known * (torch.rand(len(rows), device=rows.device) >= self.id_dropout)
-            out = out + self.ids(known)
+            out = out + (self.ids if ids is None else ids)(known)
         if self.spec.text:
             out = out + self.text(_of(table.text, rows) if texts is None else texts)
         if self.spec.vector:
@@ -204,73 +202,6 @@ def _of(buffer: Tensor | None, rows: Tensor) -> Tensor:
 def _scale_to_unit(layer: nn.Linear, inputs_norm: float) -> None:
     """Start a projection so that an input of the given norm comes out with about the same norm."""
     nn.init.normal_(layer.weight, std=inputs_norm / layer.out_features**0.5)
-
-
-class History(nn.Module):
-    """Pool a history of embedded items: weights by recency and, with attention, by content.
-
-    Args:
-        dimension: D.
-        pooling: "mean": every entry alike; "attention": a softmax over a score of the entry's
-            content plus a learned score of its place, the newest first.
-        max_history: places that can be told apart.
-    """
-
-    def __init__(self, dimension: int, pooling: str, max_history: int) -> None:
-        super().__init__()
-        self.pooling, self.max_history = pooling, max_history
-        # Not zero: a cosine has no direction there, and its gradient no bound.
-        self.empty = nn.Parameter(torch.randn(dimension) / dimension**0.5)
-        if pooling == "attention":
-            self.content = nn.Sequential(
-                nn.Linear(dimension, dimension), nn.Tanh(), nn.Linear(dimension, 1, bias=False)
-            )
-            # Start as a decay of a fifth an item: what came last says most until learned otherwise.
-            self.place = nn.Parameter(-RECENCY * torch.arange(max_history, dtype=torch.float32))
-
-    def forward(self, items: Tensor, history: Tensor, lengths: Tensor) -> Tensor:
-        """Pool.
-
-        Args:
-            items: (R, D) embedded distinct items.
-            history: (H,) int64 rows of `items`, the examples one after the other, oldest first.
-            lengths: (B,) int64.
-
-        Returns:
-            (B, D); the learned empty vector where the history is empty.
-        """
-        end = lengths.cumsum(0)
-        start = end - lengths
-        weights = None
-        if self.pooling == "attention":
-            example = torch.repeat_interleave(lengths, output_size=len(history))  # (H,)
-            place = end[example] - 1 - torch.arange(len(history), device=history.device)
-            score = (
-                self.content(items)[history, 0] + self.place[place.clamp(max=self.max_history - 1)]
-            )
-            weights = segment_softmax(score.float(), example, len(lengths))
-        pooled = F.embedding_bag(
-            history, items.float(), start,
-            mode="mean" if weights is None else "sum", per_sample_weights=weights,
-        )  # (B, D)  # fmt: skip
-        return torch.where((lengths > 0)[:, None], pooled, self.empty.to(pooled.dtype))
-
-
-def segment_softmax(score: Tensor, segment: Tensor, n_segments: int) -> Tensor:
-    """Softmax of each segment's scores.
-
-    Args:
-        score: (H,).
-        segment: (H,) int64 in [0, n_segments).
-
-    Returns:
-        (H,) positive, summing to 1 within each segment that has any.
-    """
-    top = torch.full((n_segments,), -torch.inf, device=score.device, dtype=score.dtype)
-    top = top.scatter_reduce(0, segment, score.detach(), "amax")
-    shifted = (score - top[segment]).exp()
-    total = torch.zeros(n_segments, device=score.device, dtype=shifted.dtype)
-    return shifted / total.index_add(0, segment, shifted)[segment]
 
 
 class Residual(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,11 +16,13 @@ from recsys.errors import ConfigError
 from recsys.ragged import Ragged
 from recsys.tables import Side
 from towers.blocks import FeatureTable
-from towers.training import TrainingRules, Validation
+from towers.rules import TrainingRules
 from towers.two_tower import TowerRules, TwoTower
+from towers.validation import Validation
 
 if TYPE_CHECKING:
     from features.dataset import Dataset
+    from towers.text import TextTower
 
 MOST_CODES = 16
 """Codes of one category that a row may carry; further ones are left out."""
@@ -56,12 +60,21 @@ def uses_statistics(rules: TowerRules, dataset: Dataset) -> bool:
     return bool(rules.statistics)
 
 
+def _need_clock(rules: TowerRules, dataset: Dataset) -> None:
+    if "recency" in rules.history_inputs and not dataset.manifest["timed"]:
+        raise ConfigError(
+            "towers.history_inputs names recency, but this log has no clock, so that nobody knows "
+            "how long ago an event was. Leave it out, or name the column of time in [data.columns]."
+        )
+
+
 def build_model(
     dataset: Dataset,
     rules: TowerRules,
     *,
     item_text: np.ndarray | None,
     user_text: np.ndarray | None = None,
+    texts: Callable[[], TextTower] | None = None,
     seed: int,
 ) -> TwoTower:
     """Towers for a dataset, seeded.
@@ -71,8 +84,14 @@ def build_model(
         rules: the shape.
         item_text: (N, T) text vectors of item rows, or None.
         user_text: the same for user rows.
+        texts: gives an untrained text encoder over the item rows, where it is to learn with the
+            towers; `item_text` is then left out.
         seed: of the initial weights.
+
+    Raises:
+        ConfigError: the towers are to read times or statistics, and the log has no clock.
     """
+    _need_clock(rules, dataset)
     items = FeatureTable(
         dataset.n_items,
         text=_floats(item_text),
@@ -88,19 +107,24 @@ def build_model(
     )
     item_sizes = {name: size for name, (_, size) in dataset.item_categories.items()}
     user_sizes = {name: size for name, (_, size) in dataset.user_categories.items()}
+    item_spec = items.spec(
+        dataset.n_warm_items + 1 if rules.item_id else 0,
+        item_sizes,
+        len(STATISTICS) if uses_statistics(rules, dataset) else 0,
+    )
+    learned = None if texts is None else texts()
+    if learned is not None:
+        item_spec = replace(item_spec, text=learned.dimension)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return TwoTower(
             rules,
             items,
             users,
-            items.spec(
-                dataset.n_warm_items + 1 if rules.item_id else 0,
-                item_sizes,
-                len(STATISTICS) if uses_statistics(rules, dataset) else 0,
-            ),
+            item_spec,
             users.spec(dataset.n_warm_users + 1 if rules.user_id else 0, user_sizes),
             tuple(dataset.context_sizes.values()),
+            learned,
         )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from features.batches import Queries, query_side
+from features.batch import Queries, query_side
 from features.timeline import Timeline
 from recsys.errors import DataError
 from towers.two_tower import TwoTower
@@ -98,13 +98,13 @@ def encode_users(
     timeline: Timeline | None = None,
     moment: int | None = None,
 ) -> np.ndarray:
-    """Vectors of who asks, (Q, D) float32; histories are pooled from the same item inputs."""
-    out = np.empty((len(queries), model.vector_dimension), np.float32)
+    """Vectors of who asks, float32: (Q, D), or (Q, K, D) for towers with several interests."""
+    out = np.empty((len(queries), *model.user_shape), np.float32)
     with _answering(model) as device:
         for start in range(0, len(queries), ROWS_AT_ONCE):
             part = queries.take(np.arange(start, min(start + ROWS_AT_ONCE, len(queries))))
             side, rows = query_side(part, model.rules.max_history)
-            items = _embed(model, rows, timeline, moment, device, None)
+            items = _embed(model, rows, timeline, moment, device, None, history=True)
             encoded = model.encode_users(side.to(device), items)
             out[start : start + len(part)] = encoded.float().cpu().numpy()
     return out
@@ -117,6 +117,8 @@ def _embed(
     moment: int | None,
     device: torch.device,
     texts: np.ndarray | None,
+    *,
+    history: bool = False,
 ) -> torch.Tensor:
     statistics = None
     if model.uses_statistics:
@@ -124,4 +126,5 @@ def _embed(
             raise ValueError("These towers read item statistics: pass a timeline and a moment.")
         statistics = torch.from_numpy(timeline.statistics(rows, moment)).to(device)
     given = None if texts is None else torch.from_numpy(np.asarray(texts, np.float32)).to(device)
-    return model.embed_items(torch.from_numpy(rows).to(device), statistics, given)
+    embed = model.embed_history if history else model.embed_items
+    return embed(torch.from_numpy(rows).to(device), statistics, given)

@@ -1,83 +1,41 @@
-"""The LightningModule and LightningDataModule; both work in anybody's own Trainer.
+"""The LightningModule; it works in anybody's own Trainer.
 
-Legend: B examples, N candidates, M encoded rows, R distinct item rows, D dimensions.
+Legend: Q queries, B examples, N candidates, M encoded rows, R distinct item rows, D dimensions.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as lightning
 import torch
-from pydantic import Field
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from features.batches import Batch, Batches, Queries, TrainingEvents
-from features.timeline import Timeline
-from recsys.metrics import hit_rate_at, ndcg_at, recall_at
-from recsys.ragged import Ragged
-from recsys.search import ExactIndex
-from recsys.tables import Strict
+from features.batch import Batch, Source
+from recsys.search import ExactIndex, search_interests
+from towers.audit import Audit, Draws, audit
 from towers.encode import encode_items, encode_users
-from towers.losses import in_batch_softmax
+from towers.histories import choose_interest
+from towers.mining import from_state, mine_again, to_state
+from towers.objectives import OBJECTIVES, Objective, matryoshka, skip_term, symmetric
 from towers.optimizer import RowAdam, clip_gradients
+from towers.remembered import Remembered
+from towers.rules import METRICS, TrainingRules, metric_at
+from towers.scores import Scores
+from towers.text import text_groups
 from towers.two_tower import TwoTower
+from towers.validation import ValidationBlock
 
-
-class TrainingRules(Strict):
-    """[training]: how the towers learn."""
-
-    batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
-    """auto: the power of two nearest to a hundredth of the training events, from 128 to 1024, so
-    that a small log still gets a hundred steps an epoch."""
-    epochs: int = Field(30, ge=1)
-    """At most; early stopping usually ends sooner."""
-    patience: int = Field(4, ge=1)
-    """Epochs without a better validation metric before training stops."""
-    refit: bool = True
-    """Once the epoch is chosen, train again from the start on train and validation side together,
-    for so many epochs: what happened last before the cut-off says most about what comes next."""
-    monitor: str = "ndcg_at_20"
-    """Picks the epoch, by full ranking of the validation side: recall_at_K, ndcg_at_K or
-    hit_rate_at_K."""
-    learning_rate: float = Field(2e-3, gt=0)
-    """Of the dense layers."""
-    table_learning_rate: float | None = Field(None, gt=0)
-    """Of id tables; None: the same."""
-    weight_decay: float = Field(1e-4, ge=0)
-    """Of the dense layers' matrices, decoupled; never of the temperature, biases or id tables."""
-    warmup_steps: int = Field(100, ge=0)
-    """Steps over which the learning rate rises from zero."""
-    gradient_clip: float = Field(1.0, gt=0)
-    """Largest common norm of all gradients of a step."""
-    temperature: float = Field(0.1, gt=0)
-    """Divides the score; where learning starts when it is learned."""
-    learn_temperature: bool = False
-    logq: bool = True
-    """Correct drawn negatives by their inclusion probability."""
-    known: Literal["all", "past", "none"] = "all"
-    """Items of the user that are never its negatives: all learned from, or those before."""
-    uniform_negatives: int = Field(0, ge=0)
-    """Candidates drawn uniformly for the whole batch, beside the other examples' items."""
-    skips: Literal["apart", "in_softmax"] = "apart"
-    """apart: a softmax of the positive against the skips of its own request, beside the main one.
-    in_softmax: skips stand among the drawn negatives; each of those stands for many items, so that
-    weights far above 1 are needed for skips to be felt."""
-    skip_weight: float = Field(0.3, ge=0)
-    """apart: weight of the term; in_softmax: how many items a skip counts as; 0: no skips."""
-    batches: Literal["auto", "random", "in_time"] = "auto"
-    """in_time: a batch is a window of consecutive events; auto: where item statistics need it."""
-    validation_queries: int = Field(20_000, ge=1)
-    """At most so many validation queries an epoch, a seeded sample."""
-    accelerator: str = "auto"
-    precision: str = "32-true"
-    """As Lightning's Trainer takes it: 32-true, bf16-mixed, 16-mixed."""
+MOST_LOGITS = 1 << 28
+"""Entries of the score matrix, a GiB of float32, beyond which it is worked through in tiles."""
 
 
 class Temperature(nn.Module):
@@ -97,79 +55,115 @@ class Temperature(nn.Module):
         return (self.log - over).exp()
 
 
-@dataclass(frozen=True)
-class Validation:
-    """Queries of the validation side and what each went on to choose.
-
-    Args:
-        queries: who asked; each at its own time or all at the cut-off.
-        targets: item rows chosen.
-        seen: item rows never to be answered, or None when repeats are allowed.
-        timeline: from which item statistics are taken.
-        moments: (Q,) moment of each query's item statistics, non-decreasing; None without clock.
-    """
-
-    queries: Queries
-    targets: Ragged
-    seen: Ragged | None
-    timeline: Timeline
-    moments: np.ndarray | None
-
-    def blocks(self, size: int = 4096) -> Iterator[tuple[np.ndarray, int | None]]:
-        """Query rows that share a moment, at most `size` at once, and the moment."""
-        everyone = np.arange(len(self.queries))
-        groups: list[np.ndarray] = [everyone]
-        moments: list[int | None] = [None]
-        if self.moments is not None:
-            distinct, first = np.unique(self.moments, return_index=True)
-            groups, moments = np.split(everyone, first[1:]), [int(m) for m in distinct]
-        for rows, moment in zip(groups, moments, strict=True):
-            for start in range(0, len(rows), size):
-                yield rows[start : start + size], moment
-
-
-METRICS = {"recall_at": recall_at, "ndcg_at": ndcg_at, "hit_rate_at": hit_rate_at}
-
-
 class TwoTowerModule(lightning.LightningModule):
-    """Trains `TwoTower` with the in-batch softmax; validates by full ranking.
+    """Trains `TwoTower` by an objective over all its negatives; validates by full ranking.
 
     Args:
         model: both towers.
         rules: how to learn.
+        objective: one of your own, in place of `rules.objective`.
+        audits: folder in which each epoch's audit of the negatives is written, or None.
     """
 
-    def __init__(self, model: TwoTower, rules: TrainingRules) -> None:
+    def __init__(
+        self,
+        model: TwoTower,
+        rules: TrainingRules,
+        objective: Objective | None = None,
+        audits: Path | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.rules = model, rules
+        self.objective = objective or objective_of(rules, model.rules.score)
         self.temperature = Temperature(rules.temperature, rules.learn_temperature)
+        self.remembered = None
+        if rules.queue:
+            self.remembered = Remembered(model.items.n_rows, model.vector_dimension)
         self._vectors: tuple[int | None, ExactIndex] | None = None
         self._values: list[np.ndarray] = []
         self._since = (0.0, 0)
         self._telling = True
+        self._audits, self._auditing = audits, False
+        self._audit: Audit | None = None
+        self._draws: Draws | None = None
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(Q, D) users, or (Q, K, D) interests, and (M, D) items of a batch."""
+        model = self.model
+        texts = model.read_texts(batch.rows)
+        embedded = model.embed_items(batch.rows, batch.statistics, texts)  # (R, D)
+        entries = model.embed_history(batch.rows, batch.statistics, texts, embedded=embedded)
+        users = model.encode_users(batch.user, entries)
+        return users, model.item_tower(embedded[: batch.n_encoded])
+
+    def scores(self, batch: Batch, users: Tensor, items: Tensor) -> Scores:
+        """What the objective sees."""
+        rules = self.rules
+        log_weight = -batch.log_inclusion if rules.logq else torch.zeros_like(batch.log_inclusion)
+        queued = None
+        if self.remembered is not None and len(batch.queued):
+            queued, usable = self.remembered.read(batch.queued)
+            blocked = torch.zeros_like(log_weight)
+            blocked[batch.n_candidates :].masked_fill_(~usable, -torch.inf)
+            log_weight = log_weight + blocked
+        columns = len(log_weight)
+        tile = rules.tile
+        if tile == "auto":
+            rows = len(batch.target) if batch.owner is None else batch.n_queries
+            tile = max(1, MOST_LOGITS // columns) if rows * columns > MOST_LOGITS else None
+        several = users.ndim == 3
+        found = Scores(
+            users=users[:, 0] if several else users,
+            items=items,
+            target=batch.target,
+            temperature=self.temperature(),
+            log_weight=log_weight,
+            owner=batch.owner,
+            queued=queued,
+            known=batch.known,
+            own=batch.own,
+            own_log_weight=batch.own_log_weight,
+            own_source=batch.own_source,
+            joining=None if rules.skips == "in_softmax" else (Source.MINED, Source.GIVEN),
+            tile=tile,
+        )
+        if several:
+            nearest = choose_interest(users, items[batch.target], batch.owner)
+            found = replace(found.per_example(), users=nearest)
+        return found
 
     def loss(self, batch: Batch) -> Tensor:
-        """() loss of a batch."""
-        model = self.model
-        embedded = model.embed_items(batch.rows, batch.statistics)  # (R, D)
-        users = model.encode_users(batch.user, embedded)  # (B, D)
-        items = model.item_tower(embedded[: batch.n_encoded])  # (M, D)
-        return in_batch_softmax(
-            users,
-            items,
-            batch.target,
-            log_inclusion=batch.log_inclusion
-            if self.rules.logq
-            else torch.zeros_like(batch.log_inclusion),
-            temperature=self.temperature(),
-            known=batch.known,
-            skips=batch.skips,
-            skip_log_weight=batch.skip_log_weight,
+        """() loss of a batch: the mean over examples, weighted by their strength."""
+        users, items = self.encode(batch)
+        scores = self.scores(batch, users, items)
+        if self._auditing:
+            self._audit = self._audited(batch, users, items, scores)
+        loss = self.objective(scores)  # (B,)
+        if self.rules.skips == "apart" and self.rules.skip_weight and batch.own.shape[1]:
+            loss = loss + self.rules.skip_weight * skip_term(scores)
+        if self.remembered is not None and self.training:
+            n = batch.n_candidates
+            self.remembered.write(batch.rows[:n], items[:n].detach())
+        return (loss * batch.weight).sum() / batch.weight.sum().clamp(min=1e-9)
+
+    def _audited(self, batch: Batch, users: Tensor, items: Tensor, scores: Scores) -> Audit:
+        """What this batch's negatives do, from the vectors that its loss is made of."""
+        self._auditing = False
+        return audit(
+            users.detach(),
+            items.detach(),
+            batch,
+            self.temperature().detach(),
+            queued=scores.queued,
+            log_weight=scores.log_weight,
             skip_share=self.rules.skip_weight if self.rules.skips == "apart" else None,
-            weight=batch.weight,
         )
 
-    def on_train_batch_start(self, _batch: Batch, _index: int) -> None:
+    def on_train_batch_start(self, batch: Batch, index: int) -> None:
+        # The middle of the epoch: the queue is full there, the first batch has none.
+        self._auditing = index == int(self.trainer.num_training_batches) // 2
+        if self._draws is not None:
+            self._draws.add(batch)
         # A call of `log` costs as much as a layer, and only every so many steps is written anyway.
         every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
         self._telling = (self.global_step + 1) % every == 0 or self.trainer.is_last_batch
@@ -181,7 +175,23 @@ class TwoTowerModule(lightning.LightningModule):
         return loss
 
     def on_train_epoch_start(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and self.rules.mined.per_query:
+            mine_again(self.model, data.batches, self.rules.mined, self.current_epoch)
         self._since = (time.perf_counter(), 0)
+        self._draws = Draws(self.model.items.n_rows)
+
+    def on_train_epoch_end(self) -> None:
+        # A run that went on in mid-epoch has seen a part of it only, and says nothing of that one.
+        data = getattr(self.trainer, "datamodule", None)
+        if self._audit is None or self._draws is None or data is None:
+            return
+        popularity = data.batches.events.timeline.popularity()
+        found = replace(self._audit, draws=self._draws.errors(popularity))
+        self.log_dict(found.metrics())
+        if self._audits is not None and self.trainer.is_global_zero:
+            found.write(self._audits, self.current_epoch)
+        self._audit = self._draws = None
 
     def on_train_batch_end(self, _outputs: Any, batch: Batch, _index: int) -> None:
         start, count = self._since
@@ -207,7 +217,8 @@ class TwoTowerModule(lightning.LightningModule):
         queries = validation.queries.take(rows)
         users = encode_users(self.model, queries, timeline, moment)
         name, k = metric_at(self.rules.monitor)
-        ranked, _scores = self._vectors[1].search(
+        ranked, _scores = search_interests(
+            self._vectors[1],
             users,
             k,
             allowed=timeline.alive(moment),
@@ -221,29 +232,37 @@ class TwoTowerModule(lightning.LightningModule):
         self.log(f"val/{self.rules.monitor}", value, prog_bar=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Dropout is drawn from torch's own generators: a run that goes on takes them up again."""
+        """What a run that goes on has to take up again: generators of dropout, mined negatives."""
         checkpoint["random"] = torch.get_rng_state()
         if self.device.type == "cuda":
             checkpoint["random_cuda"] = torch.cuda.get_rng_state(self.device)
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            checkpoint["mined"] = to_state(data.batches.mined)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "random" in checkpoint:
             torch.set_rng_state(checkpoint["random"].cpu())
         if "random_cuda" in checkpoint and torch.cuda.is_available():
             torch.cuda.set_rng_state(checkpoint["random_cuda"].cpu())
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            data.batches.mined = from_state(checkpoint.get("mined", {}))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         rules = self.rules
-        tables: list[Tensor] = []
-        matrices: list[Tensor] = []
-        rest: list[Tensor] = []
+        texts = text_groups(self, rules.text_learning_rate, rules.weight_decay)
+        of_text = {id(parameter) for group in texts for parameter in group["params"]}
         sparse = {
             id(module.weight)
             for module in self.modules()
             if isinstance(module, nn.Embedding) and module.sparse
         }
+        tables: list[Tensor] = []
+        matrices: list[Tensor] = []
+        rest: list[Tensor] = []
         for parameter in self.parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or id(parameter) in of_text:
                 continue
             if id(parameter) in sparse:
                 tables.append(parameter)
@@ -253,14 +272,21 @@ class TwoTowerModule(lightning.LightningModule):
             {"params": tables, "lr": rules.table_learning_rate or rules.learning_rate},
             {"params": matrices, "weight_decay": rules.weight_decay},
             {"params": rest},
+            *texts,
         ]
         optimizer = RowAdam([g for g in groups if g["params"]], lr=rules.learning_rate)
-        warmup = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / (rules.warmup_steps + 1))
+        steps = None
+        if rules.schedule == "cosine":
+            # Of the epochs asked for, not those of this fit: a refit of fewer epochs is to follow
+            # the same curve as the training that chose their number.
+            each = self.trainer.estimated_stepping_batches / max(1, self.trainer.max_epochs or 1)
+            steps = math.ceil(each * rules.epochs)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, partial(learning_rate_at, warmup=rules.warmup_steps, steps=steps)
         )
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": warmup, "interval": "step"},
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
     def configure_gradient_clipping(
@@ -276,23 +302,38 @@ class TwoTowerModule(lightning.LightningModule):
         )
 
 
-def fitting_batch(rules: TrainingRules, events: int) -> int:
-    """Examples of a batch, as `[training] batch_size` says for so many training events."""
-    if rules.batch_size != "auto":
-        return rules.batch_size
-    return 2 ** round(math.log2(min(max(events / 100, 128), 1024)))
+def objective_of(rules: TrainingRules, score: str) -> Objective:
+    """The objective that the rules describe, options bound.
 
-
-def metric_at(name: str) -> tuple[str, int]:
-    """Split "ndcg_at_20" into its function's name and k.
-
-    Raises:
-        ValueError: no such metric.
+    Args:
+        rules: which one, both directions or one, at which dimensions.
+        score: "cosine", "dot" or "cosine_bias".
     """
-    stem, _, k = name.rpartition("_")
-    if stem not in METRICS or not k.isdigit() or int(k) < 1:
-        raise ValueError(f"{name!r} is no metric; use {', '.join(m + '_K' for m in METRICS)}.")
-    return stem, int(k)
+    chosen: Callable[..., Tensor] = OBJECTIVES[rules.objective]
+    inner: Objective = partial(chosen, **rules.objective_options)
+    if rules.symmetric:
+        inner = partial(symmetric, objective=inner, item_share=rules.symmetric)
+    if not rules.matryoshka:
+        return inner
+    cut = partial(
+        matryoshka, dimensions=rules.matryoshka, objective=inner,
+        renormalise=score != "dot", keep_last=int(score == "cosine_bias"),
+    )  # fmt: skip
+    return lambda scores: inner(scores) + cut(scores)
+
+
+def learning_rate_at(step: int, *, warmup: int, steps: int | None) -> float:
+    """Share of the learning rate at a step, counted from 0.
+
+    Args:
+        step: which.
+        warmup: steps over which it rises.
+        steps: after which it has fallen to zero along half a cosine; None: it stays.
+    """
+    risen = min(1.0, (step + 1) / (warmup + 1))
+    if steps is None:
+        return risen
+    return risen * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
 
 
 class EpochLines(lightning.Callback):
@@ -315,83 +356,3 @@ class EpochLines(lightning.Callback):
         if "train/examples_per_second" in found:
             parts.append(f"{found['train/examples_per_second']:,.0f} examples/s")
         self._say(", ".join(parts))
-
-
-@dataclass(frozen=True)
-class ValidationBlock:
-    """Rows of a `Validation` that share a moment."""
-
-    validation: Validation
-    rows: np.ndarray
-    moment: int | None
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> ValidationBlock:
-        """Nothing to move: blocks are made of row numbers."""
-        return self
-
-
-class _Blocks:
-    """The validation blocks as a loader with a length."""
-
-    def __init__(self, validation: Validation) -> None:
-        self._blocks = [ValidationBlock(validation, *block) for block in validation.blocks()]
-
-    def __len__(self) -> int:
-        return len(self._blocks)
-
-    def __iter__(self) -> Iterator[ValidationBlock]:
-        return iter(self._blocks)
-
-
-class InteractionData(lightning.LightningDataModule):
-    """Training batches and validation blocks.
-
-    Args:
-        events: the training side.
-        validation: queries to rank for, or None.
-        rules: batch size, negatives, masks.
-        max_history: newest history entries kept.
-        statistics: whether the towers read item statistics.
-        seed: of batches and uniform negatives.
-    """
-
-    def __init__(
-        self,
-        events: TrainingEvents,
-        validation: Validation | None,
-        rules: TrainingRules,
-        *,
-        max_history: int,
-        statistics: bool,
-        seed: int,
-    ) -> None:
-        super().__init__()
-        in_time = rules.batches == "in_time" or (rules.batches == "auto" and statistics)
-        self.validation = validation
-        self.batches = Batches(
-            events,
-            batch_size=fitting_batch(rules, events.size),
-            max_history=max_history,
-            uniform_negatives=rules.uniform_negatives,
-            known=rules.known,
-            # Apart, the weight is that of the term; each skip keeps its confidence.
-            skip_weight=float(rules.skip_weight > 0)
-            if rules.skips == "apart"
-            else rules.skip_weight,
-            in_time=in_time,
-            statistics=statistics,
-            seed=seed,
-        )
-
-    def train_dataloader(self) -> Batches:
-        return self.batches
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the batches are: of a loader's own state Lightning minds only that of mid-epoch."""
-        return self.batches.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.batches.load_state_dict(state_dict)
-
-    def val_dataloader(self) -> Any:
-        return [] if self.validation is None else _Blocks(self.validation)

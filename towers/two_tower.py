@@ -7,23 +7,25 @@ more dimension of the item vector, met by a 1 in the user vector.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from features.batches import UserSide
+from features.batch import UserSide
 from recsys.tables import Strict
 from towers.blocks import (
     FeatureEmbedding,
     FeatureSpec,
     FeatureTable,
-    History,
     Residual,
     small,
 )
+from towers.causal import CausalTransformer
+from towers.histories import History, MultiInterest, user_of_entry
+from towers.text import TextTower
 
 
 class TowerRules(Strict):
@@ -33,10 +35,30 @@ class TowerRules(Strict):
     """Of the vectors that are compared."""
     score: Literal["cosine", "dot", "cosine_bias"] = "cosine"
     """cosine: direction alone; dot: norms carry popularity; cosine_bias: and a number an item."""
-    history: Literal["none", "mean", "attention"] = "attention"
-    """How the user's earlier items become one vector."""
+    history: Literal["none", "mean", "attention", "transformer", "multi_interest"] = "attention"
+    """How the user's earlier items become one vector; multi_interest: several, and an item's score
+    is that of the nearest."""
     max_history: int = Field(50, ge=1)
     """Newest items read."""
+    history_norm: float = Field(1.0, ge=0, le=1)
+    """mean: the sum over so many items is divided by their number to this power; 0: the sum."""
+    history_inputs: tuple[Literal["recency", "strength"], ...] = ()
+    """What is read of a history's entries beside the items: how long ago, and how strong the event
+    was (its weight, such as a dwell time)."""
+    history_table: Literal["shared", "weighted", "own"] = "shared"
+    """shared: histories read the item tower's own vectors; weighted: at length 1, times a learned
+    weight of each item; own: with a second id vector of each item."""
+    history_layers: int = Field(1, ge=1, le=8)
+    """transformer: blocks of attention and feed-forward layer."""
+    history_heads: int = Field(1, ge=1, le=64)
+    """transformer: heads; twice their number divides the dimension."""
+    history_hidden: int = Field(256, ge=1)
+    """transformer: width of the feed-forward layers."""
+    history_place: Literal["rotary", "learned"] = "rotary"
+    """transformer: attention sees how far apart two entries are, or a vector for each place counted
+    from the oldest entry read is added."""
+    interests: int = Field(4, ge=1, le=64)
+    """multi_interest: vectors of a user."""
     user_id: bool = False
     """A vector of its own for every user of the training side; new users have only the rest."""
     item_id: bool = True
@@ -48,6 +70,40 @@ class TowerRules(Strict):
     dropout: float = Field(0.1, ge=0, lt=1)
     statistics: bool | Literal["auto"] = "auto"
     """Item age, clicks and exposures as of the event; auto: when the log shows impressions."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.history == "transformer" and self.dimension % (2 * self.history_heads):
+            raise ValueError(
+                f"{self.history_heads} heads need a dimension that {2 * self.history_heads} "
+                f"divides, and it is {self.dimension}: change history_heads or dimension."
+            )
+        if self.history_table != "shared" and not self.item_id:
+            raise ValueError(
+                f'history_table = "{self.history_table}" learns something of each item, and '
+                'item_id is false: set it to true, or history_table to "shared".'
+            )
+        return self
+
+
+def _history(rules: TowerRules) -> History | CausalTransformer | MultiInterest | None:
+    inputs, hidden = rules.history_inputs, rules.dropout
+    if rules.history == "none":
+        return None
+    if rules.history == "transformer":
+        return CausalTransformer(
+            rules.dimension, rules.max_history, layers=rules.history_layers,
+            heads=rules.history_heads, hidden=rules.history_hidden, dropout=rules.dropout,
+            place=rules.history_place, inputs=inputs,
+        )  # fmt: skip
+    if rules.history == "multi_interest":
+        return MultiInterest(
+            rules.dimension, rules.interests, rules.max_history, inputs=inputs, hidden=hidden
+        )
+    return History(
+        rules.dimension, rules.history, rules.max_history, norm=rules.history_norm,
+        inputs=inputs, hidden=hidden,
+    )  # fmt: skip
 
 
 def unit_vectors(x: Tensor) -> Tensor:
@@ -80,17 +136,29 @@ class ItemTower(nn.Module):
 
 
 class UserTower(nn.Module):
-    """History, id, features and context → one vector."""
+    """History, id, features and context → one vector, or one an interest.
 
-    def __init__(self, spec: FeatureSpec, context: tuple[int, ...], rules: TowerRules) -> None:
+    Args:
+        spec: sizes of user features.
+        context: number of codes of each context column.
+        rules: the shape.
+        item_ids: item rows that have an id vector.
+    """
+
+    def __init__(
+        self, spec: FeatureSpec, context: tuple[int, ...], rules: TowerRules, item_ids: int = 0
+    ) -> None:
         super().__init__()
         self.rules = rules
         self.features = FeatureEmbedding(spec, rules.dimension)
-        self.history = (
-            None
-            if rules.history == "none"
-            else History(rules.dimension, rules.history, rules.max_history)
-        )
+        self.history = _history(rules)
+        self.history_ids = self.history_weight = None
+        if rules.history_table == "own" and rules.history != "none":
+            self.history_ids = small(nn.Embedding(item_ids, rules.dimension, sparse=True))
+        if rules.history_table == "weighted" and rules.history != "none":
+            # Logarithms of weights; row 0 is of every item without an id.
+            self.history_weight = nn.Embedding(item_ids, 1, sparse=True)
+            nn.init.zeros_(self.history_weight.weight)
         self.context = nn.ModuleList(
             small(nn.Embedding(size, rules.dimension, padding_idx=0)) for size in context
         )
@@ -101,25 +169,31 @@ class UserTower(nn.Module):
 
         Args:
             side: who they are and which of `items` they had.
-            items: (R, D) embedded items, as the item tower's inputs give them.
+            items: (R, D) embedded items, as `TwoTower.embed_history` gives them.
             table: user features.
 
         Returns:
-            (B, D) or, with a bias, (B, D+1).
+            (Q, D) or, with several interests, (Q, K, D); with a bias D+1.
         """
         out = self.features(side.users, table)
+        if side.at is not None:
+            out = out[user_of_entry(side)[side.at]]
+        several = self.rules.history == "multi_interest"
+        if several:
+            out = out[:, None]
         if self.history is not None:
-            out = out + self.history(items, side.history, side.lengths)
+            out = out + self.history(items, side)
         # Where no context is given, all of it is unknown, and unknown adds nothing.
         for context, codes in zip(self.context, side.context.T, strict=False):
-            out = out + context(codes)
+            said = context(codes)
+            out = out + (said[:, None] if several else said)
         out = self.deep(out)
         if self.rules.score == "dot":
             return out
         unit = unit_vectors(out)
         if self.rules.score == "cosine":
             return unit
-        return torch.cat([unit, torch.ones_like(unit[:, :1])], dim=-1)
+        return torch.cat([unit, torch.ones_like(unit[..., :1])], dim=-1)
 
 
 class TwoTower(nn.Module):
@@ -131,6 +205,7 @@ class TwoTower(nn.Module):
         users: features of every user row.
         item_spec, user_spec: sizes of what the layers read.
         context: number of codes of each context column.
+        texts: the text encoder, where it learns with the towers; None: `items` has text vectors.
     """
 
     def __init__(
@@ -141,14 +216,15 @@ class TwoTower(nn.Module):
         item_spec: FeatureSpec,
         user_spec: FeatureSpec,
         context: tuple[int, ...] = (),
+        texts: TextTower | None = None,
     ) -> None:
         super().__init__()
         self.rules, self.item_spec, self.user_spec, self.context = (
             rules, item_spec, user_spec, context,
         )  # fmt: skip
-        self.items, self.users = items, users
+        self.items, self.users, self.texts = items, users, texts
         self.item_tower = ItemTower(item_spec, rules)
-        self.user_tower = UserTower(user_spec, context, rules)
+        self.user_tower = UserTower(user_spec, context, rules, item_spec.ids)
 
     @property
     def uses_statistics(self) -> bool:
@@ -159,12 +235,58 @@ class TwoTower(nn.Module):
         """Of stored vectors: one more than `dimension` when a bias rides along."""
         return self.rules.dimension + (self.rules.score == "cosine_bias")
 
+    @property
+    def user_shape(self) -> tuple[int, ...]:
+        """Of what is stored of a user: (D,), or (K, D) with several interests."""
+        if self.rules.history == "multi_interest":
+            return self.rules.interests, self.vector_dimension
+        return (self.vector_dimension,)
+
+    def item_texts(self) -> Tensor | None:
+        """(N, T) text vectors of all item rows as the towers stand now; None without text."""
+        if self.texts is None:
+            return self.items.text
+        return self.texts.vectors()[self.texts.text_of]
+
+    def read_texts(self, rows: Tensor) -> Tensor | None:
+        """(R, T) text vectors from the encoder that learns; None: the table of items has them."""
+        return None if self.texts is None else self.texts(rows)
+
     def embed_items(
         self, rows: Tensor, statistics: Tensor | None = None, texts: Tensor | None = None
     ) -> Tensor:
-        """(R,) rows → (R, D) inputs of the item tower, which histories are pooled from too."""
+        """(R,) rows → (R, D) inputs of the item tower."""
+        if texts is None:
+            texts = self.read_texts(rows)
         return self.item_tower.inputs(rows, self.items, statistics, texts)
 
+    def embed_history(
+        self,
+        rows: Tensor,
+        statistics: Tensor | None = None,
+        texts: Tensor | None = None,
+        *,
+        embedded: Tensor | None = None,
+    ) -> Tensor:
+        """(R,) rows → (R, D) what histories are made of.
+
+        Args:
+            rows, statistics, texts: as for `embed_items`.
+            embedded: what `embed_items` gave of the rows; it is the answer itself where histories
+                share it.
+        """
+        own, weight = self.user_tower.history_ids, self.user_tower.history_weight
+        if own is not None:
+            if texts is None:
+                texts = self.read_texts(rows)
+            return self.item_tower.inputs(rows, self.items, statistics, texts, ids=own)
+        if embedded is None:
+            embedded = self.embed_items(rows, statistics, texts)
+        if weight is not None:
+            known = torch.where(rows < weight.num_embeddings, rows, 0)
+            return unit_vectors(embedded) * weight(known).exp()
+        return embedded
+
     def encode_users(self, side: UserSide, items: Tensor) -> Tensor:
-        """User vectors, see `UserTower.forward`."""
+        """User vectors of what `embed_history` gave, see `UserTower.forward`."""
         return self.user_tower(side, items, self.users)

@@ -38,7 +38,7 @@ def make_bundle(case: Case, kind: str, path: Path) -> None:
     from serving import bundle as bundles
     from serving.index import IndexRules
     from towers.encode import encode_items
-    from towers.training import TrainingRules
+    from towers.rules import TrainingRules
 
     timeline = log_of(case).timeline
     model = module_of(case, TrainingRules()).model.eval()

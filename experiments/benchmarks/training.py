@@ -41,8 +41,10 @@ from experiments.benchmarks.prepare import peak
 if TYPE_CHECKING:
     from pytorch_lightning.loggers import Logger
 
-    from features.batches import Batch, Batches, TrainingEvents
-    from towers.training import TrainingRules, TwoTowerModule
+    from features.batch import Batch
+    from features.batches import Batches, TrainingEvents
+    from towers.rules import TrainingRules
+    from towers.training import TwoTowerModule
 
 TEXT = 128
 """Dimensions of the text vectors."""
@@ -175,10 +177,10 @@ def ours(
     """Seconds a step of the Trainer, and the share of them in which batches are made."""
     import pytorch_lightning as lightning
 
-    from towers.training import InteractionData
+    from towers.data import InteractionData
 
     data = InteractionData(
-        events, None, module.rules, max_history=case.max_history, statistics=False, seed=0
+        events, None, module.rules, towers=module.model.rules, statistics=False, seed=0
     )
     batches = Clocked(data.train_dataloader(), now)
     data.train_dataloader = lambda: batches  # type: ignore[method-assign, assignment, return-value]
@@ -240,7 +242,7 @@ def run_logger() -> Iterator[Logger]:
 def compare(case: Case, steps: int, repeats: int, now: Clock) -> dict[str, Any]:
     """Both sides in turn on one log."""
     from features.batches import Batches
-    from towers.training import TrainingRules
+    from towers.rules import TrainingRules
 
     rules = TrainingRules(batch_size=case.batch_size)
     events = log_of(case)
@@ -280,7 +282,7 @@ def child(case: Case, folder: Path, steps: int) -> dict[str, float]:
     """What the process of `memory` does."""
     from features.batches import TrainingEvents
     from features.timeline import Timeline
-    from towers.training import TrainingRules
+    from towers.rules import TrainingRules
 
     def mapped(name: str) -> np.ndarray:
         return np.load(folder / f"{name}.npy", mmap_mode="r")

@@ -1,0 +1,196 @@
+"""What a query is told apart from by name: masks of what is liked, and negatives of its own.
+
+Legend: Q queries, U user rows, E known edges, S own negatives, T entries of a table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from features.batch import Source
+from features.distinct import Distinct
+from features.parts import Asked
+from features.timeline import Timeline
+from recsys.ragged import Ragged, gather
+
+
+@dataclass(frozen=True)
+class UserNegatives:
+    """Items that each user is told not to have chosen: mined from a model, or given in a file.
+
+    Args:
+        offsets: (U+1,) int64, the items of user row u are `items[offsets[u]:offsets[u+1]]`.
+        items: (T,) item rows.
+        weights: (T,) float32, how many items each stands for; 0 leaves it out.
+
+    Raises:
+        ValueError: the sizes do not fit.
+    """
+
+    offsets: np.ndarray
+    items: np.ndarray
+    weights: np.ndarray
+
+    def __post_init__(self) -> None:
+        if len(self.items) != len(self.weights) or int(self.offsets[-1]) != len(self.items):
+            raise ValueError(
+                f"Negatives of users have {len(self.items)} items, {len(self.weights)} weights and "
+                f"offsets that end at {self.offsets[-1]}; the three have to be equal."
+            )
+
+    @property
+    def n_users(self) -> int:
+        """U."""
+        return len(self.offsets) - 1
+
+    def draw(
+        self, users: np.ndarray, most: int | None, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """At most `most` entries for each query, without repetition, each as likely as the others.
+
+        Args:
+            users: (Q,) user row of each query.
+            most: None: all of them.
+            rng: draws.
+
+        Returns:
+            (S,) query, (S,) item row and (S,) weight, ordered by query.
+        """
+        start, end = self.offsets[users], self.offsets[np.asarray(users) + 1]
+        places = gather(np.arange(len(self.items)), start, end)
+        query, place = places.row_of(), places.values
+        if most is not None and len(place) and int(places.lengths.max()) > most:
+            # In random order within each query; the first of each are taken.
+            order = np.argsort(query + rng.random(len(query)))
+            rank = np.arange(len(query)) - np.repeat(places.offsets[:-1], places.lengths)
+            taken = np.sort(order[rank < most])
+            query, place = query[taken], place[taken]
+        return query, self.items[place].astype(np.int64), self.weights[place]
+
+
+@dataclass(frozen=True)
+class OwnNegatives:
+    """Negatives of one query alone, as edges.
+
+    Args:
+        query, item: (S,) int64.
+        weight: (S,) float32, above 0.
+        source: (S,) uint8 of `Source`.
+    """
+
+    query: np.ndarray
+    item: np.ndarray
+    weight: np.ndarray
+    source: np.ndarray
+
+    @staticmethod
+    def of(query: np.ndarray, item: np.ndarray, weight: np.ndarray, source: Source) -> OwnNegatives:
+        """Edges of one source; row 0, which is no item, and weights of 0 are left out."""
+        keep = (item > 0) & (weight > 0)
+        return OwnNegatives(
+            query[keep].astype(np.int64), item[keep].astype(np.int64),
+            weight[keep].astype(np.float32), np.full(int(keep.sum()), source, np.uint8),
+        )  # fmt: skip
+
+    @staticmethod
+    def joined(parts: list[OwnNegatives]) -> OwnNegatives:
+        """All edges, part after part."""
+        if len(parts) == 1:
+            return parts[0]
+        if not parts:
+            nothing = np.empty(0, np.int64)
+            return OwnNegatives.of(nothing, nothing, np.empty(0, np.float32), Source.SKIPPED)
+        return OwnNegatives(
+            np.concatenate([part.query for part in parts]),
+            np.concatenate([part.item for part in parts]),
+            np.concatenate([part.weight for part in parts]),
+            np.concatenate([part.source for part in parts]),
+        )
+
+    def where(self, keep: np.ndarray) -> OwnNegatives:
+        """The edges for which `keep` (S,) is true."""
+        return OwnNegatives(self.query[keep], self.item[keep], self.weight[keep], self.source[keep])
+
+
+class Known:
+    """What a user is known to like, as one rule.
+
+    Args:
+        timeline: the training side.
+        rule: "all" of it, what lies strictly in the "past" of the query, or "none".
+    """
+
+    def __init__(self, timeline: Timeline, rule: str) -> None:
+        self.timeline, self.rule = timeline, rule
+        self._users = Distinct(timeline.n_users)
+
+    def edges(
+        self, asked: Asked, target: np.ndarray, column: np.ndarray, n_columns: int
+    ) -> np.ndarray:
+        """(2, E) query and column of what each query's user is known to like.
+
+        Args:
+            asked: the queries.
+            target: (B,) column of each example's item; left out where each query has one example.
+            column: (n_items,) column of each item row; what is not in [0, n_columns) is none.
+            n_columns: candidates and queued columns.
+        """
+        timeline = self.timeline
+        if self.rule == "none":
+            return np.empty((2, 0), np.int64)
+        users = asked.query_users
+        offsets = np.asarray(timeline.user_offsets)
+        if self.rule == "past":
+            items = gather(timeline.item, offsets[users], asked.until)
+            query, found = items.row_of(), column[items.values]
+            keep = (found >= 0) & (found < n_columns)
+            query, found = query[keep], found[keep]
+        else:
+            # Once a user, not once a query: a heavy user stands in a batch many times.
+            distinct = self._users.add(users, 0)
+            of_query = self._users.place[users]
+            self._users.forget(distinct)
+            items = gather(timeline.item, offsets[distinct], offsets[distinct + 1])
+            found = column[items.values]
+            hits = Ragged(items.offsets, found).where((found >= 0) & (found < n_columns))
+            edges = hits.take(of_query)
+            query, found = edges.row_of(), edges.values
+        if asked.owner is None:
+            other = found != target[query]
+            query, found = query[other], found[other]
+        return np.stack([query, found])
+
+    def holds(self, asked: Asked, query: np.ndarray, item: np.ndarray) -> np.ndarray:
+        """(S,) bool, whether the user of each query is known to like the item."""
+        if self.rule == "none" or not len(query):
+            return np.zeros(len(query), bool)
+        keys, first = self._pairs
+        pair = asked.query_users[query] * self.timeline.n_items + item
+        place = np.minimum(np.searchsorted(keys, pair), len(keys) - 1)
+        found = keys[place] == pair
+        # Events of a user are in order of time: the first of an item is before all others.
+        return found if self.rule == "all" else found & (first[place] < asked.until[query])
+
+    @cached_property
+    def _pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sorted user and item of every event as one number, and the first event of each."""
+        keys = self.timeline.user * self.timeline.n_items + self.timeline.item
+        return np.unique(keys, return_index=True)
+
+
+def is_target(asked: Asked, targets: np.ndarray, own: OwnNegatives, n_items: int) -> np.ndarray:
+    """(S,) bool, whether an own negative is what its very query went on to choose.
+
+    Args:
+        asked: the queries.
+        targets: (B,) item row of each example.
+        own: S edges.
+        n_items: item rows are smaller.
+    """
+    if asked.owner is None:
+        return targets[own.query] == own.item
+    chosen = asked.owner * n_items + targets
+    return np.isin(own.query * n_items + own.item, chosen)

@@ -1,0 +1,131 @@
+"""Start vectors: factors that give the interactions back, and tables that are set from them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from features.timeline import Timeline
+from recsys.errors import ConfigError
+from towers.blocks import FeatureSpec, FeatureTable
+from towers.spectral import company, spectral, start
+from towers.two_tower import TowerRules, TwoTower
+
+PEOPLE, ITEMS = 30, 12
+
+
+def two_tastes(seed: int = 0) -> Timeline:
+    """Users of even rows have items 1 to 6, those of odd rows 7 to 12, each five of the six."""
+    rng = np.random.default_rng(seed)
+    item = np.concatenate(
+        [
+            rng.permutation(np.arange(6) + 1 + 6 * (person % 2))[:5]
+            for person in range(1, PEOPLE + 1)
+        ]
+    )
+    user = np.repeat(np.arange(1, PEOPLE + 1), 5)
+    return Timeline.build(
+        user, item.astype(np.int32), np.tile(np.arange(5), PEOPLE),
+        n_users=PEOPLE + 1, first_seen=np.zeros(ITEMS + 2, np.int64), timed=False,
+    )  # fmt: skip
+
+
+def dense(timeline: Timeline) -> np.ndarray:
+    seen = np.zeros((timeline.n_users, timeline.n_items))
+    seen[timeline.user, np.asarray(timeline.item)] = 1
+    return seen
+
+
+def test_all_factors_give_the_filter_of_the_paper() -> None:
+    """(v_j/√d_j)·(v_i√d_i) summed over a history is row u of R D^-½ V Vᵀ D^½, up to scale."""
+    timeline = two_tastes()
+    found = spectral(timeline, ITEMS + 2, seed=0)
+    seen = dense(timeline)
+    per_user = np.maximum(seen.sum(1, keepdims=True), 1)
+    per_item = np.maximum(seen.sum(0), 1)
+    _, s, vt = np.linalg.svd(seen / np.sqrt(per_user) / np.sqrt(per_item))
+    v = vt[: (s > 1e-6).sum()].T
+    wanted = seen / np.sqrt(per_item) @ v @ v.T  # (U, I)
+    kept = found.item * np.linalg.norm(v, axis=1, keepdims=True)
+    got = seen @ found.history @ kept.T
+    scale = (got * wanted).sum() / (wanted**2).sum()
+    assert scale > 0
+    np.testing.assert_allclose(got, wanted * scale, atol=1e-4)
+
+
+def test_histories_have_length_one_on_average_and_unknown_rows_are_zero() -> None:
+    timeline = two_tastes()
+    found = spectral(timeline, 4, seed=0)
+    seen = dense(timeline)[1:]
+    means = seen @ found.history / seen.sum(1, keepdims=True)
+    assert np.linalg.norm(means, axis=1).mean() == pytest.approx(1, rel=1e-5)
+    assert not found.history[0].any() and not found.item[0].any() and not found.user[0].any()
+    np.testing.assert_allclose(np.linalg.norm(found.item[1 : ITEMS + 1], axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["spectral", "company"])
+def test_items_of_one_taste_are_near_and_others_are_not(kind: str) -> None:
+    timeline = two_tastes()
+    vectors = spectral(timeline, 2, 0).item if kind == "spectral" else company(timeline, 2, 0)
+    cosine = vectors[1 : ITEMS + 1] @ vectors[1 : ITEMS + 1].T
+    assert cosine[:6, :6].min() > 0.9 and cosine[6:, 6:].min() > 0.9
+    assert abs(cosine[:6, 6:]).max() < 0.1
+
+
+def test_company_gives_the_normalised_co_occurrence_back() -> None:
+    """Twin: all pairs of a user's entries by loops; positive eigenvalues only."""
+    timeline = two_tastes(3)
+    near = np.zeros((timeline.n_items, timeline.n_items))
+    item, offsets = np.asarray(timeline.item), np.asarray(timeline.user_offsets)
+    for person in range(timeline.n_users):
+        own = item[offsets[person] : offsets[person + 1]]
+        for later in range(len(own)):
+            for earlier in range(later):
+                near[own[earlier], own[later]] += 0.8 ** (later - earlier - 1)
+                near[own[later], own[earlier]] += 0.8 ** (later - earlier - 1)
+    scale = np.maximum(near.sum(1), 1e-6) ** -0.5
+    values, vectors = np.linalg.eigh(near * scale[:, None] * scale)
+    best = np.argsort(-values)[:3]
+    wanted = vectors[:, best] * np.sqrt(np.maximum(values[best], 0))
+    length = np.linalg.norm(wanted, axis=1)
+    there = near.any(1)
+    wanted = (wanted @ wanted.T) / np.maximum(np.outer(length, length), 1e-9)
+    got = company(timeline, 3, seed=0)
+    np.testing.assert_allclose((got @ got.T)[there][:, there], wanted[there][:, there], atol=2e-3)
+    assert not got[~there].any()
+
+
+def towers(**rules: object) -> TwoTower:
+    items = FeatureTable(ITEMS + 2)
+    return TwoTower(
+        TowerRules.model_validate({"dimension": 4, "hidden": 0, "history": "mean", **rules}),
+        items, FeatureTable(PEOPLE + 1), items.spec(ITEMS + 1, {}), FeatureSpec(ids=PEOPLE + 1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("table", ["shared", "weighted", "own"])
+def test_a_history_of_the_started_towers_is_the_sum_that_was_factored(table: str) -> None:
+    timeline, model = two_tastes(), towers(history_table=table).eval()
+    start(model, timeline, "spectral", 0)
+    rows = torch.arange(ITEMS + 1)
+    entries = model.embed_history(rows).detach().numpy()
+    np.testing.assert_allclose(entries[1:], spectral(timeline, 4, 0).history[1:-1], atol=1e-5)
+
+
+def test_rows_without_an_id_keep_what_they_had() -> None:
+    timeline, model = two_tastes(), towers()
+    before = model.item_tower.inputs.ids.weight[0].clone()
+    start(model, timeline, "company", 0)
+    assert torch.equal(model.item_tower.inputs.ids.weight[0], before)
+    assert model.item_tower.inputs.ids.weight[1:].norm(dim=1).min() > 0.99
+
+
+def test_without_item_ids_there_is_nothing_to_start() -> None:
+    items = FeatureTable(ITEMS + 2, numbers=torch.ones(ITEMS + 2, 1))
+    model = TwoTower(
+        TowerRules(dimension=4, item_id=False), items, FeatureTable(PEOPLE + 1),
+        items.spec(0, {}), FeatureSpec(),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="item_id is false"):
+        start(model, two_tastes(), "spectral", 0)

@@ -1,0 +1,121 @@
+"""The LightningDataModule: training batches and validation blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as lightning
+
+from features.batches import Batches, PlanName, TrainingEvents
+from features.negatives import UserNegatives
+from recsys.split import duration
+from towers.rules import TrainingRules, fitting_batch
+from towers.two_tower import TowerRules
+from towers.validation import Blocks, Validation
+
+
+class InteractionData(lightning.LightningDataModule):
+    """Training batches and validation blocks.
+
+    Under DDP each rank makes its own equal part of every batch of the plan.
+
+    Args:
+        events: the training side.
+        validation: queries to rank for, or None.
+        rules: which examples stand together, negatives, masks.
+        towers: what the towers read of a history; None: the default towers.
+        statistics: whether the towers read item statistics.
+        seed: of batches and draws.
+        given: negatives of each user from a file, or None.
+    """
+
+    def __init__(
+        self,
+        events: TrainingEvents,
+        validation: Validation | None,
+        rules: TrainingRules,
+        *,
+        towers: TowerRules | None = None,
+        statistics: bool = False,
+        seed: int = 0,
+        given: UserNegatives | None = None,
+    ) -> None:
+        super().__init__()
+        self.events, self.validation, self.rules = events, validation, rules
+        self.towers = TowerRules() if towers is None else towers
+        self.statistics, self.seed, self.given = statistics, seed, given
+        self.batches = self._make()
+
+    def _make(self, rank: int = 0, world: int = 1) -> Batches:
+        rules, towers = self.rules, self.towers
+        timed = self.events.timeline.timed
+        return Batches(
+            self.events,
+            plan=plan_of(rules, towers, self.statistics),
+            batch_size=fitting_batch(rules, self.events.size),
+            max_history=towers.max_history,
+            window_span=None if rules.window_span is None else duration(rules.window_span),
+            history_dropout=rules.history_dropout,
+            elapsed=timed and "recency" in towers.history_inputs,
+            strength="strength" in towers.history_inputs,
+            half_life=None if rules.half_life is None else duration(rules.half_life),
+            negatives=rules.negatives,
+            uniform_negatives=rules.uniform_negatives,
+            queue=rules.queue,
+            queue_after=rules.queue_after,
+            known=rules.known,
+            # Apart, the weight is that of the term; each skip keeps its confidence.
+            skip_weight=float(rules.skip_weight > 0)
+            if rules.skips == "apart"
+            else rules.skip_weight,
+            given=self.given,
+            counts=rules.counts,
+            statistics=self.statistics,
+            seed=self.seed,
+            rank=rank,
+            world=world,
+        )
+
+    def setup(self, stage: str) -> None:
+        """Take this rank's part; Lightning calls it once the ranks are known."""
+        world = self.trainer.world_size if self.trainer is not None else 1
+        if world > 1 and self.batches.share.world != world:
+            self.batches = self._make(self.trainer.global_rank, world)  # type: ignore[union-attr]
+
+    def train_dataloader(self) -> Batches:
+        return self.batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the batches are: of a loader's own state Lightning minds only that of mid-epoch."""
+        return self.batches.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.batches.load_state_dict(state_dict)
+
+    def val_dataloader(self) -> Any:
+        return [] if self.validation is None else Blocks(self.validation)
+
+
+def plan_of(rules: TrainingRules, towers: TowerRules, statistics: bool) -> PlanName:
+    """How events form batches, "auto" settled.
+
+    Raises:
+        ConfigError: item statistics need windows of time.
+    """
+    from recsys.errors import ConfigError
+
+    if rules.batches == "auto":
+        if statistics:
+            return "in_time"
+        return "sequences" if towers.history == "transformer" else "random"
+    if statistics and rules.batches != "in_time":
+        raise ConfigError(
+            f'training.batches is "{rules.batches}", but the towers read item statistics, which '
+            'need batches of one moment: set it to "in_time", or towers.statistics to false.'
+        )
+    if rules.batches == "sequences" and towers.history != "transformer":
+        raise ConfigError(
+            'training.batches = "sequences" trains at every position, which only '
+            'towers.history = "transformer" can.'
+        )
+    return rules.batches

@@ -1,0 +1,224 @@
+"""Hard negatives from the current model: what it ranks high for a user who never chose it.
+
+Legend: U user rows, Q users asked for, N item rows of the index, k ranks looked at, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from features.examples import asking
+from features.negatives import UserNegatives
+from features.timeline import Timeline
+from recsys.errors import ConfigError
+from recsys.ragged import Ragged
+from recsys.search import ExactIndex, Index, best_scores, search_interests
+from recsys.tables import Strict
+from towers.encode import encode_items, encode_users
+
+if TYPE_CHECKING:
+    from features.batches import Batches
+    from towers.two_tower import TwoTower
+
+USERS_AT_ONCE = 4096
+"""Users whose ranks are held at the same time: 4,096 × 500 ranks are 25 MB."""
+
+MakeIndex = Callable[[np.ndarray], Index]
+"""(N, D) vectors → something that searches them: `ExactIndex`, or an HNSW index handed down."""
+
+
+class MiningRules(Strict):
+    """[training.mined]: hard negatives from the top of the current model's own ranking."""
+
+    per_query: int = Field(0, ge=0)
+    """Negatives of each user; 0: nothing is mined. NV-Retriever takes no more than 10."""
+    from_rank: int = Field(100, ge=0)
+    """So many of the best are left alone, for they may be liked; with a margin, 0 will do."""
+    to_rank: int = Field(500, ge=1)
+    """Deepest rank that is looked at."""
+    margin: float | None = Field(None, ge=0, lt=1)
+    """Only what scores below p - |p|·margin is taken, where p is the mean score of the user's own
+    items: what is as good as those is probably liked (0.05 in NV-Retriever). None: ranks alone."""
+    weight: float = Field(1.0, gt=0)
+    """How many items a mined negative counts as. With logq the drawn ones together count as the
+    whole catalogue (19,000 items: 8 mined ones of weight 1 have .3 % of the gradient), so that far
+    more than 1 is needed for them to be felt; the audit says how much they are."""
+    start: int = Field(1, ge=0)
+    """First epoch, counted from 0, that has mined negatives: a model that knows nothing yet ranks
+    nothing high for a reason."""
+    every: int = Field(2, ge=1)
+    """Epochs between two minings."""
+    queries: int | None = Field(None, ge=1)
+    """At most so many users are mined for, a seeded sample anew each time; None: all."""
+
+    @model_validator(mode="after")
+    def _window(self) -> Self:
+        if self.from_rank >= self.to_rank:
+            raise ValueError(
+                f"from_rank is {self.from_rank} and to_rank {self.to_rank}: nothing is between."
+            )
+        return self
+
+    def due(self, epoch: int) -> bool:
+        """Whether negatives are mined anew before this epoch, counted from 0."""
+        return self.per_query > 0 and epoch >= self.start and (epoch - self.start) % self.every == 0
+
+
+def mine(
+    model: TwoTower,
+    timeline: Timeline,
+    rules: MiningRules,
+    *,
+    make_index: MakeIndex = ExactIndex,
+    candidates: np.ndarray | None = None,
+    epoch: int = 0,
+    seed: int = 0,
+) -> UserNegatives:
+    """Hard negatives of each user, from its state after its last event of the timeline.
+
+    Of the ranks between `from_rank` and `to_rank`, counted after the user's own items are left out,
+    `per_query` are drawn at random among those that the margin lets through.
+
+    Args:
+        model: both towers as they stand.
+        timeline: the training side; nobody's items on it are ever mined for them.
+        rules: which ranks, how many, for whom.
+        make_index: how items are searched.
+        candidates: item rows that may be negatives; None: all that exist when the timeline ends.
+        epoch: draws are new in each.
+        seed: of the users asked for and of the draws.
+
+    Returns:
+        Items best first within a user; users who were not asked for, or have no event, have none.
+
+    Raises:
+        ConfigError: there are no more items than are left alone.
+    """
+    rng = np.random.default_rng([seed, 23, epoch])
+    moment = int(np.max(timeline.time)) + 1 if timeline.timed and len(timeline.time) else None
+    rows = np.flatnonzero(timeline.alive(moment))
+    if candidates is not None:
+        rows = np.intersect1d(rows, candidates)
+    if len(rows) <= rules.from_rank:
+        raise ConfigError(
+            f"training.mined.from_rank is {rules.from_rank}, but there are {len(rows)} items to "
+            "choose from. Lower it, or set training.mined.per_query to 0."
+        )
+    items = encode_items(model, rows, timeline, moment)  # (N, D)
+    index = make_index(items)
+    place = np.full(timeline.n_items, -1, np.int64)
+    place[rows] = np.arange(len(rows))
+    users = _asked(timeline, rules, rng)
+    counts = np.zeros(timeline.n_users, np.int64)
+    found = [np.empty(0, np.int64)]
+    for start in range(0, len(users), USERS_AT_ONCE):
+        block = users[start : start + USERS_AT_ONCE]
+        queries = asking(timeline, block, last=model.rules.max_history, moment=moment)
+        vectors = encode_users(model, queries, timeline, moment)  # (Q, D) or (Q, I, D)
+        own = timeline.histories(block)
+        own = Ragged(own.offsets, place[own.values])
+        own = own.where(own.values >= 0)
+        ranked, scores = search_interests(
+            index, vectors, min(rules.to_rank, len(rows)), exclude=own
+        )
+        taken = ranked >= 0  # (Q, k)
+        taken[:, : rules.from_rank] = False
+        if rules.margin is not None:
+            taken &= scores < ceilings(vectors, items, own, rules.margin)[:, None]
+        taken = draw(taken, rules.per_query, rng)
+        counts[block] = taken.sum(1)
+        found.append(rows[ranked[taken]])
+    mined = np.concatenate(found)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    return UserNegatives(offsets, mined, np.full(len(mined), rules.weight, np.float32))
+
+
+def draw(eligible: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    """(Q, k) bool: at most so many of each row's eligible places, drawn without replacement."""
+    if eligible.shape[1] <= most:
+        return eligible
+    keys = np.where(eligible, rng.random(eligible.shape), 2.0)
+    first = np.argpartition(keys, most - 1, axis=1)[:, :most]
+    drawn = np.zeros_like(eligible)
+    np.put_along_axis(drawn, first, True, axis=1)
+    return drawn & eligible
+
+
+def ceilings(users: np.ndarray, items: np.ndarray, own: Ragged, margin: float) -> np.ndarray:
+    """(Q,) score below which a negative has to stay: p - |p|·margin, right for negative p, too.
+
+    Args:
+        users: (Q, D) vectors, or (Q, I, D) of several interests, the best of which counts.
+        items: (N, D).
+        own: Q ragged places in `items` of what each user has had.
+        margin: share of the positive score p, the mean over the user's own events.
+
+    Returns:
+        -inf for a user who has had nothing: without a positive there is nothing to stay below.
+    """
+    query, total = own.row_of(), np.zeros(len(own))
+    for start in range(0, len(query), 1 << 18):
+        part = slice(start, start + (1 << 18))
+        score = best_scores(users[query[part]], items[own.values[part]])
+        total += np.bincount(query[part], score, len(own))
+    had = own.lengths > 0
+    positive = total / np.maximum(own.lengths, 1)
+    return np.where(had, positive - np.abs(positive) * margin, -np.inf)
+
+
+def _asked(timeline: Timeline, rules: MiningRules, rng: np.random.Generator) -> np.ndarray:
+    """(Q,) users who have any event, or a sorted sample of them."""
+    users = np.flatnonzero(np.diff(timeline.user_offsets) > 0)
+    if rules.queries is None or len(users) <= rules.queries:
+        return users
+    return np.sort(rng.choice(users, rules.queries, replace=False))
+
+
+def mine_again(
+    model: TwoTower,
+    batches: Batches,
+    rules: MiningRules,
+    epoch: int,
+    *,
+    make_index: MakeIndex = ExactIndex,
+) -> bool:
+    """Before an epoch's first batch is made: give the batches new negatives where they are due.
+
+    Args:
+        model: both towers as they stand.
+        batches: whose training side is mined for, and which get the negatives.
+        rules: when, and how many.
+        epoch: counted from 0.
+        make_index: how items are searched.
+
+    Returns:
+        Whether anything was mined.
+    """
+    if not rules.due(epoch):
+        return False
+    events = batches.events
+    batches.mined = mine(
+        model, events.timeline, rules, make_index=make_index, candidates=events.candidates,
+        epoch=epoch, seed=batches.seed,
+    )  # fmt: skip
+    return True
+
+
+def to_state(mined: UserNegatives | None) -> dict[str, torch.Tensor]:
+    """Mined negatives as a checkpoint keeps them, so that a run that goes on has the same."""
+    if mined is None:
+        return {}
+    parts = {"offsets": mined.offsets, "items": mined.items, "weights": mined.weights}
+    return {name: torch.from_numpy(np.array(part)) for name, part in parts.items()}
+
+
+def from_state(state: Mapping[str, Any]) -> UserNegatives | None:
+    """The inverse of `to_state`."""
+    if not state:
+        return None
+    return UserNegatives(**{name: part.numpy() for name, part in state.items()})

@@ -1,0 +1,174 @@
+"""[training]: how the towers learn, as one checked value."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from recsys.metrics import hit_rate_at, ndcg_at, recall_at
+from recsys.split import duration
+from recsys.tables import Strict
+from towers.mining import MiningRules
+from towers.objectives import OBJECTIVES
+
+
+def _span(text: str | None) -> str | None:
+    if text is not None:
+        duration(text)
+    return text
+
+
+Span = Annotated[str | None, AfterValidator(_span)]
+"""A span of time such as "10m", "3h" or "30d"."""
+
+
+class TrainingRules(Strict):
+    """[training]: how the towers learn."""
+
+    # Which examples a step sees.
+    batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
+    """Examples of a step; users with `batches` by_user or sequences. auto: the power of two nearest
+    to a hundredth of the training events, from 128 to 1024, so that a small log still gets a
+    hundred steps an epoch."""
+    batches: Literal["auto", "random", "in_time", "by_user", "sequences"] = "auto"
+    """random: events in any order, each with the history before it. in_time: a window of
+    consecutive events, which has one moment for item statistics. sequences: whole users, an example
+    at every position (causal towers). by_user: whole users, every item an example with the others
+    as history, for logs whose order means nothing. auto: sequences for a transformer, in_time where
+    item statistics need it, otherwise random."""
+    window_span: Span = None
+    """in_time: a window ends when it spans so much time, however few events it holds."""
+    history_dropout: float = Field(0.2, ge=0, lt=1)
+    """by_user: share of a user's items left out of the history that foretells all of them."""
+    half_life: Span = None
+    """An event counts half when it is so much older than the newest; None: all alike."""
+    epochs: int = Field(30, ge=1)
+    """At most; early stopping usually ends sooner."""
+    patience: int = Field(4, ge=1)
+    """Epochs without a better validation metric before training stops."""
+    refit: bool = True
+    """Once the epoch is chosen, train again from the start on train and validation side together,
+    for so many epochs: what happened last before the cut-off says most about what comes next."""
+    monitor: str = "ndcg_at_20"
+    """Picks the epoch, by full ranking of the validation side: recall_at_K, ndcg_at_K or
+    hit_rate_at_K."""
+    validation_queries: int = Field(20_000, ge=1)
+    """At most so many validation queries an epoch, a seeded sample."""
+
+    # What each example is told apart from.
+    negatives: Literal["drawn", "all"] = "drawn"
+    """drawn: other examples' items, uniform draws and the queue; all: every item of the training
+    side (full softmax), which needs no correction."""
+    uniform_negatives: int = Field(0, ge=0)
+    """Candidates drawn uniformly for the whole batch, beside the other examples' items."""
+    queue: int = Field(0, ge=0)
+    """So many earlier batches' candidates stand beside today's, with the vectors they had
+    (cross-batch negatives; Wang et al., 2021)."""
+    queue_after: int = Field(500, ge=0)
+    """Steps before the queue is used: vectors have to settle first."""
+    mined: MiningRules = Field(default_factory=MiningRules)
+    """Hard negatives from the top of the current model's own ranking."""
+    logq: bool = True
+    """Correct drawn negatives by their inclusion probability."""
+    counts: Literal["exact", "streaming"] = "exact"
+    """How often each item is drawn: counted beforehand, or estimated from the stream as it goes."""
+    known: Literal["all", "past", "none"] = "all"
+    """Items of the user that are never its negatives: all learned from, or those before."""
+    skips: Literal["apart", "in_softmax"] = "apart"
+    """apart: a softmax of the positive against the skips of its own request, beside the main one.
+    in_softmax: skips stand among the drawn negatives; each of those stands for many items, so that
+    weights far above 1 are needed for skips to be felt."""
+    skip_weight: float = Field(0.3, ge=0)
+    """apart: weight of the term; in_softmax: how many items a skip counts as; 0: no skips."""
+
+    # What is made small.
+    objective: Literal["softmax", "bsl", "psl", "sl_at_k", "triplet", "margin_softmax", "ccl"] = (
+        "softmax"
+    )
+    """softmax (InfoNCE), bilateral softmax, pairwise softmax, softmax at K, triplet, additive
+    margin, cosine contrastive: see towers/objectives.py."""
+    objective_options: dict[str, float | int | str] = Field(default_factory=dict)
+    """Of the objective, by the names of its arguments, e.g. {t2 = 1.2} for bsl."""
+    symmetric: float = Field(0.0, ge=0)
+    """Weight of the softmax from item to user beside that from user to item."""
+    matryoshka: tuple[Annotated[int, Field(ge=2)], ...] = ()
+    """Leading dimensions that have to rank well on their own, too, e.g. [16, 32]."""
+    temperature: float = Field(0.1, gt=0)
+    """Divides the score; where learning starts when it is learned."""
+    learn_temperature: bool = False
+
+    # How it is made small.
+    start: Literal["random", "spectral", "company"] = "random"
+    """Id tables at first: small noise; the leading singular vectors of who had what (for sets); or
+    those of which items stand near each other in histories (for sequences)."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """Of the dense layers."""
+    table_learning_rate: float | None = Field(None, gt=0)
+    """Of id tables; None: the same."""
+    text_learning_rate: float = Field(1e-4, gt=0)
+    """Of a text encoder that learns inside the item tower."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Of the learning rates after the warm-up; cosine falls to zero at the last of `epochs`."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Of the dense layers' matrices, decoupled; never of the temperature, biases or id tables."""
+    warmup_steps: int = Field(100, ge=0)
+    """Steps over which the learning rate rises from zero."""
+    gradient_clip: float = Field(1.0, gt=0)
+    """Largest common norm of all gradients of a step."""
+    tile: Annotated[int, Field(ge=1)] | Literal["auto"] | None = "auto"
+    """Rows of the score matrix at once; the rest of it is made again in the backward pass. auto:
+    all of them, as long as the matrix takes less than a GiB."""
+    accelerator: str = "auto"
+    precision: str = "32-true"
+    """As Lightning's Trainer takes it: 32-true, bf16-mixed, 16-mixed."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        metric_at(self.monitor)
+        _check_options(self.objective, self.objective_options)
+        if self.negatives == "all" and (self.uniform_negatives or self.queue):
+            raise ValueError(
+                'with negatives = "all" every item is a candidate already: leave '
+                "uniform_negatives and queue at 0."
+            )
+        return self
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    known = [
+        p.name
+        for p in inspect.signature(OBJECTIVES[name]).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"the objective {name!r} has no option {option!r}; it takes "
+                f"{', '.join(known) or 'none'}."
+            )
+
+
+def fitting_batch(rules: TrainingRules, events: int) -> int:
+    """Examples of a batch, as `[training] batch_size` says for so many training events."""
+    if rules.batch_size != "auto":
+        return rules.batch_size
+    return 2 ** round(math.log2(min(max(events / 100, 128), 1024)))
+
+
+METRICS = {"recall_at": recall_at, "ndcg_at": ndcg_at, "hit_rate_at": hit_rate_at}
+
+
+def metric_at(name: str) -> tuple[str, int]:
+    """Split "ndcg_at_20" into its function's name and k.
+
+    Raises:
+        ValueError: no such metric.
+    """
+    stem, _, k = name.rpartition("_")
+    if stem not in METRICS or not k.isdigit() or int(k) < 1:
+        raise ValueError(f"{name!r} is no metric; use {', '.join(m + '_K' for m in METRICS)}.")
+    return stem, int(k)

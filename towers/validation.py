@@ -1,0 +1,73 @@
+"""What the validation side asks: queries, what was chosen, and the blocks they are ranked in.
+
+Legend: Q queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from features.batch import Queries
+from features.timeline import Timeline
+from recsys.ragged import Ragged
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Queries of the validation side and what each went on to choose.
+
+    Args:
+        queries: who asked; each at its own time or all at the cut-off.
+        targets: item rows chosen.
+        seen: item rows never to be answered, or None when repeats are allowed.
+        timeline: from which item statistics are taken.
+        moments: (Q,) moment of each query's item statistics, non-decreasing; None without clock.
+    """
+
+    queries: Queries
+    targets: Ragged
+    seen: Ragged | None
+    timeline: Timeline
+    moments: np.ndarray | None
+
+    def blocks(self, size: int = 4096) -> Iterator[tuple[np.ndarray, int | None]]:
+        """Query rows that share a moment, at most `size` at once, and the moment."""
+        everyone = np.arange(len(self.queries))
+        groups: list[np.ndarray] = [everyone]
+        moments: list[int | None] = [None]
+        if self.moments is not None:
+            distinct, first = np.unique(self.moments, return_index=True)
+            groups, moments = np.split(everyone, first[1:]), [int(m) for m in distinct]
+        for rows, moment in zip(groups, moments, strict=True):
+            for start in range(0, len(rows), size):
+                yield rows[start : start + size], moment
+
+
+@dataclass(frozen=True)
+class ValidationBlock:
+    """Rows of a `Validation` that share a moment."""
+
+    validation: Validation
+    rows: np.ndarray
+    moment: int | None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> ValidationBlock:
+        """Nothing to move: blocks are made of row numbers."""
+        return self
+
+
+class Blocks:
+    """The validation blocks as a loader with a length."""
+
+    def __init__(self, validation: Validation) -> None:
+        self._blocks = [ValidationBlock(validation, *block) for block in validation.blocks()]
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[ValidationBlock]:
+        return iter(self._blocks)
