@@ -39,7 +39,7 @@ def make_bundle(
     """
     if model.texts is not None:
         encoder = model.texts.trained()
-    timeline = timeline_until(dataset, Side.VALID)
+    timeline = timeline_until(dataset, Side.VALID, model.rules.passed_over)
     cutoff = _cutoff(dataset, timeline.time)
     # Items and users that only the test side knows are left out; rows move up.
     catalog = dataset.catalog
@@ -72,6 +72,7 @@ def make_bundle(
         first_seen=timeline.first_seen[items],
         exists_from=timeline.exists_from[items],
         shown=None if timeline.shown is None else timeline.shown.take(items),
+        passed=None if timeline.passed is None else timeline.passed.renumbered(kept_users, place),
     )
     with_tables = _with_rows(model, items, kept_users)
     shown = ["item", *(n for n in ("title", *config.data.catalog.fields) if n in catalog.columns)]

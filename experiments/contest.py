@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.questions import EvaluateRules, by_moment
+from features.batch import Queries
 from features.examples import Questions
 from features.timeline import Timeline
 from recsys.baselines import CoOccurrence, Popularity, TextSimilarity, newest_first
@@ -143,13 +144,19 @@ def rank(
         for store, to, part, these in tasks:
             seen = at[MODEL].seen(part) if rules.drop_seen else None
             for name, one in at.items():
+                asked = part if name == MODEL else _by_itself(one, part)
                 store[name][to] = one.recommend_rows(
-                    part, k, exact=True, drop_seen=rules.drop_seen, allowed=these
+                    asked, k, exact=True, drop_seen=rules.drop_seen, allowed=these
                 )[0]
             for name, baseline in others.items():
                 found = baseline.search(part.history, k, allowed=these, exclude=seen)
                 store[name][to] = found[0]
     return Ranking(ranked, among, cold_candidates, candidates)
+
+
+def _by_itself(rival: Recommender, queries: Queries) -> Queries:
+    """The same users and moments, with what the rival's own towers read of them."""
+    return rival.queries(queries.users, queries.times, queries.context)
 
 
 def score_shown(
@@ -180,7 +187,8 @@ def score_shown(
         flat = slots(items.offsets[rows], these.lengths)
         found = {MODEL: at.score_rows(part, these)}
         for name, rival in baselines.rivals.items():
-            found[name] = rival.as_of(moment).score_rows(part, these)
+            then = rival.as_of(moment)
+            found[name] = then.score_rows(_by_itself(then, part), these)
         for name, baseline in baselines.at(moment, shown=True).items():
             found[name] = baseline.score(part.history, these)
         for name, score in found.items():

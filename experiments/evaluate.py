@@ -45,6 +45,11 @@ def test_side(dataset: Dataset) -> Later:
             items=dataset.items.decode(rows),
             clicked=clicked.values.astype(bool),
             context=np.asarray(dataset.request_context)[requests].astype(np.int64),
+            position=None
+            if dataset.shown_position is None
+            else Ragged(np.asarray(dataset.request_offsets), dataset.shown_position)
+            .take(requests)
+            .values,
         )
     return Later(
         user=dataset.users.decode(dataset.event_user[events]),

@@ -104,6 +104,7 @@ def without_later_events(extended: Bundle, past: Timeline) -> Bundle:
         item=past.item,
         time=past.time,
         shown=shown,
+        passed=None if past.passed is None else past.passed.joined(None, births.n_users),
     )
     return replace(extended, timeline=timeline)
 

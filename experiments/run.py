@@ -26,6 +26,7 @@ from features import logs
 from features.columns import texts as texts_of
 from features.dataset import Dataset
 from features.examples import training_events
+from features.given import given_negatives
 from features.prepare import prepare as prepare_log
 from recsys.errors import ConfigError, DataError
 from recsys.files import canonical_json, sha256_bytes
@@ -160,6 +161,7 @@ def fit(
         drop_seen=config.evaluate.drop_seen,
         statistics=model.uses_statistics,
         seed=config.seed,
+        passed=config.towers.passed_over,
     )
     refolder = folder / "refit"
     if resume and (refolder / "last.ckpt").exists():
@@ -200,11 +202,22 @@ def _learn(
     precision: Any = rules.precision  # Lightning names the values that it takes
     # Without a side to choose on there is nothing to keep apart.
     until = Side.TRAIN if validation is not None else Side.VALID
-    events = training_events(dataset, skips=rules.skip_weight > 0, until=until)
+    events = training_events(
+        dataset,
+        skips=rules.skip_weight > 0,
+        until=until,
+        since=None if rules.since is None else duration(rules.since),
+        passed=config.towers.passed_over,
+    )
     standardise(model, events, config.seed)
     if rules.start != "random":
         start_tables(model, events.timeline, rules.start, config.seed)
     module = TwoTowerModule(model, rules, audits=folder.parent / "audit")
+    given = None
+    if rules.given is not None:
+        given, counts = given_negatives(rules.given, dataset, until)
+        said = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+        say(f"negatives given by {rules.given}: {said}")
     data = InteractionData(
         events,
         validation,
@@ -212,6 +225,7 @@ def _learn(
         towers=config.towers,
         statistics=model.uses_statistics,
         seed=config.seed,
+        given=given,
     )
     watched = f"val/{rules.monitor}"
     # A checkpoint that watches a metric is written only when it rose; resuming needs every epoch.
@@ -288,6 +302,8 @@ def train(config: RunConfig, *, resume: Path | None = None) -> TrainResult:
         _check_same(config, resume)
         previous = Spool.open(resume).record["run_id"]
     dataset = prepare(config)
+    if config.training.given is not None:
+        given_negatives(config.training.given, dataset)  # if it cannot be read, there is no run
     run = resume or _new_folder(config)
     with Tracker(
         config.track,

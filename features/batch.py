@@ -37,6 +37,8 @@ class Queries:
         context: (Q, C) codes of the context columns, or None.
         elapsed: (H,) float64 seconds from each history entry to its query, or None.
         strength: (H,) float32 weight of each history entry (event strength, dwell), or None.
+        passed: Q ragged item rows that each was shown and passed over before, oldest first; None:
+            not asked for, or not known.
     """
 
     users: np.ndarray
@@ -45,6 +47,7 @@ class Queries:
     context: np.ndarray | None = None
     elapsed: np.ndarray | None = None
     strength: np.ndarray | None = None
+    passed: Ragged | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -64,6 +67,7 @@ class Queries:
             None if self.context is None else self.context[rows],
             beside(self.elapsed),
             beside(self.strength),
+            None if self.passed is None else self.passed.take(rows),
         )
 
 
@@ -83,6 +87,9 @@ class UserSide:
         elapsed: (H,) float32 seconds from each entry to its query; with `at` to the user's next
             entry, and for the last to its query. None: not asked for, or no clock.
         strength: (H,) float32 weight of each entry, or None.
+        passed: (P,) int64 positions in the item rows beside it of what was shown and passed over,
+            one query after the other; None: not asked for, or not known.
+        passed_lengths: (Q,) int64 passed-over items of each query; None with `passed`.
     """
 
     users: torch.Tensor
@@ -92,6 +99,8 @@ class UserSide:
     at: torch.Tensor | None = None
     elapsed: torch.Tensor | None = None
     strength: torch.Tensor | None = None
+    passed: torch.Tensor | None = None
+    passed_lengths: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> UserSide:
         return _moved(self, device, non_blocking)
@@ -120,6 +129,8 @@ class Batch:
         own_source: (S,) uint8 of `Source`.
         weight: (B,) float32 strength of each positive: that of the event, times its decay.
         statistics: (R, F) item statistics as of the batch's moment, F may be 0.
+        user_log_inclusion: (Q,) log of how often the user of a query is expected to stand as a
+            query of the batch's other draws; None where users are not told apart.
     """
 
     user: UserSide
@@ -136,6 +147,7 @@ class Batch:
     own_source: torch.Tensor
     weight: torch.Tensor
     statistics: torch.Tensor
+    user_log_inclusion: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on another device; Lightning calls this."""
@@ -174,12 +186,14 @@ def context_codes(context: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
 
 def query_side(queries: Queries, max_history: int) -> tuple[UserSide, np.ndarray]:
     """The user side of queries, and the (R,) item rows that its histories point into."""
-    history = queries.history.last(max_history)
-    rows, inverse = np.unique(history.values, return_inverse=True)
+    history, passed = queries.history.last(max_history), queries.passed
+    read = [history.values] if passed is None else [history.values, passed.values]
+    rows, inverse = np.unique(np.concatenate(read), return_inverse=True)
+    inverse, of_passed = np.split(inverse.reshape(-1).astype(np.int64), [len(history.values)])
     kept = slots(queries.history.offsets[1:] - history.lengths, history.lengths)
     side = UserSide(
         users=tensor(queries.users.astype(np.int64)),
-        history=tensor(inverse.reshape(-1).astype(np.int64)),
+        history=tensor(inverse),
         lengths=tensor(history.lengths),
         context=tensor(context_codes(queries.context, np.arange(len(queries)))),
         elapsed=None
@@ -188,5 +202,7 @@ def query_side(queries: Queries, max_history: int) -> tuple[UserSide, np.ndarray
         strength=None
         if queries.strength is None
         else tensor(queries.strength[kept].astype(np.float32)),
+        passed=None if passed is None else tensor(of_passed),
+        passed_lengths=None if passed is None else tensor(passed.lengths),
     )
     return side, rows.astype(np.int64)

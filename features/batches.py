@@ -7,7 +7,7 @@ encoded by the item tower, K queued columns, H history entries, S own negatives,
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 from features.batch import Batch, Source, UserSide, context_codes, tensor
 from features.distinct import Distinct
 from features.frequency import StreamingFrequency
-from features.inclusion import Drawn, Inclusion
+from features.inclusion import Asking, Drawn, Inclusion
 from features.negatives import Known, OwnNegatives, UserNegatives, is_target
 from features.parts import (
     Asked,
@@ -26,6 +26,7 @@ from features.parts import (
     Part,
     Reading,
     elapsed_seconds,
+    passed_before,
 )
 from features.plans import Plan, Share, Shuffled, Windows
 from features.timeline import Timeline
@@ -45,6 +46,7 @@ class TrainingEvents:
         skip_weight: weight of each value of `skips`.
         context: (E, C) codes, or None.
         candidates: (n,) item rows that uniform negatives are drawn from.
+        learned: (L,) events that stand as examples, the others are history only; None: all.
     """
 
     timeline: Timeline
@@ -53,10 +55,12 @@ class TrainingEvents:
     skip_weight: np.ndarray | None
     context: np.ndarray | None
     candidates: np.ndarray
+    learned: np.ndarray | None = None
 
     @property
     def size(self) -> int:
-        return len(self.timeline.item)
+        """Events that stand as examples."""
+        return len(self.timeline.item) if self.learned is None else len(self.learned)
 
     def strength(self, events: np.ndarray) -> np.ndarray:
         """(n,) float32 strength of each of the given events."""
@@ -70,7 +74,9 @@ class Batches:
 
     Each iteration is the next epoch, whether or not the one before was read to its end (Lightning
     stops asking after `len` batches). The first one after `load_state_dict` goes on where it was.
-    `mined` may be set between two epochs and is no part of the state: who mined it keeps it.
+    `mined` may be set between two epochs and is no part of the state: who mined it keeps it. The
+    time for it is `before_epoch`, which is called with the number of an epoch before its first
+    batch is made, and not where an epoch goes on.
 
     Args:
         events: the training side.
@@ -87,6 +93,7 @@ class Batches:
         history_dropout: "by_user": probability that an item is left out of its user's history.
         elapsed: whether history entries carry the seconds to their query.
         strength: whether history entries carry the strength of their event, where events differ.
+        passed: whether queries carry what their user was shown and passed over before.
         half_life: microseconds after which an event counts half, back from the newest; None: never.
         negatives: "drawn": targets, uniform draws and the queue; "all": every row of
             `events.candidates` beside the targets, which needs no correction.
@@ -97,11 +104,12 @@ class Batches:
             those of the "past" of the event, or "none".
         skip_weight: multiplies every skip's weight; 0 leaves skips out.
         given: negatives of each user from a file, or None.
-        per_query: of the negatives mined and given, at most so many are drawn from each of the two
-            for each query; None: all.
+        per_query: at most so many of the negatives given for a user are drawn for each query; None:
+            all. Of those mined, all stand.
         counts: draw probabilities are "exact" (counted beforehand; near the batch in time, with
             "in_time") or from the "streaming" estimate, which is then part of the state.
         statistics: whether item statistics are gathered; needs "in_time".
+        symmetric: whether users are to be told apart, too: `user_log_inclusion` is filled.
         seed: of everything drawn.
         rank, world: this process's equal part of every global batch; what does not divide is left
             out. Draw probabilities are those of this rank's own batch.
@@ -121,6 +129,7 @@ class Batches:
         history_dropout: float = 0.2,
         elapsed: bool = False,
         strength: bool = False,
+        passed: bool = False,
         half_life: int | None = None,
         negatives: Literal["drawn", "all"] = "drawn",
         uniform_negatives: int = 0,
@@ -132,6 +141,7 @@ class Batches:
         per_query: int | None = None,
         counts: Literal["exact", "streaming"] = "exact",
         statistics: bool = False,
+        symmetric: bool = False,
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
@@ -141,6 +151,18 @@ class Batches:
             raise ValueError(f'Item statistics need the plan "in_time"; this one is "{plan}".')
         if (elapsed or half_life is not None) and not timeline.timed:
             raise ValueError("This log has no clock: leave elapsed at False and half_life at None.")
+        if passed and timeline.passed is None:
+            raise ValueError("This training side does not carry what was passed over.")
+        if passed and plan == "by_user":
+            raise ValueError(
+                'The plan "by_user" asks once for everything a user chose, and what was passed '
+                "over beside it would tell it: leave passed at False, or take another plan."
+            )
+        if events.learned is not None and plan not in ("random", "in_time"):
+            raise ValueError(
+                f'The plan "{plan}" takes whole users; leave `learned` out, or take "random" or '
+                '"in_time".'
+            )
         if negatives == "all" and (uniform_negatives or queue):
             raise ValueError(
                 'With negatives="all" every item is a candidate: leave uniform_negatives and queue '
@@ -148,6 +170,7 @@ class Batches:
             )
         self.events, self.batch_size, self.max_history = events, batch_size, max_history
         self.elapsed, self.strength, self.half_life = elapsed, strength, half_life
+        self.passed = passed
         self.negatives, self.uniform_negatives = negatives, uniform_negatives
         self.queue, self.queue_after = queue, queue_after
         self.skip_weight, self.per_query = skip_weight, per_query
@@ -157,6 +180,7 @@ class Batches:
         )
         self.epoch, self.done = 0, 0
         self._going_on = False
+        self.before_epoch: Callable[[int], object] | None = None
         self._known = Known(timeline, known)
         self._given = self._fitting(given)
         self._mined: UserNegatives | None = None
@@ -169,6 +193,7 @@ class Batches:
             self._inclusion = Inclusion(
                 timeline, self.reading, len(events.candidates), uniform_negatives, self.frequency
             )
+        self._asking = Asking(timeline, self.reading) if symmetric else None
 
     @property
     def mined(self) -> UserNegatives | None:
@@ -208,6 +233,8 @@ class Batches:
         if self.done >= len(self) or (self.done and not self._going_on):
             self.epoch, self.done = self.epoch + 1, 0
         self._going_on = False
+        if self.before_epoch is not None and not self.done:
+            self.before_epoch(self.epoch)
         parts = self._plan.epoch(np.random.default_rng([self.seed, self.epoch]))
         earlier = range(max(0, self.done - self.queue), self.done)
         recent = deque((self._drawn_by(parts, number) for number in earlier), self.queue)
@@ -295,9 +322,13 @@ class Batches:
         alone = place.add(own.item, len(candidates))
         n_encoded = len(candidates) + len(alone)
         history = timeline.item[asked.history].astype(np.int64)
-        rows = np.concatenate([candidates, alone, place.add(history, n_encoded)])
+        passed = passed_before(asked, timeline) if self.passed else None
+        read = history if passed is None else np.concatenate([history, passed.values])
+        rows = np.concatenate([candidates, alone, place.add(read.astype(np.int64), n_encoded)])
+        if passed is not None:
+            passed = Ragged(passed.offsets, place.place[passed.values])
         batch = Batch(
-            user=self._user_side(asked, place.place[history]),
+            user=self._user_side(asked, place.place[history], passed),
             rows=tensor(rows),
             n_candidates=len(candidates),
             n_encoded=n_encoded,
@@ -319,11 +350,14 @@ class Batches:
                 if self.statistics and moment is not None
                 else np.zeros((len(rows), 0), np.float32)
             ),
+            user_log_inclusion=None
+            if self._asking is None
+            else tensor(self._asking.log(asked.query_users, part)),
         )
         place.forget(rows)
         return batch, drawn
 
-    def _user_side(self, asked: Asked, history: np.ndarray) -> UserSide:
+    def _user_side(self, asked: Asked, history: np.ndarray, passed: Ragged | None) -> UserSide:
         events = self.events
         if events.context is not None and asked.first is None:
             # A user that asks once for all its items has no context: every code is unknown.
@@ -343,6 +377,8 @@ class Batches:
             strength=tensor(events.strength(asked.history))
             if self.strength and events.weight is not None
             else None,
+            passed=None if passed is None else tensor(passed.values),
+            passed_lengths=None if passed is None else tensor(passed.lengths),
         )
 
     def _weight(self, chosen: np.ndarray) -> np.ndarray:
@@ -360,9 +396,12 @@ class Batches:
         found = []
         if self.events.skips is not None and self.skip_weight:
             found.append(self._skips_of(asked))
-        for table, source in ((self._mined, Source.MINED), (self._given, Source.GIVEN)):
+        for table, source, most in (
+            (self._mined, Source.MINED, None),
+            (self._given, Source.GIVEN, self.per_query),
+        ):
             if table is not None:
-                drawn = OwnNegatives.of(*table.draw(asked.query_users, self.per_query, rng), source)
+                drawn = OwnNegatives.of(*table.draw(asked.query_users, most, rng), source)
                 keep = ~self._known.holds(asked, drawn.query, drawn.item)
                 if moment is not None:
                     keep &= self.events.timeline.exists_from[drawn.item] <= moment
@@ -400,9 +439,12 @@ def _planned(
     if plan == "sequences":
         sequences = BySequence(timeline, max_history)
         return sequences, Shuffled(sequences.units, batch_size, share)
-    reading = ByEvent(timeline, max_history)
+    reading = ByEvent(timeline, max_history, events.learned)
     if plan == "in_time":
-        return reading, Windows(np.asarray(timeline.time), batch_size, window_span, share)
+        times = np.asarray(timeline.time)
+        return reading, Windows(times, batch_size, window_span, share, units=events.learned)
     if plan != "random":
         raise ValueError(f"{plan!r} is no plan; use random, in_time, by_user or sequences.")
-    return reading, Shuffled(events.size, batch_size, share)
+    return reading, Shuffled(
+        len(timeline.item) if events.learned is None else events.learned, batch_size, share
+    )

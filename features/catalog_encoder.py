@@ -124,7 +124,7 @@ def one_thread() -> Iterator[None]:
     for each other five times as long as one works.
     """
     import torch
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

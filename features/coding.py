@@ -213,23 +213,8 @@ def _requests(log: Log, users: Codes, items: Codes) -> Requests:
     of = np.repeat(np.arange(len(frame)), frame["clicked"].list.len().to_numpy())
     width = int(max(shown.values.max(initial=0), chosen.max(initial=0))) + 1
     clicked = np.isin(shown.row_of() * width + shown.values, of * width + chosen)
-    beside: dict[str, np.ndarray | None] = {"position": None, "propensity": None}
-    for name in beside:
-        if name in frame.columns:
-            own = frame[name].list.len().fill_null(0).to_numpy()
-            wrong = np.flatnonzero((own != lengths) & (own != 0))
-            if wrong.size:
-                row = int(wrong[0])
-                raise DataError(
-                    f"Request {frame['request'][row]} shows {lengths[row]} items, but its "
-                    f"{name!r} list has {own[row]} entries. Give one for each item shown."
-                )
-            # A request that declares nothing counts as one null for each item.
-            values = np.full(len(shown.values), np.nan, np.float64)
-            flat = frame[name].explode(empty_as_null=False, keep_nulls=False)
-            values[np.repeat(own == lengths, lengths)] = flat.cast(pl.Float64).fill_null(np.nan)
-            beside[name] = values
-    position, propensity = beside["position"], beside["propensity"]
+    position = beside_shown(frame, "position", lengths)
+    propensity = beside_shown(frame, "propensity", lengths)
     return Requests(
         frame.select(pl.exclude("shown", "clicked", "position", "propensity")),
         shown,
@@ -237,6 +222,37 @@ def _requests(log: Log, users: Codes, items: Codes) -> Requests:
         None if position is None else np.where(np.isnan(position), -1, position).astype(np.int16),
         None if propensity is None else propensity.astype(np.float32),
     )
+
+
+def beside_shown(frame: pl.DataFrame, name: str, lengths: np.ndarray) -> np.ndarray | None:
+    """(T,) float64 numbers that stand beside what was shown, NaN where there is none.
+
+    Args:
+        frame: requests, with the column `request` and perhaps the list column `name`.
+        name: "position" or "propensity".
+        lengths: (R,) how many items each request shows.
+
+    Returns:
+        None where there is no such column.
+
+    Raises:
+        DataError: a list is not as long as that of the items.
+    """
+    if name not in frame.columns:
+        return None
+    own = frame[name].list.len().fill_null(0).to_numpy()
+    wrong = np.flatnonzero((own != lengths) & (own != 0))
+    if wrong.size:
+        row = int(wrong[0])
+        raise DataError(
+            f"Request {frame['request'][row]} shows {lengths[row]} items, but its "
+            f"{name!r} list has {own[row]} entries. Give one for each item shown."
+        )
+    # A request that declares nothing counts as one null for each item.
+    values = np.full(int(lengths.sum()), np.nan, np.float64)
+    flat = frame[name].explode(empty_as_null=False, keep_nulls=False)
+    values[np.repeat(own == lengths, lengths)] = flat.cast(pl.Float64).fill_null(np.nan)
+    return values
 
 
 def rows_of(codes: Codes, warm: np.ndarray) -> tuple[np.ndarray, pl.Series]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from features.batch import Queries
 from features.batches import TrainingEvents
+from features.passed import PASSED, PassedOver
 from features.timeline import Timeline
 from recsys.ragged import Ragged
 from recsys.tables import Side
@@ -20,8 +21,14 @@ if TYPE_CHECKING:
     from features.dataset import Dataset
 
 
-def timeline_until(dataset: Dataset, side: Side) -> Timeline:
-    """Every positive and exposure on the sides up to and including `side`."""
+def timeline_until(dataset: Dataset, side: Side, passed: bool = False) -> Timeline:
+    """Every positive and exposure on the sides up to and including `side`.
+
+    Args:
+        dataset: prepared.
+        side: the last side.
+        passed: carry what users were shown and passed over, too, where the log shows it.
+    """
     kept = np.asarray(dataset.event_side) <= side
     shown_item = shown_time = None
     if len(dataset.request_user):
@@ -56,6 +63,24 @@ def timeline_until(dataset: Dataset, side: Side) -> Timeline:
         base.shown,
         base.timed,
         _strength(np.asarray(dataset.event_weight)[kept]),
+        _passed_over(dataset, side) if passed else None,
+    )
+
+
+def _passed_over(dataset: Dataset, side: Side) -> PassedOver | None:
+    """What users passed over on the sides up to `side`; None without requests or a clock."""
+    if not len(dataset.request_user) or not dataset.manifest["timed"]:
+        return None
+    rows = np.flatnonzero(np.asarray(dataset.request_side) <= side)
+    offsets = np.asarray(dataset.request_offsets)
+    position = dataset.shown_position
+    return PassedOver.of_requests(
+        np.asarray(dataset.request_user)[rows],
+        np.asarray(dataset.request_time)[rows],
+        Ragged(offsets, dataset.shown_item).take(rows),
+        Ragged(offsets, dataset.shown_clicked).take(rows).values,
+        None if position is None else Ragged(offsets, position).take(rows).values,
+        dataset.n_users,
     )
 
 
@@ -73,7 +98,8 @@ def asking(
     last: int | None = None,
     moment: int | None = None,
 ) -> Queries:
-    """Queries of user rows with what each had before its time, how long before and how strongly.
+    """Queries of user rows with what each had before its time, how long before and how strongly,
+    and what it was shown and passed over, where the timeline carries that.
 
     Args:
         past: everything that may be known; each query sees only what is strictly before it.
@@ -85,10 +111,17 @@ def asking(
     """
     history = past.histories(users, times, last)
     elapsed, strength = past.beside_histories(users, times, last, moment)
-    return Queries(users, history, times, context, elapsed, strength)
+    passed = None if past.passed is None else past.passed.before(users, times, PASSED)
+    return Queries(users, history, times, context, elapsed, strength, passed)
 
 
-def training_events(dataset: Dataset, skips: bool, until: Side = Side.TRAIN) -> TrainingEvents:
+def training_events(
+    dataset: Dataset,
+    skips: bool,
+    until: Side = Side.TRAIN,
+    since: int | None = None,
+    passed: bool = False,
+) -> TrainingEvents:
     """What is learned from: events, their strengths, skips and context, and what uniform negatives
     are drawn from (items known at the cut-off).
 
@@ -96,6 +129,8 @@ def training_events(dataset: Dataset, skips: bool, until: Side = Side.TRAIN) -> 
         dataset: prepared.
         skips: whether skips are wanted.
         until: the last side to learn from: train, or valid once nothing is left to be chosen.
+        since: microseconds before the newest event; what is older is history, but no example.
+        passed: whether what users passed over is wanted.
     """
     kept = np.flatnonzero(np.asarray(dataset.event_side) <= until)
     weight = np.asarray(dataset.event_weight)[kept]
@@ -105,13 +140,18 @@ def training_events(dataset: Dataset, skips: bool, until: Side = Side.TRAIN) -> 
         weights = Ragged(np.asarray(dataset.skip_offsets), dataset.skip_weight)
         found, skip_weight = all_skips.take(kept), weights.take(kept).values
     candidates = np.flatnonzero(dataset.item_known)
+    learned = None
+    if since is not None and len(kept):
+        times = np.asarray(dataset.event_time)[kept]
+        learned = np.flatnonzero(times > times.max() - since)
     return TrainingEvents(
-        timeline=timeline_until(dataset, until),
+        timeline=timeline_until(dataset, until, passed),
         weight=_strength(weight),
         skips=found,
         skip_weight=skip_weight,
         context=dataset.event_context[kept] if dataset.event_context.shape[1] else None,
         candidates=candidates[candidates > 0],
+        learned=learned,
     )
 
 

@@ -1,7 +1,7 @@
 """How likely a column of the score matrix is there at all: what drawn negatives are corrected by.
 
 Legend: C columns of a batch, candidates and queued ones; n draws of the plan, events or whole
-users; N item rows.
+users; N item rows; Q queries.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from features.frequency import StreamingFrequency, exact_shares
-from features.parts import Asked, Part, Reading
+from features.parts import Asked, ByEvent, Part, Reading
 from features.timeline import Timeline
 
 
@@ -52,6 +52,8 @@ class Inclusion:
         self._shares: np.ndarray | None = None
         if frequency is None:
             items, draws = timeline.item, None
+            if isinstance(reading, ByEvent) and reading.learned is not None:
+                items = items[reading.learned]
             if reading.whole_users:
                 asked = reading.ask(reading.units, np.random.default_rng(0))
                 items = timeline.item[asked.events].astype(np.int64)
@@ -99,6 +101,53 @@ class Inclusion:
             return self.frequency.share(columns)
         assert self._shares is not None  # counted at birth
         return self._shares[columns]
+
+
+class Asking:
+    """How often each user stands among the queries of a batch: what item → user is corrected by.
+
+    From an item to users, the queries of a batch are the columns, and they are not made distinct.
+    Let one draw of the plan bring in f_u queries of user u on average, over all draws. For an
+    example the n-1 other draws of its batch bring in (n-1)·f_u of them. With a weight of
+    1 / ((n-1)·f_u) for each, the expected sum over columns of weight · exp(logit) is the sum over
+    all users, each counted once (as the mean over its queries, where they differ): users who ask
+    often are not pushed away for it. That the count is expected, not a probability to be there at
+    all, is because a user who stands twice is two columns. The example's own query is no draw, and
+    has no correction.
+
+    Where each draw is an event, f_u is the user's share of all events; in windows of time its share
+    of the events nearby. Where it is a whole user, f_u is the number of queries that the user asks,
+    over the number of users: the same for all who ask once. Users are counted beforehand, also
+    where the frequency of items is estimated from the stream.
+
+    Args:
+        timeline: the training side.
+        reading: how a part becomes queries.
+    """
+
+    def __init__(self, timeline: Timeline, reading: Reading) -> None:
+        self.timeline = timeline
+        if reading.whole_users:
+            asked = reading.ask(reading.units, np.random.default_rng(0))
+            queries = np.bincount(asked.query_users, minlength=timeline.n_users)
+        else:
+            queries = np.bincount(timeline.user[reading.units], minlength=timeline.n_users)
+        self.share = queries / max(1, len(reading.units))
+
+    def log(self, users: np.ndarray, part: Part) -> np.ndarray:
+        """(Q,) float32 log of the expected number of queries in the other draws.
+
+        Args:
+            users: (Q,) user row of each query.
+            part: what was drawn for the batch.
+        """
+        share = self.share
+        if part.around is not None:
+            around = self.timeline.user[part.around]
+            share = np.bincount(around, minlength=self.timeline.n_users) / len(around)
+        return np.log(np.maximum(share[users], 1e-12) * max(1, len(part.drawn) - 1)).astype(
+            np.float32
+        )
 
 
 def _log_missed(share: np.ndarray, draws: int) -> np.ndarray:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from features.passed import PASSED
 from features.timeline import Timeline
-from recsys.ragged import slots
+from recsys.ragged import Ragged, slots
 from recsys.tables import SECOND
 
 
@@ -86,20 +87,23 @@ class ByEvent:
     Args:
         timeline: the training side.
         max_history: newest entries kept.
+        learned: (n,) events that can be drawn, the others are history only; None: all.
     """
 
     whole_users = False
 
-    def __init__(self, timeline: Timeline, max_history: int) -> None:
-        self.max_history = max_history
+    def __init__(
+        self, timeline: Timeline, max_history: int, learned: np.ndarray | None = None
+    ) -> None:
+        self.max_history, self.learned = max_history, learned
         self._user = timeline.user.astype(np.int32)
         self._offsets = np.asarray(timeline.user_offsets)
         self._past = strictly_before(timeline)
 
     @property
     def units(self) -> np.ndarray:
-        """Every event can be drawn."""
-        return np.arange(len(self._user))
+        """Events that can be drawn."""
+        return np.arange(len(self._user)) if self.learned is None else self.learned
 
     def length(self, drawn: np.ndarray) -> np.ndarray:
         """(n,) history entries of each."""
@@ -216,6 +220,13 @@ class BySequence:
 
 
 Reading = ByEvent | ByUser | BySequence
+
+
+def passed_before(asked: Asked, timeline: Timeline) -> Ragged:
+    """Q ragged item rows that each query's user was shown and passed over before its moment."""
+    assert asked.first is not None and timeline.passed is not None  # Batches has seen to it
+    moments = np.asarray(timeline.time)[asked.first]
+    return timeline.passed.before(asked.query_users, moments, PASSED)
 
 
 def elapsed_seconds(asked: Asked, timeline: Timeline) -> np.ndarray:

@@ -88,6 +88,7 @@ class Windows:
         share: the part of this process.
         around: events on either side of a window, in windows, from which draw probabilities are
             estimated.
+        units: (n,) events that are dealt out; None: all.
     """
 
     def __init__(
@@ -97,8 +98,11 @@ class Windows:
         span: int | None = None,
         share: Share = Share(),
         around: int = 4,
+        units: np.ndarray | None = None,
     ) -> None:
-        self.by_time = np.argsort(time, kind="stable")
+        if units is None:
+            units = np.arange(len(time))
+        self.by_time = units[np.argsort(np.asarray(time)[units], kind="stable")]
         self.time = np.asarray(time)[self.by_time]
         self.size, self.span, self.share, self.around = size * share.world, span, share, around
         self._next = np.empty(0, np.int64)
@@ -113,7 +117,7 @@ class Windows:
 
     @property
     def total(self) -> int:
-        """E."""
+        """Events dealt out."""
         return len(self.time)
 
     def __len__(self) -> int:

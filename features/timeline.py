@@ -9,22 +9,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from recsys.ragged import Ragged, gather
-from recsys.tables import DAY, SECOND
+from recsys.split import duration
+from recsys.tables import SECOND
 
-WINDOWS = (3_600 * SECOND * 3, DAY, 7 * DAY)
-"""Recent means within these spans, in microseconds."""
+if TYPE_CHECKING:
+    from features.passed import PassedOver
+
+WINDOWS = {
+    text: duration(text) for text in ("10m", "30m", "1h", "3h", "6h", "12h", "1d", "2d", "7d")
+}
+"""Recent means within these spans, in microseconds: how attention rises and fades over hours says
+more of what is clicked next than any one of them."""
 STATISTICS = (
     "age",
     "clicks",
-    *(f"clicks_{w // (3_600 * SECOND)}h" for w in WINDOWS),
-    *(f"shown_{w // (3_600 * SECOND)}h" for w in WINDOWS[:2]),
-    "click_rate",
+    *(f"{what}_{window}" for what in ("clicks", "shown", "rate") for window in WINDOWS),
 )
 """What `Timeline.statistics` says of an item, in order."""
+SEARCH_COST = 100
+"""How many events are counted in the time of one search among an item's."""
 NEVER = np.iinfo(np.int64).max
 """Time of what has not happened."""
 
@@ -62,6 +70,7 @@ class Timeline:
         shown: item row → sorted times of its exposures, when the log has them.
         timed: whether `time` is a clock.
         strength: (E,) float32 weight of each event, NaN where it is not known; None: all alike.
+        passed: what each user was shown and passed over; None: nobody reads it.
     """
 
     user_offsets: np.ndarray
@@ -72,6 +81,7 @@ class Timeline:
     shown: Ragged | None
     timed: bool
     strength: np.ndarray | None = None
+    passed: PassedOver | None = None
 
     @staticmethod
     def build(
@@ -196,21 +206,52 @@ class Timeline:
         """(R, S) float32: `STATISTICS` of the item rows, each known strictly before `moment`.
 
         Counts enter as log(1 + count), the age as log(1 + hours), so that no unit dominates; an
-        item not seen before is of age 0. The click rate is smoothed by one click in twenty shown.
+        item not seen before is of age 0. Click rates are smoothed by one click in ten shown.
         """
         age = np.maximum(moment - np.minimum(self.first_seen[rows], moment), 0)
         columns = [np.log1p(age / (3_600 * SECOND))]
         clicks = self._count(self.clicks, rows, moment, None)
         columns.append(np.log1p(clicks))
-        recent = [self._count(self.clicks, rows, moment, window) for window in WINDOWS]
+        recent = self._recent(self.clicks, self._clicks_in_time, rows, moment)
         columns.extend(np.log1p(count) for count in recent)
         if self.shown is None:
-            columns.extend([np.zeros(len(rows))] * 3)
+            columns.extend([np.zeros(len(rows))] * (2 * len(WINDOWS)))
         else:
-            shown = [self._count(self.shown, rows, moment, window) for window in WINDOWS[:2]]
+            shown = self._recent(self.shown, self._shown_in_time, rows, moment)
             columns.extend(np.log1p(count) for count in shown)
-            columns.append(np.log((recent[1] + 1.0) / (shown[1] + 20.0)))
+            pairs = zip(recent, shown, strict=True)
+            columns.extend(np.log((clicks + 1.0) / (seen + 10.0)) for clicks, seen in pairs)
         return np.stack(columns, axis=1).astype(np.float32)
+
+    @cached_property
+    def _clicks_in_time(self) -> tuple[np.ndarray, np.ndarray]:
+        return _in_time(self.clicks)
+
+    @cached_property
+    def _shown_in_time(self) -> tuple[np.ndarray, np.ndarray]:
+        return _in_time(self.shown if self.shown is not None else Ragged.empty(self.n_items))
+
+    def _recent(
+        self,
+        times: Ragged,
+        in_time: tuple[np.ndarray, np.ndarray],
+        rows: np.ndarray,
+        moment: int,
+    ) -> list[np.ndarray]:
+        """(R,) of each window: how often it happened to each row in the window before the moment.
+
+        One moment for all rows: counting what happened in a short window is much quicker than a
+        search for each row; a search wins where the window holds far more than is asked for.
+        """
+        when, what = in_time
+        end, counts = int(np.searchsorted(when, moment)), []
+        for window in WINDOWS.values():
+            start = int(np.searchsorted(when, moment - window))
+            if end - start > SEARCH_COST * len(rows):
+                counts.append(self._count(times, rows, moment, window))
+            else:
+                counts.append(np.bincount(what[start:end], minlength=self.n_items)[rows])
+        return counts
 
     @staticmethod
     def _count(times: Ragged, rows: np.ndarray, moment: int, window: int | None) -> np.ndarray:
@@ -242,10 +283,12 @@ class Timeline:
         shown_item: np.ndarray | None = None,
         shown_time: np.ndarray | None = None,
         strength: np.ndarray | None = None,
+        passed: PassedOver | None = None,
     ) -> Timeline:
         """This timeline and later events in one; both may know new users and new items.
 
-        Strengths of later events count where those of this timeline differ among each other.
+        Strengths of later events count where those of this timeline differ among each other, and
+        what was passed over later where this timeline carries what was before.
         """
         if self.strength is not None:
             later = np.full(len(item), np.nan) if strength is None else strength
@@ -258,7 +301,7 @@ class Timeline:
             shown_time = np.concatenate([old_shown.values, shown_time])
         elif self.shown is not None:
             shown_item, shown_time = old_shown.row_of(), old_shown.values
-        return Timeline.build(
+        extended = Timeline.build(
             np.concatenate([self.user, user]),
             np.concatenate([self.item, item]),
             np.concatenate([self.time, time]),
@@ -270,6 +313,9 @@ class Timeline:
             timed=self.timed,
             strength=strength,
         )
+        if self.passed is None:
+            return extended
+        return replace(extended, passed=self.passed.joined(passed, n_users))
 
 
 def elapsed_of(history: Ragged, moments: np.ndarray) -> np.ndarray:
@@ -288,16 +334,30 @@ def times_by_row(rows: np.ndarray, times: np.ndarray, n_rows: int) -> Ragged:
     return Ragged(offsets, np.asarray(times, np.int64)[order])
 
 
+def _in_time(times: Ragged) -> tuple[np.ndarray, np.ndarray]:
+    """All times in order, and the row of each."""
+    order = np.argsort(times.values, kind="stable")
+    return times.values[order], times.row_of()[order]
+
+
 def statistic_scale(
     timeline: Timeline, moments: Sequence[int], rows_each: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each statistic over items alive at the moments, (S,) each."""
+    """Mean and standard deviation of each statistic at the moments, (S,) each.
+
+    Half of the items are those chosen around each moment, half any that are alive: of all that
+    are alive hardly any is looked at, and what is would lie many deviations out and be clipped.
+    """
     seen = []
+    when, what = timeline._clicks_in_time
     for moment in moments:
         alive = np.flatnonzero(timeline.alive(moment))
         if len(alive):
             rows = rng.choice(alive, size=min(rows_each, len(alive)), replace=False)
             seen.append(timeline.statistics(rows, moment))
+            first = int(np.searchsorted(when, moment)) - len(rows) // 2
+            chosen = what[max(0, first) : max(0, first) + len(rows)]
+            seen.append(timeline.statistics(chosen, moment))
     if not seen:
         return np.zeros(len(STATISTICS), np.float32), np.ones(len(STATISTICS), np.float32)
     all_seen = np.concatenate(seen)

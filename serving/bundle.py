@@ -21,6 +21,7 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
 from features.columns import ContextColumn
+from features.passed import PassedOver
 from features.timeline import Timeline
 from recsys.errors import BundleError
 from recsys.files import atomic_folder, sha256_bytes, sha256_file
@@ -219,6 +220,10 @@ def _timeline_arrays(timeline: Timeline) -> dict[str, np.ndarray]:
         arrays["shown_times"] = timeline.shown.values
     if timeline.strength is not None:
         arrays["strength"] = np.asarray(timeline.strength, np.float32)
+    if timeline.passed is not None:
+        arrays["passed_offsets"] = timeline.passed.items.offsets
+        arrays["passed_items"] = np.asarray(timeline.passed.items.values, np.int32)
+        arrays["passed_times"] = timeline.passed.time
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
@@ -287,9 +292,15 @@ def _load_parts(path: Path, manifest: dict[str, Any]) -> Bundle:
         if "shown_offsets" in arrays
         else None
     )
+    passed = None
+    if model.rules.passed_over:
+        passed = PassedOver(
+            Ragged(arrays["passed_offsets"], arrays["passed_items"]), arrays["passed_times"]
+        )
     timeline = Timeline(
         arrays["user_offsets"], arrays["item"], arrays["time"], arrays["first_seen"],
         arrays["exists_from"], shown, manifest["timed"], arrays.get("strength"),
+        passed,
     )  # fmt: skip
     stored = load_arrays(path / "vectors.safetensors")
     vectors, rows = stored["vectors"], stored["rows"]

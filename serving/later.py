@@ -11,6 +11,8 @@ import numpy as np
 import polars as pl
 import torch
 
+from features.coding import beside_shown
+from features.passed import PassedOver
 from features.timeline import NEVER, Timeline
 from recsys.ragged import Ragged
 from recsys.tables import CONTEXT, Kind, Log
@@ -33,6 +35,7 @@ class Requests:
         items: the external ids that `shown` points into.
         clicked: (T,) bool beside `shown.values`.
         context: (R, C) codes of the context columns.
+        position: (T,) declared positions, negative where there is none; None: none at all.
     """
 
     user: pl.Series
@@ -41,6 +44,7 @@ class Requests:
     items: pl.Series
     clicked: np.ndarray
     context: np.ndarray
+    position: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,11 @@ class Later:
         kept, asked = np.flatnonzero(self.time >= moment), self.requests
         if asked is not None:
             rows = np.flatnonzero(asked.time >= moment)
-            clicked = Ragged(asked.shown.offsets, asked.clicked).take(rows)
+            offsets, position = asked.shown.offsets, asked.position
             asked = Requests(
                 asked.user.gather(rows), asked.time[rows], asked.shown.take(rows), asked.items,
-                clicked.values, asked.context[rows],
+                Ragged(offsets, asked.clicked).take(rows).values, asked.context[rows],
+                None if position is None else Ragged(offsets, position).take(rows).values,
             )  # fmt: skip
         return Later(
             self.user.gather(kept), self.item.gather(kept), self.time[kept], self.context[kept],
@@ -92,6 +97,7 @@ class CodedLater:
     shown: Ragged
     clicked: np.ndarray
     strength: np.ndarray | None = None
+    position: np.ndarray | None = None
 
 
 def from_log(log: Log, bundle: Bundle) -> Later:
@@ -105,7 +111,7 @@ def from_log(log: Log, bundle: Bundle) -> Later:
     requests = None
     if log.impressions is not None:
         schema = log.impressions.collect_schema().names()
-        there = [name for name in names if name in schema]
+        there = [name for name in ("position", *names) if name in schema]
         frame = log.impressions.select("request", "user", "time", "shown", "clicked", *there)
         asked = frame.sort("time", "request").collect()
         pairs = asked.with_row_index("r").select("r", "shown").explode("shown", empty_as_null=False)
@@ -131,6 +137,7 @@ def from_log(log: Log, bundle: Bundle) -> Later:
             items=items,
             clicked=hits.to_numpy(),
             context=_codes(asked, bundle),
+            position=_positions(asked, lengths),
         )
     time = events["time"].to_numpy()
     if not bundle.timeline.timed:
@@ -140,6 +147,12 @@ def from_log(log: Log, bundle: Bundle) -> Later:
         events["user"], events["item"], time, _codes(events, bundle), requests,
         events["weight"].cast(pl.Float32).to_numpy(),
     )  # fmt: skip
+
+
+def _positions(asked: pl.DataFrame, lengths: np.ndarray) -> np.ndarray | None:
+    """(T,) declared positions of what was shown, -1 where there is none."""
+    found = beside_shown(asked, "position", lengths)
+    return None if found is None else np.where(np.isnan(found), -1, found).astype(np.int64)
 
 
 def _codes(frame: pl.DataFrame, bundle: Bundle) -> np.ndarray:
@@ -184,6 +197,7 @@ def extend(bundle: Bundle, later: Later) -> tuple[Bundle, CodedLater]:
         ),
         clicked=np.empty(0, bool) if requests is None else requests.clicked,
         strength=later.strength,
+        position=None if requests is None else requests.position,
     )
     timeline = _timeline(bundle.timeline, coded, users.size, items.size)
     new_items = items.size - bundle.items.size
@@ -230,7 +244,14 @@ def _timeline(past: Timeline, later: CodedLater, n_users: int, n_items: int) -> 
         shown_item=later.shown.values if has_requests else None,
         shown_time=shown_time if has_requests else None,
         strength=later.strength,
-    )
+        # What the towers do not read is not gathered.
+        passed=None
+        if past.passed is None
+        else PassedOver.of_requests(
+            later.request_user, later.request_time, later.shown, later.clicked, later.position,
+            n_users,
+        ),
+    )  # fmt: skip
 
 
 def _model(model: TwoTower, n_items: int, n_users: int) -> TwoTower:

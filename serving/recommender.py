@@ -161,6 +161,8 @@ class Recommender:
         known = queries.users > 0
         if not any(True for _ in model.users.named_buffers()):
             known &= queries.users < model.user_spec.ids
+        if queries.passed is not None and model.rules.passed_over:
+            known |= queries.passed.lengths > 0
         return ~known & (queries.history.lengths == 0)
 
     def _at_most(self, k: int) -> int:

@@ -61,6 +61,7 @@ def by_hand(model: CausalTransformer, x: Tensor) -> Tensor:
     """(L, D) one user's entries → (L, D), entry by entry and head by head."""
     length, heads = len(x), model.layers[0].heads
     d = D // heads
+    x = x / x.norm(dim=1, keepdim=True) * D**0.5
     if model.place is not None:
         x = x + model.place.weight[:length]
     norm = torch.nn.functional.layer_norm
@@ -174,8 +175,9 @@ def test_with_rotary_places_where_a_long_history_is_cut_moves_no_place() -> None
 def test_the_transformer_starts_as_the_last_item() -> None:
     model, asked = CausalTransformer(D, 30, layers=2).eval(), side([4, 0, 1])
     items = torch.randn(N_ITEMS, D)
-    wanted = torch.stack([items[asked.history[3]], model.empty, items[asked.history[4]]])
-    assert torch.equal(model(items, asked), wanted)
+    unit = torch.nn.functional.normalize(items) * D**0.5
+    wanted = torch.stack([unit[asked.history[3]], model.empty, unit[asked.history[4]]])
+    torch.testing.assert_close(model(items, asked), wanted)
 
 
 def test_dropout_is_for_training_alone() -> None:

@@ -18,13 +18,12 @@ from features.batches import Batches, TrainingEvents
 from features.timeline import STATISTICS, Timeline
 from recsys.ragged import Ragged
 from towers.blocks import FeatureSpec, FeatureTable
-from towers.encode import encode_items, encode_users
-from towers.losses import in_batch_softmax
 from towers.data import InteractionData
+from towers.encode import encode_items, encode_users
 from towers.rules import TrainingRules, metric_at
 from towers.training import Temperature, TwoTowerModule
-from towers.validation import Validation
 from towers.two_tower import TowerRules, TwoTower
+from towers.validation import Validation
 
 lightning = pytest.importorskip("pytorch_lightning")
 TASTES, EACH, PEOPLE = 2, 6, 40
@@ -72,6 +71,7 @@ def towers(seed: int = 0, statistics: int = 0, **rules: Any) -> TwoTower:
     )
 
 
+SHORT = TowerRules(max_history=5)
 RULES = TrainingRules(
     batch_size=32, monitor="recall_at_1", learning_rate=0.02, warmup_steps=3, temperature=0.1
 )
@@ -104,7 +104,7 @@ def learn(
 ) -> tuple[TwoTowerModule, Any]:  # fmt: skip
     events, validation = checkerboard()
     module = TwoTowerModule(towers(seed, **(tower_rules or {})), rules)
-    data = InteractionData(events, validation, rules, towers=TowerRules(max_history=5), statistics=False, seed=seed)
+    data = InteractionData(events, validation, rules, towers=SHORT, statistics=False, seed=seed)
     torch.manual_seed(seed if resume is None else 999)
     running = trainer(epochs, *callbacks, **options)
     with warnings.catch_warnings():
@@ -221,6 +221,32 @@ def batch_with_skips() -> Batch:
     return next(iter(Batches(full, batch_size=32, known="past", uniform_negatives=2)))
 
 
+def by_hand(
+    users: torch.Tensor, items: torch.Tensor, batch: Batch, logq: bool, share: float | None
+) -> torch.Tensor:
+    """The loss, one example and one negative at a time; skips apart when they have a share."""
+    total = torch.zeros(())
+    for b, target in enumerate(batch.target.tolist()):
+        positive = users[b] @ items[target] / 0.1
+        known = batch.known[1][batch.known[0] == b].tolist()
+        drawn = [
+            (users[b] @ items[n] / 0.1 - batch.log_inclusion[n] * logq).exp()
+            for n in range(batch.n_candidates)
+            if n != target and n not in known
+        ]
+        mine = batch.own[0] == b
+        passed = [
+            (users[b] @ items[row] / 0.1 + weight).exp()
+            for row, weight in zip(batch.own[1][mine], batch.own_log_weight[mine], strict=True)
+        ]
+        first = drawn if share is not None else drawn + passed
+        loss = (positive.exp() + sum(first)).log() - positive
+        if share is not None:
+            loss = loss + share * ((positive.exp() + sum(passed)).log() - positive)
+        total = total + batch.weight[b] * loss
+    return total / batch.weight.sum()
+
+
 @pytest.mark.parametrize("logq", [True, False])
 @pytest.mark.parametrize(("skips", "share"), [("apart", 0.7), ("in_softmax", None)])
 def test_the_loss_of_a_batch_is_that_of_its_vectors_and_edges(
@@ -230,12 +256,8 @@ def test_the_loss_of_a_batch_is_that_of_its_vectors_and_edges(
     rules = RULES.model_copy(update={"logq": logq, "skips": skips, "skip_weight": 0.7})
     module = TwoTowerModule(model, rules).eval()
     embedded = model.embed_items(batch.rows)
-    wanted = in_batch_softmax(
-        model.encode_users(batch.user, embedded), model.item_tower(embedded), batch.target,
-        log_inclusion=batch.log_inclusion * logq, temperature=0.1, known=batch.known,
-        skips=batch.own, skip_log_weight=batch.own_log_weight, skip_share=share,
-        weight=batch.weight,
-    )  # fmt: skip
+    users = model.encode_users(batch.user, embedded)
+    wanted = by_hand(users, model.item_tower(embedded), batch, logq, share)
     assert batch.own.shape[1] and batch.known.shape[1]
     torch.testing.assert_close(module.loss(batch), wanted)
 
@@ -266,7 +288,12 @@ def test_validation_equals_ranking_everything_by_hand() -> None:
     model = towers(statistics=len(STATISTICS))
     rules = RULES.model_copy(update={"monitor": "recall_at_3"})
     data = InteractionData(
-        checkerboard()[0], validation, rules, towers=TowerRules(max_history=5), statistics=True, seed=0
+        checkerboard()[0],
+        validation,
+        rules,
+        towers=TowerRules(max_history=5),
+        statistics=True,
+        seed=0,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -349,7 +376,7 @@ def test_the_learned_temperature_moves_and_the_fixed_one_does_not() -> None:
 
 def test_without_a_validation_side_training_goes_through() -> None:
     events, _ = checkerboard()
-    data = InteractionData(events, None, RULES, towers=TowerRules(max_history=5), statistics=False, seed=0)
+    data = InteractionData(events, None, RULES, towers=SHORT, statistics=False, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         running = trainer(2)

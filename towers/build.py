@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from features.batches import TrainingEvents
-from features.examples import ask, timeline_until
-from features.timeline import STATISTICS, statistic_scale
+from features.examples import ask, asking, timeline_until
+from features.timeline import STATISTICS, Timeline, statistic_scale
 from recsys.errors import ConfigError
 from recsys.ragged import Ragged
 from recsys.tables import Side
 from towers.blocks import FeatureTable
 from towers.rules import TrainingRules
 from towers.two_tower import TowerRules, TwoTower
-from towers.validation import Validation
+from towers.validation import ShownLists, Validation
 
 if TYPE_CHECKING:
     from features.dataset import Dataset
@@ -68,6 +68,14 @@ def _need_clock(rules: TowerRules, dataset: Dataset) -> None:
         )
 
 
+def _need_lists(rules: TowerRules, dataset: Dataset) -> None:
+    if rules.passed_over and not (len(dataset.request_user) and dataset.manifest["timed"]):
+        raise ConfigError(
+            "towers.passed_over reads what users were shown and passed over, and this log has no "
+            "impression lists with a clock. Set it to false."
+        )
+
+
 def build_model(
     dataset: Dataset,
     rules: TowerRules,
@@ -89,9 +97,11 @@ def build_model(
         seed: of the initial weights.
 
     Raises:
-        ConfigError: the towers are to read times or statistics, and the log has no clock.
+        ConfigError: the towers are to read times or statistics, and the log has no clock; or what
+            was passed over, and it has no impression lists.
     """
     _need_clock(rules, dataset)
+    _need_lists(rules, dataset)
     items = FeatureTable(
         dataset.n_items,
         text=_floats(item_text),
@@ -134,6 +144,7 @@ def standardise(model: TwoTower, events: TrainingEvents, seed: int) -> None:
         return
     rng = np.random.default_rng([seed, 7])
     times = np.asarray(events.timeline.time)
+    times = times if events.learned is None else times[events.learned]
     moments = rng.choice(times, size=min(64, len(times)), replace=False)
     mean, scale = statistic_scale(events.timeline, [int(m) for m in moments], 512, rng)
     model.item_tower.inputs.standardise(
@@ -165,14 +176,15 @@ def validation_side(
     drop_seen: bool,
     statistics: bool,
     seed: int,
+    passed: bool = False,
 ) -> Validation | None:
     """The validation side as queries, a seeded sample of many; None when it is empty."""
     chosen = np.flatnonzero(np.asarray(dataset.event_side) == Side.VALID)
     if not len(chosen):
         return None
-    past = timeline_until(dataset, Side.VALID)
+    past = timeline_until(dataset, Side.VALID, passed)
     # At one cut-off nothing of the validation side itself is known yet.
-    known = past if each_event else timeline_until(dataset, Side.TRAIN)
+    known = past if each_event else timeline_until(dataset, Side.TRAIN, passed)
     cutoff = dataset.manifest["split"]["valid_from"] if past.timed else None
     if past.timed and cutoff is None:
         # Leave-one-out has no cut-off for all; what is known ends with the last training event.
@@ -202,4 +214,35 @@ def validation_side(
         order = np.argsort(moments, kind="stable")
         queries, targets, moments = queries.take(order), targets.take(order), moments[order]
     seen = known.histories(queries.users, queries.times) if drop_seen else None
-    return Validation(queries, targets, seen, known, moments)
+    shown = None
+    if rules.monitor == "auc":
+        shown = shown_lists(dataset, past, max_history, refresh)
+    return Validation(queries, targets, seen, known, moments, shown)
+
+
+def shown_lists(dataset: Dataset, past: Timeline, max_history: int, refresh: int) -> ShownLists:
+    """Lists shown on the validation side that hold something clicked and something not.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    rows = np.flatnonzero(np.asarray(dataset.request_side) == Side.VALID)
+    offsets = np.asarray(dataset.request_offsets)
+    items = Ragged(offsets, dataset.shown_item).take(rows)
+    clicked = Ragged(offsets, dataset.shown_clicked).take(rows)
+    chosen = np.bincount(clicked.row_of(), clicked.values, len(clicked))
+    times = np.asarray(dataset.request_time)[rows]
+    mixed = np.flatnonzero((chosen > 0) & (chosen < clicked.lengths))
+    mixed = mixed[np.argsort(times[mixed], kind="stable")]
+    moments = moments_of(times[mixed], refresh)
+    if moments is None or not past.timed:
+        raise ConfigError(
+            'training.monitor = "auc" orders what was shown, and the validation side has no list '
+            "with something clicked and something not. Take ndcg_at_20, or another split."
+        )
+    users = np.asarray(dataset.request_user)[rows][mixed].astype(np.int64)
+    context = np.asarray(dataset.request_context)[rows][mixed]
+    queries = asking(
+        past, users, times[mixed], context if context.shape[1] else None, last=max_history
+    )
+    return ShownLists(queries, items.take(mixed), clicked.take(mixed).values > 0, past, moments)

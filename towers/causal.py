@@ -3,8 +3,9 @@
 Linear layers, norms and feed-forward layers run on packed entries, without padding. Only attention
 needs a block, and gets one for users of about equally long histories at a time.
 
-Places. Rotary ones are the default: attention sees how many entries lie between two. That is
-causal; it does not depend on where a long history was cut off, while a number counted from the
+Places. Attention sees how many entries lie between two, by a learned logit for each distance (the
+default, which learns to look at what came last within an epoch) or by rotation. That is causal; it
+does not depend on where a long history was cut off, while a number counted from the
 oldest kept entry moves with the cut; and no place of a long history goes untrained because few
 users reach it, as most do where lengths follow a power law. Places counted from the newest entry
 would tell an entry how many are still to come, and when serving they would mean something else.
@@ -96,11 +97,13 @@ class CausalTransformer(nn.Module):
 
     Args:
         dimension: D, divisible by twice the heads.
-        max_history: learned places; rotary ones need no number.
+        max_history: places or distances that can be told apart; rotary ones need no number.
         layers, heads: how many.
         hidden: width of the feed-forward layers.
-        dropout: probability, of the entries and behind each layer.
-        place: "rotary": attention sees how many entries lie between two (Su et al., 2021).
+        dropout: probability, behind each layer.
+        entry_dropout: probability, of the entries' dimensions.
+        place: "distance": a learned logit for each number of entries between two, one a head (as
+            the relative bias of T5; Raffel et al., 2020). "rotary": by rotation (Su et al., 2021).
             "learned": a vector for each place counted from the oldest entry that is kept.
         inputs: see `EntryInputs`; times count from each entry to the next.
     """
@@ -114,20 +117,27 @@ class CausalTransformer(nn.Module):
         heads: int = 1,
         hidden: int = 256,
         dropout: float = 0.0,
-        place: str = "rotary",
+        entry_dropout: float = 0.0,
+        place: str = "distance",
         inputs: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
-        self.dropout, self.shortest = dropout, SHORTEST_CLASS
+        self.entry_dropout, self.shortest = entry_dropout, SHORTEST_CLASS
         self.empty = nn.Parameter(torch.randn(dimension) / dimension**0.5)
         self.place = small(nn.Embedding(max_history, dimension)) if place == "learned" else None
         if place == "rotary":
             half = dimension // heads // 2
             frequencies = ROTARY_BASE ** (-torch.arange(half) / half)
             self.frequencies = nn.Buffer(frequencies, persistent=False)
+        self.distance = None
+        if place == "distance":
+            self.distance = nn.Parameter(torch.zeros(heads, max_history))
         self.layers = nn.ModuleList(
             _CausalLayer(dimension, heads, hidden, dropout) for _ in range(layers)
         )
+        self.norm, self.last = nn.LayerNorm(dimension), nn.Linear(dimension, dimension)
+        nn.init.eye_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
         self.inputs = EntryInputs(dimension, inputs, dropout)
 
     def forward(self, items: Tensor, side: UserSide) -> Tensor:
@@ -142,22 +152,28 @@ class CausalTransformer(nn.Module):
             learned empty vector where there is none.
         """
         rows, entries = self.inputs(items, side, to_next=True)
-        x = rows[entries].to(self.empty.dtype)  # (H, D)
+        # At length √D, as layers expect their inputs: whatever length item vectors have come to,
+        # what the layers add weighs the same beside them.
+        unit = F.normalize(rows.to(self.empty.dtype), dim=-1, eps=1e-6)
+        x = unit[entries] * unit.shape[-1] ** 0.5  # (H, D)
         lengths = side.lengths
         user = user_of_entry(side)
         place = torch.arange(len(user), device=user.device) - (lengths.cumsum(0) - lengths)[user]
         rotation = None
-        if self.place is None:
+        if self.distance is None and self.place is None:
             angle = place[:, None] * self.frequencies  # (H, D / heads / 2)
             rotation = torch.stack([angle.cos(), angle.sin()]).to(x.dtype)
-        else:
+        elif self.place is not None:
             x = x + self.place(place.clamp(max=self.place.num_embeddings - 1))
-        x = F.dropout(x, self.dropout, self.training)
+        x = F.dropout(x, self.entry_dropout, self.training)
         blocks = Blocks.of(lengths, user, place, self.shortest)
         asked = lengths.cumsum(0)[blocks.users] - 1 if side.at is None else side.at
         for number, layer in enumerate(self.layers, 1):
             # Behind the last attention, only what is asked for goes on.
-            x = layer(x, blocks, rotation, asked if number == len(self.layers) else None)
+            x = layer(
+                x, blocks, rotation, self.distance, asked if number == len(self.layers) else None
+            )
+        x = self.last(self.norm(x))
         if side.at is not None:
             return x
         return self.empty.expand(len(lengths), -1).index_copy(0, blocks.users, x)
@@ -178,17 +194,24 @@ class _CausalLayer(nn.Module):
         nn.init.zeros_(self.down.bias)
 
     def forward(
-        self, x: Tensor, blocks: Blocks, rotation: Tensor | None, asked: Tensor | None
+        self,
+        x: Tensor,
+        blocks: Blocks,
+        rotation: Tensor | None,
+        distance: Tensor | None,
+        asked: Tensor | None,
     ) -> Tensor:
         """(H, D) → (H, D), or only the entries `asked` (Q,) → (Q, D)."""
-        heard = self.out(self._attend(self.before_attention(x), blocks, rotation))
+        heard = self.out(self._attend(self.before_attention(x), blocks, rotation, distance))
         if asked is not None:
             x, heard = x[asked], heard[asked]
         x = x + F.dropout(heard, self.dropout, self.training)
         wide = F.dropout(F.gelu(self.up(self.before_forward(x))), self.dropout, self.training)
         return x + F.dropout(self.down(wide), self.dropout, self.training)
 
-    def _attend(self, x: Tensor, blocks: Blocks, rotation: Tensor | None) -> Tensor:
+    def _attend(
+        self, x: Tensor, blocks: Blocks, rotation: Tensor | None, distance: Tensor | None
+    ) -> Tensor:
         """(H, D) → (H, D): attention of each entry to those of its user up to itself."""
         if not len(x):
             return x
@@ -204,9 +227,26 @@ class _CausalLayer(nn.Module):
             padded = part.view(users, width, *entries.shape[1:]).permute(2, 0, 3, 1, 4)
             # (3, users, heads, width, d). Attention weights are not dropped out: that takes the
             # slow way, with all of them in memory.
-            out = F.scaled_dot_product_attention(padded[0], padded[1], padded[2], is_causal=True)
+            bias = None if distance is None else causal_bias(distance, width)
+            out = F.scaled_dot_product_attention(
+                padded[0], padded[1], padded[2], attn_mask=bias, is_causal=bias is None
+            )
             heard.append(out.transpose(1, 2).reshape(users * width, -1))
         return torch.cat(heard).index_select(0, blocks.back)
+
+
+def causal_bias(distance: Tensor, width: int) -> Tensor:
+    """(heads, width, width) logits of looking so far back; -inf for looking ahead.
+
+    Args:
+        distance: (heads, P) logit for each number of entries back; what is further counts as the
+            furthest.
+        width: of the block.
+    """
+    place = torch.arange(width, device=distance.device)
+    back = place[:, None] - place
+    known = distance[:, back.clamp(0, distance.shape[1] - 1)]
+    return known.masked_fill(back < 0, -torch.inf)
 
 
 def rotated(x: Tensor, rotation: Tensor) -> Tensor:

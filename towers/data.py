@@ -17,7 +17,9 @@ from towers.validation import Blocks, Validation
 class InteractionData(lightning.LightningDataModule):
     """Training batches and validation blocks.
 
-    Under DDP each rank makes its own equal part of every batch of the plan.
+    Under DDP each rank makes its own equal part of every batch of the plan. A transformer that is
+    trained at every position never asks for the vector of an empty history: there it needs
+    `strategy="ddp_find_unused_parameters_true"`.
 
     Args:
         events: the training side.
@@ -58,6 +60,7 @@ class InteractionData(lightning.LightningDataModule):
             history_dropout=rules.history_dropout,
             elapsed=timed and "recency" in towers.history_inputs,
             strength="strength" in towers.history_inputs,
+            passed=towers.passed_over,
             half_life=None if rules.half_life is None else duration(rules.half_life),
             negatives=rules.negatives,
             uniform_negatives=rules.uniform_negatives,
@@ -69,8 +72,10 @@ class InteractionData(lightning.LightningDataModule):
             if rules.skips == "apart"
             else rules.skip_weight,
             given=self.given,
+            per_query=rules.given_per_query,
             counts=rules.counts,
             statistics=self.statistics,
+            symmetric=rules.symmetric > 0,
             seed=self.seed,
             rank=rank,
             world=world,
@@ -104,6 +109,12 @@ def plan_of(rules: TrainingRules, towers: TowerRules, statistics: bool) -> PlanN
     """
     from recsys.errors import ConfigError
 
+    if towers.passed_over and rules.batches == "by_user":
+        raise ConfigError(
+            'training.batches = "by_user" asks once for everything a user chose, and what was '
+            "passed over beside it would tell it: set towers.passed_over to false, or take other "
+            "batches."
+        )
     if rules.batches == "auto":
         if statistics:
             return "in_time"

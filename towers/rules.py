@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
+from torch import Tensor
 
 from recsys.metrics import hit_rate_at, ndcg_at, recall_at
 from recsys.split import duration
@@ -44,6 +45,9 @@ class TrainingRules(Strict):
     """in_time: a window ends when it spans so much time, however few events it holds."""
     history_dropout: float = Field(0.2, ge=0, lt=1)
     """by_user: share of a user's items left out of the history that foretells all of them."""
+    since: Span = None
+    """Learn from positives of so much time before the end of the training side only ("5d"); what is
+    older is history. For logs whose beginning is of another kind, or long past."""
     half_life: Span = None
     """An event counts half when it is so much older than the newest; None: all alike."""
     epochs: int = Field(30, ge=1)
@@ -54,8 +58,8 @@ class TrainingRules(Strict):
     """Once the epoch is chosen, train again from the start on train and validation side together,
     for so many epochs: what happened last before the cut-off says most about what comes next."""
     monitor: str = "ndcg_at_20"
-    """Picks the epoch, by full ranking of the validation side: recall_at_K, ndcg_at_K or
-    hit_rate_at_K."""
+    """Picks the epoch: recall_at_K, ndcg_at_K or hit_rate_at_K by full ranking of the validation
+    side, or auc, by how well the lists shown on it are ordered."""
     validation_queries: int = Field(20_000, ge=1)
     """At most so many validation queries an epoch, a seeded sample."""
 
@@ -72,6 +76,11 @@ class TrainingRules(Strict):
     """Steps before the queue is used: vectors have to settle first."""
     mined: MiningRules = Field(default_factory=MiningRules)
     """Hard negatives from the top of the current model's own ranking."""
+    given: str | None = None
+    """File of negatives: columns user, item and perhaps weight (how many items a pair counts as; 1
+    where it is not said), in the ids of the log."""
+    given_per_query: int = Field(10, ge=1)
+    """Of the negatives given for a user, at most so many are drawn for each example."""
     logq: bool = True
     """Correct drawn negatives by their inclusion probability."""
     counts: Literal["exact", "streaming"] = "exact"
@@ -82,6 +91,8 @@ class TrainingRules(Strict):
     """apart: a softmax of the positive against the skips of its own request, beside the main one.
     in_softmax: skips stand among the drawn negatives; each of those stands for many items, so that
     weights far above 1 are needed for skips to be felt."""
+    skip_scale: float = Field(1.0, gt=0)
+    """apart: multiplies the logits of the term, so that it may be sharper than the rest."""
     skip_weight: float = Field(0.3, ge=0)
     """apart: weight of the term; in_softmax: how many items a skip counts as; 0: no skips."""
 
@@ -91,10 +102,10 @@ class TrainingRules(Strict):
     )
     """softmax (InfoNCE), bilateral softmax, pairwise softmax, softmax at K, triplet, additive
     margin, cosine contrastive: see towers/objectives.py."""
-    objective_options: dict[str, float | int | str] = Field(default_factory=dict)
+    objective_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Of the objective, by the names of its arguments, e.g. {t2 = 1.2} for bsl."""
-    symmetric: float = Field(0.0, ge=0)
-    """Weight of the softmax from item to user beside that from user to item."""
+    symmetric: float = Field(0.0, ge=0, le=1)
+    """Share of the same objective from item to user; the rest is from user to item."""
     matryoshka: tuple[Annotated[int, Field(ge=2)], ...] = ()
     """Leading dimensions that have to rank well on their own, too, e.g. [16, 32]."""
     temperature: float = Field(0.1, gt=0)
@@ -128,7 +139,8 @@ class TrainingRules(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        metric_at(self.monitor)
+        if self.monitor != "auc":
+            metric_at(self.monitor)
         _check_options(self.objective, self.objective_options)
         if self.negatives == "all" and (self.uniform_negatives or self.queue):
             raise ValueError(
@@ -139,17 +151,27 @@ class TrainingRules(Strict):
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    known = [
-        p.name
-        for p in inspect.signature(OBJECTIVES[name]).parameters.values()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    for option in options:
+    objective = OBJECTIVES[name]
+    hints = get_type_hints(objective)
+    known = {
+        p.name: hints[p.name]
+        for p in inspect.signature(objective).parameters.values()
+        # What is a tensor is of a batch, and no option.
+        if p.kind is inspect.Parameter.KEYWORD_ONLY and Tensor not in get_args(hints[p.name])
+    }
+    for option, value in options.items():
         if option not in known:
             raise ValueError(
                 f"the objective {name!r} has no option {option!r}; it takes "
                 f"{', '.join(known) or 'none'}."
             )
+        try:
+            TypeAdapter(known[option]).validate_python(value, strict=True)
+        except ValidationError as error:
+            said = error.errors()[0]["msg"].removeprefix("Input s")
+            raise ValueError(
+                f"the option {option!r} of the objective {name!r} is {value!r}, but it s{said}."
+            ) from None
 
 
 def fitting_batch(rules: TrainingRules, events: int) -> int:
@@ -170,5 +192,7 @@ def metric_at(name: str) -> tuple[str, int]:
     """
     stem, _, k = name.rpartition("_")
     if stem not in METRICS or not k.isdigit() or int(k) < 1:
-        raise ValueError(f"{name!r} is no metric; use {', '.join(m + '_K' for m in METRICS)}.")
+        raise ValueError(
+            f"{name!r} is no metric; use {', '.join(m + '_K' for m in METRICS)} or auc."
+        )
     return stem, int(k)

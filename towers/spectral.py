@@ -78,6 +78,9 @@ def spectral(timeline: Timeline, dimension: int, seed: int) -> Spectral:
 
 REACH, DECAY = 15, 0.8
 """Company is kept with so many entries before, each a fifth less than the one after it."""
+LENGTH = 0.25
+"""Of id vectors that start from company. Only directions are scored, and the shorter a vector, the
+further a step turns it. Beside text or given vectors they have length 1, as those have."""
 
 
 def company(timeline: Timeline, dimension: int, seed: int) -> np.ndarray:
@@ -141,14 +144,16 @@ def start(model: TwoTower, timeline: Timeline, kind: str, seed: int) -> None:
         )
     tower = model.user_tower
     if kind == "company":
-        vectors = company(timeline, model.rules.dimension, seed)
-        tables = [ids] if tower.history_ids is None else [ids, tower.history_ids]
-        _set([(table, vectors) for table in tables])
+        content = model.item_spec.text or model.item_spec.vector
+        vectors = company(timeline, model.rules.dimension, seed) * (1.0 if content else LENGTH)
+        own = tower.history_ids if model.rules.history_table == "own" else None
+        _set([(table, vectors) for table in (ids, own) if table is not None])
         return
     found = spectral(timeline, model.rules.dimension, seed)
     pairs: list[tuple[torch.nn.Embedding, np.ndarray]] = []
     if tower.history_ids is not None:
-        pairs += [(ids, found.item), (tower.history_ids, found.history)]
+        offset = found.item if model.rules.history_table == "offset" else 0.0
+        pairs += [(ids, found.item), (tower.history_ids, found.history - offset)]
     elif tower.history_weight is not None:
         length = np.linalg.norm(found.history, axis=1, keepdims=True)
         pairs += [(ids, found.item), (tower.history_weight, np.log(np.maximum(length, 1e-6)))]

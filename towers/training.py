@@ -20,6 +20,8 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from features.batch import Batch, Source
+from features.batches import Batches
+from recsys.errors import ConfigError
 from recsys.search import ExactIndex, search_interests
 from towers.audit import Audit, Draws, audit
 from towers.encode import encode_items, encode_users
@@ -32,7 +34,7 @@ from towers.rules import METRICS, TrainingRules, metric_at
 from towers.scores import Scores
 from towers.text import text_groups
 from towers.two_tower import TwoTower
-from towers.validation import ValidationBlock
+from towers.validation import ShownLists, ValidationBlock
 
 MOST_LOGITS = 1 << 28
 """Entries of the score matrix, a GiB of float32, beyond which it is worked through in tiles."""
@@ -79,6 +81,10 @@ class TwoTowerModule(lightning.LightningModule):
         self.remembered = None
         if rules.queue:
             self.remembered = Remembered(model.items.n_rows, model.vector_dimension)
+            # Ranks see other items each; DDP would write rank 0's memory over all of them.
+            self._ddp_params_and_buffers_to_ignore = [
+                f"remembered.{name}" for name, _ in self.remembered.named_buffers()
+            ]
         self._vectors: tuple[int | None, ExactIndex] | None = None
         self._values: list[np.ndarray] = []
         self._since = (0.0, 0)
@@ -106,11 +112,11 @@ class TwoTowerModule(lightning.LightningModule):
             blocked = torch.zeros_like(log_weight)
             blocked[batch.n_candidates :].masked_fill_(~usable, -torch.inf)
             log_weight = log_weight + blocked
-        columns = len(log_weight)
-        tile = rules.tile
-        if tile == "auto":
-            rows = len(batch.target) if batch.owner is None else batch.n_queries
-            tile = max(1, MOST_LOGITS // columns) if rows * columns > MOST_LOGITS else None
+        # As many rows as fit or more are no tiles, so that nothing is made again then.
+        tile = max(1, MOST_LOGITS // len(log_weight)) if rules.tile == "auto" else rules.tile
+        of_users = None
+        if rules.logq and batch.user_log_inclusion is not None:
+            of_users = -batch.user_log_inclusion
         several = users.ndim == 3
         found = Scores(
             users=users[:, 0] if several else users,
@@ -125,11 +131,16 @@ class TwoTowerModule(lightning.LightningModule):
             own_log_weight=batch.own_log_weight,
             own_source=batch.own_source,
             joining=None if rules.skips == "in_softmax" else (Source.MINED, Source.GIVEN),
+            user_log_weight=of_users,
             tile=tile,
         )
         if several:
             nearest = choose_interest(users, items[batch.target], batch.owner)
-            found = replace(found.per_example(), users=nearest)
+            if of_users is not None and batch.owner is not None:
+                # Each of a query's examples is a column of its own now.
+                examples = torch.bincount(batch.owner, minlength=len(of_users))
+                of_users = (of_users - examples.log())[batch.owner]
+            found = replace(found.per_example(), users=nearest, user_log_weight=of_users)
         return found
 
     def loss(self, batch: Batch) -> Tensor:
@@ -140,7 +151,7 @@ class TwoTowerModule(lightning.LightningModule):
             self._audit = self._audited(batch, users, items, scores)
         loss = self.objective(scores)  # (B,)
         if self.rules.skips == "apart" and self.rules.skip_weight and batch.own.shape[1]:
-            loss = loss + self.rules.skip_weight * skip_term(scores)
+            loss = loss + self.rules.skip_weight * skip_term(scores, scale=self.rules.skip_scale)
         if self.remembered is not None and self.training:
             n = batch.n_candidates
             self.remembered.write(batch.rows[:n], items[:n].detach())
@@ -174,10 +185,16 @@ class TwoTowerModule(lightning.LightningModule):
             self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
 
+    def on_train_start(self) -> None:
+        # The batches say when an epoch begins: Lightning does not announce the one after a
+        # checkpoint of an epoch's last step.
+        batches = self.trainer.train_dataloader
+        if self.rules.mined.per_query and isinstance(batches, Batches):
+            batches.before_epoch = lambda epoch: mine_again(
+                self.model, batches, self.rules.mined, epoch
+            )
+
     def on_train_epoch_start(self) -> None:
-        data = getattr(self.trainer, "datamodule", None)
-        if data is not None and self.rules.mined.per_query:
-            mine_again(self.model, data.batches, self.rules.mined, self.current_epoch)
         self._since = (time.perf_counter(), 0)
         self._draws = Draws(self.model.items.n_rows)
 
@@ -216,7 +233,7 @@ class TwoTowerModule(lightning.LightningModule):
             self._vectors = (moment, ExactIndex(vectors, self.device))
         queries = validation.queries.take(rows)
         users = encode_users(self.model, queries, timeline, moment)
-        name, k = metric_at(self.rules.monitor)
+        name, k = metric_at(self._ranked)
         ranked, _scores = search_interests(
             self._vectors[1],
             users,
@@ -229,7 +246,23 @@ class TwoTowerModule(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         value = float(np.nanmean(np.concatenate(self._values))) if self._values else 0.0
         self._vectors, self._values = None, []
-        self.log(f"val/{self.rules.monitor}", value, prog_bar=True)
+        self.log(f"val/{self._ranked}", value, prog_bar=True)
+        if self.rules.monitor == "auc":
+            shown = self._lists()
+            self.log("val/auc", float(np.nanmean(shown.auc(self.model))), prog_bar=True)
+
+    @property
+    def _ranked(self) -> str:
+        """The metric of full ranking that is told, whatever picks the epoch."""
+        return "ndcg_at_20" if self.rules.monitor == "auc" else self.rules.monitor
+
+    def _lists(self) -> ShownLists:
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None or data.validation is None or data.validation.shown is None:
+            raise ConfigError(
+                'training.monitor = "auc" needs an InteractionData whose validation has lists.'
+            )
+        return data.validation.shown
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What a run that goes on has to take up again: generators of dropout, mined negatives."""

@@ -45,20 +45,28 @@ class TowerRules(Strict):
     history_inputs: tuple[Literal["recency", "strength"], ...] = ()
     """What is read of a history's entries beside the items: how long ago, and how strong the event
     was (its weight, such as a dwell time)."""
-    history_table: Literal["shared", "weighted", "own"] = "shared"
+    history_table: Literal["shared", "weighted", "offset", "own"] = "shared"
     """shared: histories read the item tower's own vectors; weighted: at length 1, times a learned
-    weight of each item; own: with a second id vector of each item."""
+    weight of each item; offset: plus a learned vector of each item that starts at zero, so that
+    what an item says of its user may drift from what it is found by; own: with a second id vector
+    of each item in place of the first."""
+    entry_dropout: float | None = Field(None, ge=0, lt=1)
+    """transformer: probability that a dimension of a history's entry is zeroed in training; None:
+    as `dropout`."""
     history_layers: int = Field(1, ge=1, le=8)
     """transformer: blocks of attention and feed-forward layer."""
     history_heads: int = Field(1, ge=1, le=64)
     """transformer: heads; twice their number divides the dimension."""
     history_hidden: int = Field(256, ge=1)
     """transformer: width of the feed-forward layers."""
-    history_place: Literal["rotary", "learned"] = "rotary"
-    """transformer: attention sees how far apart two entries are, or a vector for each place counted
-    from the oldest entry read is added."""
+    history_place: Literal["distance", "rotary", "learned"] = "distance"
+    """transformer: attention has a learned logit for each distance between two entries, or turns
+    them by it, or a vector for each place counted from the oldest entry read is added."""
     interests: int = Field(4, ge=1, le=64)
     """multi_interest: vectors of a user."""
+    passed_over: bool = False
+    """Read what the user was shown and passed over before, too (the newest 100), where the log has
+    impression lists; it starts by adding nothing."""
     user_id: bool = False
     """A vector of its own for every user of the training side; new users have only the rest."""
     item_id: bool = True
@@ -95,6 +103,7 @@ def _history(rules: TowerRules) -> History | CausalTransformer | MultiInterest |
             rules.dimension, rules.max_history, layers=rules.history_layers,
             heads=rules.history_heads, hidden=rules.history_hidden, dropout=rules.dropout,
             place=rules.history_place, inputs=inputs,
+            entry_dropout=rules.dropout if rules.entry_dropout is None else rules.entry_dropout,
         )  # fmt: skip
     if rules.history == "multi_interest":
         return MultiInterest(
@@ -153,8 +162,10 @@ class UserTower(nn.Module):
         self.features = FeatureEmbedding(spec, rules.dimension)
         self.history = _history(rules)
         self.history_ids = self.history_weight = None
-        if rules.history_table == "own" and rules.history != "none":
+        if rules.history_table in ("own", "offset") and rules.history != "none":
             self.history_ids = small(nn.Embedding(item_ids, rules.dimension, sparse=True))
+            if rules.history_table == "offset":
+                nn.init.zeros_(self.history_ids.weight)
         if rules.history_table == "weighted" and rules.history != "none":
             # Logarithms of weights; row 0 is of every item without an id.
             self.history_weight = nn.Embedding(item_ids, 1, sparse=True)
@@ -163,6 +174,12 @@ class UserTower(nn.Module):
             small(nn.Embedding(size, rules.dimension, padding_idx=0)) for size in context
         )
         self.deep = Residual(rules.dimension, rules.hidden, rules.dropout)
+        self.passed: nn.Linear | None = None
+        if rules.passed_over:
+            # Made last, so that all else starts as it does without.
+            self.passed = nn.Linear(rules.dimension, rules.dimension)
+            nn.init.zeros_(self.passed.weight)
+            nn.init.zeros_(self.passed.bias)
 
     def forward(self, side: UserSide, items: Tensor, table: FeatureTable) -> Tensor:
         """Encode users.
@@ -183,6 +200,9 @@ class UserTower(nn.Module):
             out = out[:, None]
         if self.history is not None:
             out = out + self.history(items, side)
+        if self.passed is not None and side.passed is not None:
+            said = self._passed_over(self.passed, side, items)
+            out = out + (said[:, None] if several else said)
         # Where no context is given, all of it is unknown, and unknown adds nothing.
         for context, codes in zip(self.context, side.context.T, strict=False):
             said = context(codes)
@@ -194,6 +214,19 @@ class UserTower(nn.Module):
         if self.rules.score == "cosine":
             return unit
         return torch.cat([unit, torch.ones_like(unit[..., :1])], dim=-1)
+
+    @staticmethod
+    def _passed_over(layer: nn.Linear, side: UserSide, items: Tensor) -> Tensor:
+        """(Q, D) what the mean of the passed-over items says; 0 where there is none."""
+        assert side.passed is not None and side.passed_lengths is not None  # they come together
+        lengths = side.passed_lengths
+        if len(side.passed):
+            mean = F.embedding_bag(
+                side.passed, items.float(), lengths.cumsum(0) - lengths, mode="mean"
+            )
+        else:
+            mean = items.new_zeros((len(lengths), items.shape[1])).float()
+        return layer(mean) * (lengths > 0)[:, None]
 
 
 class TwoTower(nn.Module):
@@ -276,12 +309,14 @@ class TwoTower(nn.Module):
                 share it.
         """
         own, weight = self.user_tower.history_ids, self.user_tower.history_weight
-        if own is not None:
+        if own is not None and self.rules.history_table == "own":
             if texts is None:
                 texts = self.read_texts(rows)
             return self.item_tower.inputs(rows, self.items, statistics, texts, ids=own)
         if embedded is None:
             embedded = self.embed_items(rows, statistics, texts)
+        if own is not None:
+            return embedded + own(torch.where(rows < own.num_embeddings, rows, 0))
         if weight is not None:
             known = torch.where(rows < weight.num_embeddings, rows, 0)
             return unit_vectors(embedded) * weight(known).exp()

@@ -1,0 +1,183 @@
+"""Time to quality beside `implicit`: recall against seconds of training, in one run.
+
+    python -m experiments.benchmarks.quality --train TRAIN [TRAIN …] --test TEST [--json FILE]
+        [--epochs 1 2 4 8 16] [--factors 64 256] [--iterations 1 3 10]
+
+TRAIN and TEST are LightGCN adjacency lists. Both sides learn from all of TRAIN and rank all items
+less the user's own for every user of TEST; seconds are those of learning alone, the start included,
+without reading the files and without ranking. The towers are those of the recipe `gowalla.toml`,
+trained anew for each number of epochs (the learning rate falls to zero at the last); `implicit` is
+its ALS with settings chosen on a hold-out of the training side (alpha 60, regularization 30).
+Needs `pip install implicit`. On a shared machine compare within one run only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from experiments.config import RunConfig
+    from features.dataset import Dataset
+    from towers.validation import Validation
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "gowalla.toml"
+K = 20
+AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Point:
+    """One training: what, how long, how good."""
+
+    model: str
+    seconds: float
+    recall: float
+    ndcg: float
+
+
+def asked(dataset: Dataset) -> Validation:
+    """Every user of the test side, with what it had and what it chose."""
+    from features.examples import ask, timeline_until
+    from recsys.tables import Side
+    from towers.validation import Validation
+
+    past = timeline_until(dataset, Side.VALID)
+    chosen = np.flatnonzero(np.asarray(dataset.event_side) == Side.TEST)
+    found = ask(
+        past,
+        np.asarray(dataset.event_user)[chosen],
+        np.asarray(dataset.event_item)[chosen],
+        np.asarray(dataset.event_time)[chosen],
+        each_event=False,
+        cutoff=None,
+        max_history=2000,
+        drop_seen=True,
+    )
+    seen = past.histories(found.queries.users)
+    return Validation(found.queries, found.targets, seen, past, None)
+
+
+def judged(users: np.ndarray, items: np.ndarray, validation: Validation) -> tuple[float, float]:
+    """Recall and NDCG at 20 of user vectors, one a query, and vectors of all item rows."""
+    from recsys.metrics import ndcg_at, recall_at
+    from recsys.search import ExactIndex
+
+    assert validation.seen is not None
+    index, values = ExactIndex(items), []
+    allowed = validation.timeline.alive(None)
+    for start in range(0, len(users), AT_ONCE):
+        rows = np.arange(start, min(start + AT_ONCE, len(users)))
+        ranked, _ = index.search(
+            users[rows], K, allowed=allowed, exclude=validation.seen.take(rows)
+        )
+        targets = validation.targets.take(rows)
+        values.append(np.stack([recall_at(ranked, targets, K), ndcg_at(ranked, targets, K)]))
+    recall, ndcg = np.concatenate(values, axis=1).mean(1)
+    return float(recall), float(ndcg)
+
+
+def towers(config: RunConfig, dataset: Dataset, validation: Validation, epochs: int) -> Point:
+    """Train the recipe for so many epochs."""
+    import pytorch_lightning as lightning
+    import torch
+
+    from features.examples import training_events
+    from recsys.tables import Side
+    from towers.build import build_model
+    from towers.data import InteractionData
+    from towers.encode import encode_items, encode_users
+    from towers.spectral import start
+    from towers.training import TwoTowerModule
+
+    rules = config.training.model_copy(update={"epochs": epochs})
+    events = training_events(dataset, skips=False, until=Side.VALID)
+    began = time.perf_counter()
+    model = build_model(dataset, config.towers, item_text=None, seed=config.seed)
+    if rules.start != "random":
+        start(model, events.timeline, rules.start, config.seed)
+    torch.manual_seed(config.seed)
+    trainer = lightning.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module = TwoTowerModule(model, rules)
+    data = InteractionData(events, None, rules, towers=config.towers, seed=config.seed)
+    if epochs:
+        trainer.fit(module, data)
+    seconds = time.perf_counter() - began
+    model.eval()
+    items = encode_items(model, np.arange(dataset.n_items))
+    users = encode_users(model, validation.queries)
+    return Point(f"towers, {epochs} epochs", seconds, *judged(users, items, validation))
+
+
+def als(validation: Validation, factors: int, iterations: int, seed: int) -> Point:
+    """`implicit`'s alternating least squares."""
+    from implicit.als import AlternatingLeastSquares
+    from scipy import sparse
+    from threadpoolctl import threadpool_limits
+
+    past = validation.timeline
+    seen = sparse.csr_matrix(
+        (np.ones(len(past.item), np.float32), (past.user, past.item)),
+        shape=(past.n_users, past.n_items),
+    )
+    with threadpool_limits(1, "blas"):  # its own advice: BLAS threads beside its own are very slow
+        began = time.perf_counter()
+        model = AlternatingLeastSquares(
+            factors=factors, alpha=60, regularization=30, iterations=iterations,
+            random_state=seed, num_threads=len(os.sched_getaffinity(0)),
+        )  # fmt: skip
+        model.fit(seen, show_progress=False)
+        seconds = time.perf_counter() - began
+    users = np.asarray(model.user_factors)[validation.queries.users]
+    name = f"ALS {factors}, {iterations} iterations"
+    return Point(name, seconds, *judged(users, np.asarray(model.item_factors), validation))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    from experiments.config import load
+    from experiments.run import prepare
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--train", nargs="+", required=True)
+    parser.add_argument("--test", required=True)
+    parser.add_argument("--epochs", nargs="*", type=int, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--factors", nargs="*", type=int, default=[64, 128, 256])
+    parser.add_argument("--iterations", nargs="*", type=int, default=[1, 3, 10])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="runs")
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args(arguments)
+    config = load(RECIPE, [f"seed={chosen.seed}", f"out={json.dumps(chosen.out)}"])
+    source = config.data.model_dump() | {
+        "train": chosen.train, "valid": None, "test": chosen.test,
+    }  # fmt: skip
+    config = config.model_copy(update={"data": type(config.data).model_validate(source)})
+    dataset = prepare(config)
+    validation = asked(dataset)
+    points = []
+    print("| model | seconds | recall@20 | ndcg@20 |\n|---|---|---|---|")
+    for point in (
+        *(als(validation, f, i, chosen.seed) for f in chosen.factors for i in chosen.iterations),
+        *(towers(config, dataset, validation, epochs) for epochs in chosen.epochs),
+    ):
+        points.append(point)
+    for point in sorted(points, key=lambda one: one.seconds):
+        print(f"| {point.model} | {point.seconds:.1f} | {point.recall:.4f} | {point.ndcg:.4f} |")
+    if chosen.json:
+        chosen.json.write_text(json.dumps([asdict(point) for point in points], indent=1))
+
+
+if __name__ == "__main__":
+    main()
