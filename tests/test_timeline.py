@@ -118,24 +118,34 @@ def test_statistics_equal_a_loop(world: World, at: int) -> None:
     for item in range(N_ITEMS):
         clicks = [t for _, i, t in world.events if i == item and t < at]
         shown = [t for i, t in world.shown if i == item and t < at]
-        recent = [sum(t >= at - window for t in clicks) for window in WINDOWS]
-        exposed = [sum(t >= at - window for t in shown) for window in WINDOWS[:2]]
+        recent = [sum(t >= at - window for t in clicks) for window in WINDOWS.values()]
+        exposed = [sum(t >= at - window for t in shown) for window in WINDOWS.values()]
         wanted = [
             math.log1p(max(0, at - item * 30 * HOUR) / HOUR),
             math.log1p(len(clicks)),
             *map(math.log1p, recent),
             *map(math.log1p, exposed),
-            math.log((recent[1] + 1) / (exposed[1] + 20)),
+            *(math.log((c + 1) / (s + 10)) for c, s in zip(recent, exposed, strict=True)),
         ]
         assert found[item].tolist() == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
 def test_the_names_of_statistics_say_their_windows() -> None:
     assert STATISTICS == (
-        "age", "clicks", "clicks_3h", "clicks_24h", "clicks_168h", "shown_3h", "shown_24h",
-        "click_rate",
+        "age", "clicks",
+        *(f"{what}_{window}" for what in ("clicks", "shown", "rate") for window in WINDOWS),
     )  # fmt: skip
-    assert WINDOWS == (3 * HOUR, DAY, 7 * DAY)
+    assert (WINDOWS["10m"], WINDOWS["3h"], WINDOWS["7d"]) == (HOUR // 6, 3 * HOUR, 7 * DAY)
+
+
+@given(WORLDS, TIMES)
+def test_counting_in_windows_and_searching_give_the_same(world: World, at: int) -> None:
+    rows = np.arange(N_ITEMS)
+    counted = world.timeline().statistics(rows, at)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("features.timeline.SEARCH_COST", -1)
+        searched = world.timeline().statistics(rows, at)
+    assert counted.tolist() == searched.tolist()
 
 
 def test_a_window_holds_its_first_moment_and_not_its_last() -> None:
@@ -150,7 +160,7 @@ def test_without_exposures_their_statistics_are_0() -> None:
         np.array([1]), np.array([1]), np.array([5]), n_users=2, first_seen=np.array([NEVER, 5])
     )
     found = timeline.statistics(np.array([0, 1]), HOUR + 5)
-    assert (found[:, 5:] == 0).all()
+    assert (found[:, 11:] == 0).all()
     assert found[1, 0] == pytest.approx(math.log(2))
     assert found[0].tolist() == [0.0] * len(STATISTICS)
 
@@ -243,16 +253,18 @@ def test_times_by_row_are_sorted(pairs: list[tuple[int, int]]) -> None:
     ]
 
 
-def test_the_scale_of_statistics_is_of_items_alive_and_never_0() -> None:
+def test_the_scale_is_of_items_alive_and_of_those_chosen_near_and_never_0() -> None:
     timeline = World([(1, 1, 10 * HOUR), (2, 2, 40 * HOUR)], []).timeline()
     at = 70 * HOUR  # items 1 and 2 are alive
     mean, scale = statistic_scale(timeline, [at], 100, np.random.default_rng(0))
-    said = timeline.statistics(np.array([1, 2]), at)
+    # Both that are alive, and of as many clicks around the moment the one that there is.
+    said = timeline.statistics(np.array([1, 2, 2]), at)
     assert mean.tolist() == pytest.approx(said.mean(0).tolist(), rel=1e-5)
     assert scale[0] == pytest.approx(said[:, 0].std(), rel=1e-5)
     assert scale[STATISTICS.index("clicks")] == 1.0  # both have one click
     nobody = statistic_scale(timeline, [0], 100, np.random.default_rng(0))
-    assert nobody[0].tolist() == [0.0] * 8 and nobody[1].tolist() == [1.0] * 8
+    assert nobody[0].tolist() == [0.0] * len(STATISTICS)
+    assert nobody[1].tolist() == [1.0] * len(STATISTICS)
 
 
 def test_elapsed_and_strength_by_hand() -> None:
