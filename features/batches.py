@@ -31,6 +31,10 @@ from features.parts import (
 from features.plans import Plan, Share, Shuffled, Windows
 from features.timeline import Timeline
 from recsys.ragged import Ragged, gather
+from recsys.tables import DAY
+
+SHOWN_WITHIN = 2 * DAY
+"""How far back it is counted how often an item was shown, where skips are corrected for it."""
 
 PlanName = Literal["random", "in_time", "by_user", "sequences"]
 
@@ -103,6 +107,9 @@ class Batches:
         known: which other items of a user are never its negatives: "all" of the training side,
             those of the "past" of the event, or "none".
         skip_weight: multiplies every skip's weight; 0 leaves skips out.
+        skip_correction: how far skips are corrected for having been drawn by who made the list: a
+            skip's weight is multiplied by (times the chosen item was shown in `SHOWN_WITHIN`
+            before, plus 1) / (the same of the skip), to this power.
         given: negatives of each user from a file, or None.
         per_query: at most so many of the negatives given for a user are drawn for each query; None:
             all. Of those mined, all stand.
@@ -137,6 +144,7 @@ class Batches:
         queue_after: int = 0,
         known: str = "all",
         skip_weight: float = 1.0,
+        skip_correction: float = 0.0,
         given: UserNegatives | None = None,
         per_query: int | None = None,
         counts: Literal["exact", "streaming"] = "exact",
@@ -151,6 +159,11 @@ class Batches:
             raise ValueError(f'Item statistics need the plan "in_time"; this one is "{plan}".')
         if (elapsed or half_life is not None) and not timeline.timed:
             raise ValueError("This log has no clock: leave elapsed at False and half_life at None.")
+        if skip_correction and (timeline.shown is None or not timeline.timed):
+            raise ValueError(
+                "skip_correction counts how often items were shown, and this log has no impression "
+                "lists with a clock: leave it at 0."
+            )
         if passed and timeline.passed is None:
             raise ValueError("This training side does not carry what was passed over.")
         if passed and plan == "by_user":
@@ -174,6 +187,7 @@ class Batches:
         self.negatives, self.uniform_negatives = negatives, uniform_negatives
         self.queue, self.queue_after = queue, queue_after
         self.skip_weight, self.per_query = skip_weight, per_query
+        self.skip_correction = skip_correction
         self.statistics, self.seed, self.share = statistics, seed, Share(rank, world)
         self.reading, self._plan = _planned(
             events, plan, batch_size, max_history, window_span, history_dropout, self.share
@@ -417,9 +431,25 @@ class Batches:
         end = np.asarray(skips.offsets)[asked.events + 1]
         passed = gather(skips.values, start, end)
         weights = gather(weight, start, end).values * self.skip_weight
+        if self.skip_correction:
+            weights = weights * self._as_drawn(asked.events[passed.row_of()], passed.values)
         return OwnNegatives.of(
             asked.query_of(passed.row_of()), passed.values, weights, Source.SKIPPED
         )
+
+    def _as_drawn(self, events: np.ndarray, skipped: np.ndarray) -> np.ndarray:
+        """(S,) what the weight of each skip is multiplied by.
+
+        Where a score says how often an item is chosen at all, it holds how often it is shown, and
+        in a list, which it has got into already, item i is chosen with odds e^s_i / shown_i.
+        """
+        timeline = self.events.timeline
+        times = np.asarray(timeline.time)[events]
+        chosen, other = (
+            timeline.shown_before(rows.astype(np.int64), times, SHOWN_WITHIN)
+            for rows in (timeline.item[events], skipped)
+        )
+        return ((chosen + 1.0) / (other + 1.0)) ** self.skip_correction
 
 
 def _planned(

@@ -253,6 +253,17 @@ class Timeline:
                 counts.append(np.bincount(what[start:end], minlength=self.n_items)[rows])
         return counts
 
+    def shown_before(self, rows: np.ndarray, moments: np.ndarray, window: int) -> np.ndarray:
+        """(Q,) how often each row was shown strictly before its moment, within the window.
+
+        Raises:
+            ValueError: the timeline holds no exposures.
+        """
+        if self.shown is None:
+            raise ValueError("This timeline holds no exposures.")
+        before = count_before(self.shown, rows, moments)
+        return before - count_before(self.shown, rows, moments - window)
+
     @staticmethod
     def _count(times: Ragged, rows: np.ndarray, moment: int, window: int | None) -> np.ndarray:
         before = count_before(times, rows, np.full(len(rows), moment, np.int64))

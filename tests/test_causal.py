@@ -73,7 +73,10 @@ def by_hand(model: CausalTransformer, x: Tensor) -> Tensor:
         for h in range(heads):
             for i in range(length):
                 left, right = q[i, h], k[: i + 1, h]  # (d,), (i + 1, d)
-                if model.place is None:
+                if model.distance is not None:
+                    back = (i - torch.arange(i + 1)).clamp(max=model.distance.shape[1] - 1)
+                    scores = right @ left + model.distance[h, back] * d**0.5
+                elif model.place is None:
                     apart = (i - torch.arange(i + 1))[:, None] * model.frequencies.double()
                     pairs = [torch.complex(*t.split(d // 2, -1)) for t in (left, right)]
                     turned = pairs[0] * torch.polar(torch.ones_like(apart), apart)
@@ -85,10 +88,10 @@ def by_hand(model: CausalTransformer, x: Tensor) -> Tensor:
         x = x + layer.out(heard)
         scaled = norm(x, (D,), layer.before_forward.weight, layer.before_forward.bias)
         x = x + layer.down(torch.nn.functional.gelu(layer.up(scaled)))
-    return x
+    return model.last(model.norm(x))
 
 
-@pytest.mark.parametrize("place", ["rotary", "learned"])
+@pytest.mark.parametrize("place", ["distance", "rotary", "learned"])
 @given(LENGTHS, SEED)
 @settings(max_examples=12, deadline=None)
 def test_packed_entries_give_what_a_loop_over_users_gives(
@@ -118,7 +121,7 @@ def test_packed_entries_give_what_a_loop_over_users_gives(
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("place", ["rotary", "learned"])
+@pytest.mark.parametrize("place", ["distance", "rotary", "learned"])
 def test_a_later_entry_changes_no_earlier_answer(place: str) -> None:
     model, asked = transformer(place=place), side([20, 3, 9])
     asked = replace(asked, at=torch.arange(32))
@@ -176,6 +179,7 @@ def test_the_transformer_starts_as_the_last_item() -> None:
     model, asked = CausalTransformer(D, 30, layers=2).eval(), side([4, 0, 1])
     items = torch.randn(N_ITEMS, D)
     unit = torch.nn.functional.normalize(items) * D**0.5
+    unit = torch.nn.functional.layer_norm(unit, (D,))
     wanted = torch.stack([unit[asked.history[3]], model.empty, unit[asked.history[4]]])
     torch.testing.assert_close(model(items, asked), wanted)
 

@@ -71,6 +71,7 @@ class InteractionData(lightning.LightningDataModule):
             skip_weight=float(rules.skip_weight > 0)
             if rules.skips == "apart"
             else rules.skip_weight,
+            skip_correction=rules.skip_correction,
             given=self.given,
             per_query=rules.given_per_query,
             counts=rules.counts,

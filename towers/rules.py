@@ -93,6 +93,10 @@ class TrainingRules(Strict):
     weights far above 1 are needed for skips to be felt."""
     skip_scale: float = Field(1.0, gt=0)
     """apart: multiplies the logits of the term, so that it may be sharper than the rest."""
+    skip_correction: float = Field(0.0, ge=0, le=1)
+    """apart: 1 corrects skips for how often they are shown, as drawn negatives are for how often
+    they are drawn, so that the term teaches the whole catalogue what is liked; 0 orders shown lists
+    best, at the cost of the whole catalogue. The score cannot do both; values between trade."""
     skip_weight: float = Field(0.3, ge=0)
     """apart: weight of the term; in_softmax: how many items a skip counts as; 0: no skips."""
 
