@@ -131,6 +131,7 @@ class Batch:
         statistics: (R, F) item statistics as of the batch's moment, F may be 0.
         user_log_inclusion: (Q,) log of how often the user of a query is expected to stand as a
             query of the batch's other draws; None where users are not told apart.
+        usual_weight: mean of `weight` over the training side; None: that of the batch.
     """
 
     user: UserSide
@@ -148,6 +149,7 @@ class Batch:
     weight: torch.Tensor
     statistics: torch.Tensor
     user_log_inclusion: torch.Tensor | None = None
+    usual_weight: float | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on another device; Lightning calls this."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -359,6 +360,7 @@ class Batches:
             own_log_weight=tensor(np.log(own.weight)),
             own_source=tensor(own.source),
             weight=tensor(self._weight(asked.events)),
+            usual_weight=self._usual_weight,
             statistics=tensor(
                 timeline.statistics(rows, moment)
                 if self.statistics and moment is not None
@@ -393,6 +395,16 @@ class Batches:
             else None,
             passed=None if passed is None else tensor(passed.values),
             passed_lengths=None if passed is None else tensor(passed.lengths),
+        )
+
+    @cached_property
+    def _usual_weight(self) -> float | None:
+        """Mean strength of what is learned from; None where all are alike."""
+        if self.events.weight is None and self.half_life is None:
+            return None
+        learned = self.events.learned
+        return float(
+            self._weight(np.arange(self.events.size) if learned is None else learned).mean()
         )
 
     def _weight(self, chosen: np.ndarray) -> np.ndarray:

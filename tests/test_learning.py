@@ -9,6 +9,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from torch import Tensor, nn
 
 from experiments.config import load
 from features.batch import Batch, Source
-from features.batches import Batches
+from features.batches import Batches, TrainingEvents
+from features.timeline import Timeline
 from recsys.errors import ConfigError
+from recsys.tables import DAY
 from towers import training
+from towers.blocks import FeatureSpec, FeatureTable
 from towers.data import InteractionData
 from towers.encode import encode_items, encode_users
 from towers.mining import MiningRules
@@ -32,7 +36,7 @@ from towers.objectives import psl, softmax
 from towers.rules import TrainingRules
 from towers.scores import Scores
 from towers.training import TwoTowerModule, learning_rate_at
-from towers.two_tower import TowerRules
+from towers.two_tower import TowerRules, TwoTower
 
 lightning = pytest.importorskip("pytorch_lightning")
 
@@ -481,3 +485,28 @@ def test_a_run_with_every_state_goes_on_bit_for_bit(
     }.get(name, [(2, False)])
     assert equal(uninterrupted, module)
     assert module.remembered.written.any() and module.temperature().item() != 0.1
+
+
+def test_a_window_of_old_events_weighs_less_than_one_of_new_ones() -> None:
+    """With a half-life, windows in time hold events of one age; their losses must not be evened."""
+    rng = np.random.default_rng(0)
+    size = 200
+    timeline = Timeline.build(
+        rng.integers(1, 9, size), rng.integers(1, 60, size).astype(np.int32),
+        np.arange(size) * DAY, n_users=9, first_seen=np.zeros(60, np.int64),
+    )  # fmt: skip
+    events = TrainingEvents(timeline, None, None, None, None, np.arange(1, 60))
+    batches = list(Batches(events, plan="in_time", batch_size=50, half_life=20 * DAY, known="none"))
+    items = FeatureTable(60)
+    model = TwoTower(
+        TowerRules(dimension=4, hidden=0, dropout=0.0, id_dropout=0.0), items, FeatureTable(9),
+        items.spec(60, {}), FeatureSpec(),
+    )  # fmt: skip
+    module = TwoTowerModule(model, TrainingRules()).eval()
+    plain = [replace(one, weight=torch.ones(len(one)), usual_weight=None) for one in batches]
+    with torch.no_grad():
+        share = [
+            float(module.loss(a) / module.loss(b)) for a, b in zip(batches, plain, strict=True)
+        ]
+    wanted = [float(one.weight.mean()) / batches[0].usual_weight for one in batches]
+    assert share == pytest.approx(wanted, rel=0.1) and max(wanted) > 4 * min(wanted)

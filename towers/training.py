@@ -155,7 +155,10 @@ class TwoTowerModule(lightning.LightningModule):
         if self.remembered is not None and self.training:
             n = batch.n_candidates
             self.remembered.write(batch.rows[:n], items[:n].detach())
-        return (loss * batch.weight).sum() / batch.weight.sum().clamp(min=1e-9)
+        # By what is usual on the training side: a window of old events, all of little weight, is to
+        # weigh little, which a mean over the batch's own weights would hide.
+        usual = batch.weight.mean() if batch.usual_weight is None else batch.usual_weight
+        return (loss * batch.weight).mean() / max(float(usual), 1e-9)
 
     def _audited(self, batch: Batch, users: Tensor, items: Tensor, scores: Scores) -> Audit:
         """What this batch's negatives do, from the vectors that its loss is made of."""
