@@ -158,7 +158,7 @@ class TwoTowerModule(lightning.LightningModule):
         # By what is usual on the training side: a window of old events, all of little weight, is to
         # weigh little, which a mean over the batch's own weights would hide.
         usual = batch.weight.mean() if batch.usual_weight is None else batch.usual_weight
-        return (loss * batch.weight).mean() / max(float(usual), 1e-9)
+        return (loss * batch.weight).mean() / (usual + 1e-9)  # 0 when nothing weighs
 
     def _audited(self, batch: Batch, users: Tensor, items: Tensor, scores: Scores) -> Audit:
         """What this batch's negatives do, from the vectors that its loss is made of."""
