@@ -8,16 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from history_cases import LENGTHS, N_ITEMS, SEED, D, entries_of, side, stirred
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from features.batch import UserSide
 from towers.causal import Blocks, CausalTransformer
-
-SEED = st.integers(0, 2**32 - 1)
-LENGTHS = st.lists(st.integers(0, 21), min_size=1, max_size=7)
-N_ITEMS, D = 9, 8
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -26,30 +23,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def side(lengths: list[int], seed: int = 0, **others: Tensor) -> UserSide:
-    rng = torch.Generator().manual_seed(seed)
-    return UserSide(
-        users=torch.arange(len(lengths)),
-        history=torch.randint(N_ITEMS, (sum(lengths),), generator=rng),
-        lengths=torch.tensor(lengths),
-        context=torch.zeros(len(lengths), 0, dtype=torch.int64),
-        **others,
-    )
-
-
-def stirred(module: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
-    """Double precision, no dropout, weights away from their start, where last layers are 0."""
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in module.parameters():
-            weight.copy_(0.6 * torch.randn(weight.shape, generator=rng))
-    return module.double().eval()
-
-
-def entries_of(asked: UserSide) -> list[Tensor]:
-    return list(asked.history.split(asked.lengths.tolist()))
 
 
 def transformer(seed: int = 1, **options: object) -> CausalTransformer:

@@ -75,7 +75,14 @@ def test_items_of_one_taste_are_near_and_others_are_not(kind: str) -> None:
 
 def test_company_gives_the_normalised_co_occurrence_back() -> None:
     """Twin: all pairs of a user's entries by loops; positive eigenvalues only."""
-    timeline = two_tastes(3)
+    rng = np.random.default_rng(3)
+    # Neighbours in number are neighbours in the log, so that how far apart two stand shows.
+    walks = (rng.integers(0, ITEMS, PEOPLE)[:, None] + np.arange(5)) % ITEMS + 1
+    timeline = Timeline.build(
+        np.repeat(np.arange(1, PEOPLE + 1), 5), walks.reshape(-1).astype(np.int32),
+        np.tile(np.arange(5), PEOPLE), n_users=PEOPLE + 1,
+        first_seen=np.zeros(ITEMS + 2, np.int64), timed=False,
+    )  # fmt: skip
     near = np.zeros((timeline.n_items, timeline.n_items))
     item, offsets = np.asarray(timeline.item), np.asarray(timeline.user_offsets)
     for person in range(timeline.n_users):

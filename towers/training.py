@@ -174,13 +174,14 @@ class TwoTowerModule(lightning.LightningModule):
         )
 
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
-        # The middle of the epoch: the queue is full there, the first batch has none.
-        self._auditing = index == int(self.trainer.num_training_batches) // 2
-        if self._draws is not None:
-            self._draws.add(batch)
         # A call of `log` costs as much as a layer, and only every so many steps is written anyway.
         every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
         self._telling = (self.global_step + 1) % every == 0 or self.trainer.is_last_batch
+        # The middle of the epoch: the queue is full there, the first batch has none.
+        self._auditing = index == int(self.trainer.num_training_batches) // 2
+        # Draws are counted on the host; elsewhere that waits for the device, so not at each step.
+        if self._draws is not None and (self._telling or self.device.type == "cpu"):
+            self._draws.add(batch)
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         loss = self.loss(batch)

@@ -44,7 +44,7 @@ class Point:
     ndcg: float
 
 
-def asked(dataset: Dataset) -> Validation:
+def asked(config: RunConfig, dataset: Dataset) -> Validation:
     """Every user of the test side, with what it had and what it chose."""
     from features.examples import ask, timeline_until
     from recsys.tables import Side
@@ -59,7 +59,7 @@ def asked(dataset: Dataset) -> Validation:
         np.asarray(dataset.event_time)[chosen],
         each_event=False,
         cutoff=None,
-        max_history=2000,
+        max_history=config.towers.max_history,
         drop_seen=True,
     )
     seen = past.histories(found.queries.users)
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }  # fmt: skip
     config = config.model_copy(update={"data": type(config.data).model_validate(source)})
     dataset = prepare(config)
-    validation = asked(dataset)
+    validation = asked(config, dataset)
     points = []
     print("| model | seconds | recall@20 | ndcg@20 |\n|---|---|---|---|")
     for point in (
