@@ -82,7 +82,7 @@ class EvaluateRules(Strict):
         """
         if self.queries != "auto":
             return self.queries == "each_event"
-        return timed or split != "given"
+        return timed or split not in ("given", "last_share")
 
 
 def without_later_events(extended: Bundle, past: Timeline) -> Bundle:

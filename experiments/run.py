@@ -211,7 +211,7 @@ def _learn(
     )
     standardise(model, events, config.seed)
     if rules.start != "random":
-        start_tables(model, events.timeline, rules.start, config.seed)
+        start_tables(model, events.timeline, rules.start, config.seed, rules.start_window)
     module = TwoTowerModule(model, rules, audits=folder.parent / "audit")
     given = None
     if rules.given is not None:

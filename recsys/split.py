@@ -1,8 +1,8 @@
-"""Which side of the split each row lies on: by global time, leave-one-out, or as given.
+"""Which side of the split each row lies on: by global time, the end of each user, or as given.
 
 By time, everything at or after a cut-off is later than everything before it, and rows of the same
-time stay together, so no event of anyone's past lies in anyone else's future. Leave-one-out keeps
-that promise only inside each user.
+time stay together, so no event of anyone's past lies in anyone else's future. Leave-one-out and
+the last share of each user keep that promise only inside each user.
 """
 
 from __future__ import annotations
@@ -59,12 +59,13 @@ def iso(time: int) -> str:
 class SplitRules(Strict):
     """[split]: how the log is cut into train, valid and test."""
 
-    kind: Literal["auto", "time", "leave_one_out", "given"] = "auto"
+    kind: Literal["auto", "time", "leave_one_out", "last_share", "given"] = "auto"
     """auto: given when the log says the sides, else by time when it has a clock, else
-    leave_one_out."""
+    leave_one_out. last_share: the last `test` of each user's positives, and the `valid` before."""
     test: float | str = 0.1
     """Share of the positives, a duration before the end of the log ("1d"), or an ISO time; 0: none.
-    Leave-one-out takes the last positive of each user whatever stands here."""
+    Leave-one-out takes the last positive of each user whatever stands here; last_share takes at
+    least one of each user that keeps one to learn from."""
     valid: float | str = 0.1
     """The same for the validation side; a duration counts back from where the test side begins."""
     cold_items: float = Field(0.0, ge=0, lt=1)
@@ -102,12 +103,12 @@ class Split:
     """A decided split; `sides` and `ends` apply it to any frame with `user` and `time`.
 
     Args:
-        kind: time, leave_one_out or given.
+        kind: time, leave_one_out, last_share or given.
         valid_from: microseconds; rows at or after it are no longer train. None: no global cut-off.
         test_from: microseconds; rows at or after it are test.
         last: the time at which each side's log ends, exclusive (by time and given).
         user_cuts: user, valid_time, valid_row, test_time, test_row: where each user's own sides
-            begin; users that are not in it are all train (leave-one-out, untimed given).
+            begin; users that are not in it are all train (leave-one-out, last share, untimed given).
     """
 
     kind: str
@@ -211,7 +212,8 @@ def decide(
     if kind == "time" and not timed:
         raise ConfigError(
             'split.kind = "time" needs a clock, but this log has no time column. '
-            'Set split.kind = "leave_one_out", or name the column in data.columns.time.'
+            'Set split.kind = "leave_one_out" or "last_share", or name the column in '
+            "data.columns.time."
         )
     if kind == "given" and not given:
         raise ConfigError(
@@ -230,8 +232,13 @@ def decide(
         return _by_time(frame["time"].to_numpy(), rules, int(last[0, 0]))
     if kind == "given":
         return _as_given(frame, rules, timed)
-    cuts = _last_of_each(frame, users_from=3, test=True)
-    _not_empty(len(cuts), "test", "the last positive of each user with three or more", len(frame))
+    if kind == "last_share":
+        cuts = _last_of_each(frame, valid=_share("valid", rules.valid), test=_share("test", rules.test))
+        _not_empty(len(cuts), "test", "the last share of each user with enough", len(frame))
+    else:
+        cuts = _last_of_each(frame, valid=pl.lit(1), test=pl.lit(1))
+        where = "the last positive of each user with three or more"
+        _not_empty(len(cuts), "test", where, len(frame))
     end = int(frame["time"].to_numpy().max()) + 1
     return Split(kind, last=(end, end, end) if timed else None, user_cuts=cuts)
 
@@ -292,7 +299,7 @@ def _as_given(frame: pl.DataFrame, rules: SplitRules, timed: bool) -> Split:
             _not_empty(int((times < valid_from).sum()), "train", where, len(frame))
             _not_empty(int((times >= valid_from).sum()), "valid", where, len(frame))
         else:
-            cuts = _last_of_each(train, users_from=2, test=False)
+            cuts = _last_of_each(train, valid=pl.lit(1)).drop("test_time", "test_row")
             _not_empty(len(cuts), "valid", "the last of each given train user", len(frame))
     if not timed:
         return Split("given", user_cuts=cuts)
@@ -304,26 +311,46 @@ def _as_given(frame: pl.DataFrame, rules: SplitRules, timed: bool) -> Split:
     return Split("given", valid_from, last=(last[0], last[1], last[2]))
 
 
-def _last_of_each(positives: pl.DataFrame, users_from: int, test: bool) -> pl.DataFrame:
-    """The (time, row) at which the last positive of each user stands, and the one before it."""
+def _share(side: str, size: float | str) -> pl.Expr:
+    """How many of a user's positives a share of them is: at least one, unless it is 0."""
+    if isinstance(size, str):
+        raise ConfigError(
+            f'split.kind = "last_share" takes a share of each user, and split.{side} is {size!r}. '
+            'Write a number like 0.1, or set split.kind = "time".'
+        )
+    return (pl.len() * size).round().clip(1) if size else pl.lit(0)
 
-    def place(column: str, back: int) -> pl.Expr:
-        return pl.col(column).get(-back, null_on_oob=True)
 
-    cuts = (
+def _last_of_each(
+    positives: pl.DataFrame, *, valid: pl.Expr, test: pl.Expr = pl.lit(0)
+) -> pl.DataFrame:
+    """The (time, row) at which each user's sides begin.
+
+    Args:
+        positives: user, time, row.
+        valid, test: how many of a user's last positives are on each side; a side of none begins
+            where the next one does, and never where there is no next one.
+
+    Returns:
+        user, valid_time, valid_row, test_time, test_row of the users that keep a positive to learn
+        from.
+    """
+    back = {"valid": valid + test, "test": test}
+
+    def place(column: str, side: str) -> pl.Expr:
+        at = pl.len().cast(pl.Int64) - back[side].cast(pl.Int64)
+        return pl.col(column).get(at, null_on_oob=True).alias(f"{side}_{column}")
+
+    return (
         positives.sort("user", "time", "row")
         .group_by("user", maintain_order=True)
         .agg(
-            pl.len().alias("positives"),
-            place("time", 2 if test else 1).alias("valid_time"),
-            place("row", 2 if test else 1).alias("valid_row"),
-            place("time", 1).alias("test_time"),
-            place("row", 1).alias("test_row"),
+            (pl.len() > back["valid"]).alias("kept"),
+            *(place(column, side) for side in back for column in ("time", "row")),
         )
-        .filter(pl.col("positives") >= users_from)
-        .drop("positives")
+        .filter("kept")
+        .drop("kept")
     )
-    return cuts if test else cuts.drop("test_time", "test_row")
 
 
 def _not_empty(size: int, side: str, where: str, total: int) -> None:

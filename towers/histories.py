@@ -160,8 +160,9 @@ class History(nn.Module):
         pooling: "mean": every entry alike; "attention": a softmax over a score of the entry's
             content plus a learned score of its place, the newest first.
         max_history: places that can be told apart.
-        norm: a mean divides the sum by (number of entries) ** norm: 1 forgets how many there
+        norm: a mean divides the sum by (sum of weights) ** norm: 1 forgets how many entries there
             were, 0 is the sum.
+        decay: a mean weighs an entry by (1 + entries after it) ** -decay; 0: all alike.
         inputs, hidden: see `EntryInputs`.
     """
 
@@ -172,11 +173,13 @@ class History(nn.Module):
         max_history: int,
         *,
         norm: float = 1.0,
+        decay: float = 0.0,
         inputs: tuple[str, ...] = (),
         hidden: float = 0.0,
     ) -> None:
         super().__init__()
-        self.pooling, self.max_history, self.norm = pooling, max_history, norm
+        self.pooling, self.max_history = pooling, max_history
+        self.norm, self.decay = norm, decay
         # Not zero: a cosine has no direction there, and its gradient no bound.
         self.empty = nn.Parameter(torch.randn(dimension) / dimension**0.5)
         if pooling == "attention":
@@ -200,21 +203,29 @@ class History(nn.Module):
         _only_after_the_last(side, self.pooling)
         rows, entries = self.inputs(items, side)
         lengths = side.lengths
-        start = lengths.cumsum(0) - lengths
-        weights = None
-        if self.pooling == "attention":
-            user = user_of_entry(side)
-            place = places_from_newest(side, user, self.max_history)
-            score = self.content(rows)[entries, 0] + self.place[place]
-            weights = segment_softmax(score.float(), user, len(lengths))
-        summed = weights is not None or self.norm != 1
+        weights = self._weights(rows, entries, side)
+        plain = weights is None and self.norm == 1
         pooled = F.embedding_bag(
-            entries, rows.float(), start,
-            mode="sum" if summed else "mean", per_sample_weights=weights,
+            entries, rows.float(), lengths.cumsum(0) - lengths,
+            mode="mean" if plain else "sum", per_sample_weights=weights,
         )  # (U, D)  # fmt: skip
-        if summed and weights is None:
-            pooled = pooled / lengths.clamp(min=1).to(pooled.dtype)[:, None] ** self.norm
+        if not plain and self.pooling == "mean":
+            total = lengths.to(pooled.dtype)
+            if weights is not None:
+                total = torch.zeros_like(total).index_add(0, user_of_entry(side), weights)
+            pooled = pooled / torch.where(lengths > 0, total, 1.0)[:, None] ** self.norm
         return torch.where((lengths > 0)[:, None], pooled, self.empty.to(pooled.dtype))
+
+    def _weights(self, rows: Tensor, entries: Tensor, side: UserSide) -> Tensor | None:
+        """(H,) float32 weight of each entry; None: all alike."""
+        if self.pooling == "mean" and not self.decay:
+            return None
+        user = user_of_entry(side)
+        place = places_from_newest(side, user, self.max_history)
+        if self.pooling == "mean":
+            return (1.0 + place) ** -self.decay
+        score = self.content(rows)[entries, 0] + self.place[place]
+        return segment_softmax(score.float(), user, len(side.lengths))
 
 
 class MultiInterest(nn.Module):

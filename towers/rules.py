@@ -120,6 +120,9 @@ class TrainingRules(Strict):
     start: Literal["random", "spectral", "company"] = "random"
     """Id tables at first: small noise; the leading singular vectors of who had what (for sets); or
     those of which items stand near each other in histories (for sequences)."""
+    start_window: int = Field(0, ge=0)
+    """spectral: what was had within so many consecutive events goes together, where their order
+    means something; 0: all that a user had."""
     learning_rate: float = Field(2e-3, gt=0)
     """Of the dense layers."""
     table_learning_rate: float | None = Field(None, gt=0)

@@ -19,6 +19,7 @@ from recsys.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+    from scipy import sparse
 
     from towers.two_tower import TwoTower
 
@@ -28,7 +29,7 @@ class Spectral:
     """Start vectors; rows without an event are zero.
 
     Args:
-        item: (I, D) float32 unit vectors, what an item is found by.
+        item: (I, D) float32, what an item is found by: often-had ones are longer. Of mean length 1.
         history: (I, D) float32, what an item adds to the sum over a history: rarer ones more.
         user: (U, D) float32 unit vectors.
     """
@@ -38,42 +39,79 @@ class Spectral:
     user: np.ndarray
 
 
-def spectral(timeline: Timeline, dimension: int, seed: int) -> Spectral:
+def spectral(timeline: Timeline, dimension: int, seed: int, window: int = 0) -> Spectral:
     """Factor the symmetrically normalised interactions R̃ = Du^-½ R Di^-½ ≈ P Σ Vᵀ.
 
     R̃ Vᵀ V is the ideal low-pass filter of graph signal processing (GF-CF; Shen et al., CIKM 2021)
     applied to a user's items: user u scores item i by Σ over j in u's history of
     (v_j / √d_j) · (v_i √d_i), so that the first bracket is what j adds to a history and the second
-    what i is found by. Directions alone are kept of the second.
+    what i is found by.
+
+    Where the order of a history means something, a row of R is not a whole user but `window`
+    consecutive events, so that what goes together is what stands together. Windows overlap by half.
 
     Args:
         timeline: the training side.
         dimension: D; beyond the rank of R̃ the columns are zero.
         seed: of the randomised decomposition (Halko et al., 2011).
+        window: events of a row; 0: all of a user.
     """
     from scipy import sparse
     from sklearn.utils.extmath import randomized_svd
 
-    shape = (timeline.n_users, timeline.n_items)
-    seen = sparse.csr_matrix(
-        (np.ones(len(timeline.item), np.float32), (timeline.user, timeline.item)), shape=shape
-    )
-    seen.sum_duplicates()
-    seen.data[:] = 1.0
-    per_user = np.maximum(np.asarray(seen.sum(1), np.float32)[:, 0], 1)
-    per_item = np.maximum(np.asarray(seen.sum(0), np.float32)[0], 1)
-    scaled = sparse.diags(per_user**-0.5) @ seen @ sparse.diags(per_item**-0.5)
+    rows, events = _windows(timeline, window)
+    shape = (int(rows.max(initial=0)) + 1, timeline.n_items)
+    had = _counts_once(rows, np.asarray(timeline.item)[events], shape)
+    per_row = np.maximum(np.asarray(had.sum(1), np.float32)[:, 0], 1)
+    per_item = np.maximum(np.asarray(had.sum(0), np.float32)[0], 1)
+    scaled = sparse.diags(per_row**-0.5) @ had @ sparse.diags(per_item**-0.5)
     scaled = sparse.csr_matrix(scaled, dtype=np.float32)
     rank = min(dimension, *shape)
     _, _, vt = randomized_svd(scaled, rank, n_iter=4, random_state=seed)
     v = np.zeros((shape[1], dimension), np.float32)
     v[:, :rank] = vt.T
-    history = v / np.sqrt(per_item)[:, None]
+    item, history = v * np.sqrt(per_item)[:, None], v / np.sqrt(per_item)[:, None]
+    item /= _mean_length(item)
     # A mean of the history then has length 1 on average, like everything else that is added to it.
+    whole = (timeline.n_users, timeline.n_items)
+    seen = _counts_once(timeline.user, np.asarray(timeline.item), whole)
     user = np.asarray(seen @ history, np.float32)
-    length = np.linalg.norm(user / per_user[:, None], axis=1)
-    history /= max(float(length[length > 0].mean()) if (length > 0).any() else 1.0, 1e-9)
-    return Spectral(_unit(v), history, _unit(user))
+    history /= _mean_length(user / np.maximum(np.asarray(seen.sum(1), np.float32), 1))
+    return Spectral(item, history, _unit(user))
+
+
+def _windows(timeline: Timeline, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The row of R that each event stands in, and the event; with windows, each stands in two."""
+    user = np.asarray(timeline.user)
+    events = np.arange(len(user))
+    if not size:
+        return user, events
+    place = events - np.asarray(timeline.user_offsets)[user]
+    rows: list[np.ndarray] = []
+    for shift in (0, size // 2):
+        window = (place + shift) // size
+        fresh = np.ones(len(events), bool)
+        fresh[1:] = (user[1:] != user[:-1]) | (window[1:] != window[:-1])
+        rows.append(np.cumsum(fresh) - 1 + (rows[0][-1] + 1 if rows and len(events) else 0))
+    return np.concatenate(rows), np.tile(events, 2)
+
+
+def _counts_once(
+    rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]
+) -> sparse.csr_matrix:
+    """Who had what, 1 however often."""
+    from scipy import sparse
+
+    found = sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=shape)
+    found.sum_duplicates()
+    found.data[:] = 1.0
+    return found
+
+
+def _mean_length(vectors: np.ndarray) -> float:
+    """Of those that have one; 1 where none has."""
+    length = np.linalg.norm(vectors, axis=1)
+    return max(float(length[length > 0].mean()) if (length > 0).any() else 1.0, 1e-9)
 
 
 REACH, DECAY = 15, 0.8
@@ -124,7 +162,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
 
 
-def start(model: TwoTower, timeline: Timeline, kind: str, seed: int) -> None:
+def start(model: TwoTower, timeline: Timeline, kind: str, seed: int, window: int = 0) -> None:
     """Set a model's id tables from a training side; what it reads of content stays as it is.
 
     Args:
@@ -132,6 +170,7 @@ def start(model: TwoTower, timeline: Timeline, kind: str, seed: int) -> None:
         timeline: the training side.
         kind: "spectral" or "company".
         seed: of the decomposition.
+        window: see `spectral`.
 
     Raises:
         ConfigError: the model has no item ids.
@@ -149,18 +188,21 @@ def start(model: TwoTower, timeline: Timeline, kind: str, seed: int) -> None:
         own = tower.history_ids if model.rules.history_table == "own" else None
         _set([(table, vectors) for table in (ids, own) if table is not None])
         return
-    found = spectral(timeline, model.rules.dimension, seed)
+    found = spectral(timeline, model.rules.dimension, seed, window)
+    dot = model.rules.score == "dot"
+    # A cosine has directions alone; in an inner product lengths say what is often had.
+    item = found.item if dot else _unit(found.item)
     pairs: list[tuple[torch.nn.Embedding, np.ndarray]] = []
     if tower.history_ids is not None:
-        offset = found.item if model.rules.history_table == "offset" else 0.0
-        pairs += [(ids, found.item), (tower.history_ids, found.history - offset)]
+        offset = item if model.rules.history_table == "offset" else 0.0
+        pairs += [(ids, item), (tower.history_ids, found.history - offset)]
     elif tower.history_weight is not None:
         length = np.linalg.norm(found.history, axis=1, keepdims=True)
-        pairs += [(ids, found.item), (tower.history_weight, np.log(np.maximum(length, 1e-6)))]
+        pairs += [(ids, item), (tower.history_weight, np.log(np.maximum(length, 1e-6)))]
     else:
         # One table for both: its directions are what an item is found by, its lengths are how much
         # the item says of a user.
-        pairs.append((ids, found.history if model.rules.score != "dot" else found.item))
+        pairs.append((ids, _unit(found.item) if dot else found.history))
     users = getattr(tower.features, "ids", None)
     if users is not None:
         pairs.append((users, found.user))

@@ -103,7 +103,7 @@ def towers(config: RunConfig, dataset: Dataset, validation: Validation, epochs: 
     began = time.perf_counter()
     model = build_model(dataset, config.towers, item_text=None, seed=config.seed)
     if rules.start != "random":
-        start(model, events.timeline, rules.start, config.seed)
+        start(model, events.timeline, rules.start, config.seed, rules.start_window)
     torch.manual_seed(config.seed)
     trainer = lightning.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,

@@ -1,4 +1,4 @@
-"""LightGCN adjacency lists: lines `user item item …`, whose order means nothing."""
+"""LightGCN adjacency lists: lines `user item item …`, whose order nobody vouches for."""
 
 from __future__ import annotations
 

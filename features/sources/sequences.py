@@ -13,7 +13,7 @@ from features.sources.files import Part, expand, first_line, form, open_lines, o
 from features.sources.impressions import item_list
 from features.sources.source import DataSource
 from features.sources.survey import SIDE, Check, Table, missing, survey, table
-from recsys.tables import Kind, Log, Schema
+from recsys.tables import Kind, Log, Schema, Side
 
 HEADERS = ("user", "user_id", "userid", "uid", "user_token")
 
@@ -34,9 +34,11 @@ def read(source: DataSource) -> Log:
 def read_lists(source: DataSource, schema: Schema, *, ordered: bool) -> Log:
     """Read a list of items a user.
 
-    Time is the position in the list, going on where the same user stood before. Items of a
-    valid or test side whose order means nothing all get the position after what went before, so
-    that none of them is history for another.
+    Time is the position in the list, going on where the same user stood before. Where files are
+    given as lists whose order is not vouched for, validation items are a random part of a user's
+    list that has lost its places: they are spread evenly over the training items, so that if there
+    is an order after all, what is learned from both sides together keeps it. Test items all get the
+    position after everything else, so that none of them is history for another.
 
     Args:
         source: the `[data]` section.
@@ -72,10 +74,7 @@ def read_lists(source: DataSource, schema: Schema, *, ordered: bool) -> Log:
             pl.int_range(pl.len(), dtype=pl.Int64).over("user").alias("time")
         )
         if rows.split and not ordered:
-            first = pl.col("time").min().over("user", "side")
-            frame = frame.with_columns(
-                pl.when(pl.col("side") == 0).then(pl.col("time")).otherwise(first).alias("time")
-            )
+            frame = frame.with_columns(_unordered_sides())
     frame = frame.with_columns(
         pl.lit(1.0, pl.Float32).alias("weight"), pl.lit(int(Kind.POSITIVE), pl.UInt8).alias("kind")
     )
@@ -88,6 +87,22 @@ def read_lists(source: DataSource, schema: Schema, *, ordered: bool) -> Log:
         timed=False,
         notes={"users_without_items": found["empty"] or 0},
         no_positives=f"No user has an item in {schema.items!r}.",
+    )
+
+
+def _unordered_sides() -> pl.Expr:
+    """Times where the order of validation and test items says nothing; see `read_lists`."""
+    time, side = pl.col("time"), pl.col("side")
+    place = time - time.min().over("user", "side") + 0.5
+    trained = (side == Side.TRAIN).sum().over("user")
+    spread = (place * trained / pl.len().over("user", "side")).floor().cast(pl.Int64)
+    return (
+        pl.when(side == Side.TRAIN)
+        .then(time)
+        .when(side == Side.VALID)
+        .then(spread)
+        .otherwise(time.min().over("user", "side"))
+        .alias("time")
     )
 
 
