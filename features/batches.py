@@ -20,6 +20,7 @@ from features.frequency import StreamingFrequency
 from features.inclusion import Asking, Drawn, Inclusion
 from features.negatives import Known, OwnNegatives, UserNegatives, is_target
 from features.parts import (
+    Ahead,
     Asked,
     ByEvent,
     BySequence,
@@ -37,7 +38,7 @@ from recsys.tables import DAY
 SHOWN_WITHIN = 2 * DAY
 """How far back it is counted how often an item was shown, where skips are corrected for it."""
 
-PlanName = Literal["random", "in_time", "by_user", "sequences"]
+PlanName = Literal["random", "in_time", "by_user", "ahead", "sequences"]
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,14 @@ class Batches:
             "in_time": consecutive events, so that a batch has one moment for item statistics and
             its negatives are of that time.
             "by_user": whole users, every item an example, a random part of them the history.
+            "ahead": whole users, asked once at a random one of their moments for what came next.
             "sequences": whole users' newest events, an example at every position (causal towers).
         batch_size: examples of a batch, or users where the plan is of whole users; the last batch
             of an epoch may be smaller. On each rank.
         max_history: newest history entries kept.
         window_span: "in_time": microseconds that a window spans at most, or None.
         history_dropout: "by_user": probability that an item is left out of its user's history.
+        ahead: "ahead": examples of a user at most.
         elapsed: whether history entries carry the seconds to their query.
         strength: whether history entries carry the strength of their event, where events differ.
         passed: whether queries carry what their user was shown and passed over before.
@@ -135,6 +138,7 @@ class Batches:
         max_history: int = 50,
         window_span: int | None = None,
         history_dropout: float = 0.2,
+        ahead: int = 10,
         elapsed: bool = False,
         strength: bool = False,
         passed: bool = False,
@@ -191,7 +195,7 @@ class Batches:
         self.skip_correction = skip_correction
         self.statistics, self.seed, self.share = statistics, seed, Share(rank, world)
         self.reading, self._plan = _planned(
-            events, plan, batch_size, max_history, window_span, history_dropout, self.share
+            events, plan, batch_size, max_history, window_span, history_dropout, ahead, self.share
         )
         self.epoch, self.done = 0, 0
         self._going_on = False
@@ -471,6 +475,7 @@ def _planned(
     max_history: int,
     window_span: int | None,
     history_dropout: float,
+    ahead: int,
     share: Share,
 ) -> tuple[Reading, Plan]:
     """How parts are read, and how epochs are divided into them."""
@@ -478,6 +483,9 @@ def _planned(
     if plan == "by_user":
         users = ByUser(timeline, max_history, history_dropout)
         return users, Shuffled(users.units, batch_size, share)
+    if plan == "ahead":
+        places = Ahead(timeline, max_history, ahead)
+        return places, Shuffled(places.units, batch_size, share)
     if plan == "sequences":
         sequences = BySequence(timeline, max_history)
         return sequences, Shuffled(sequences.units, batch_size, share)
@@ -486,7 +494,7 @@ def _planned(
         times = np.asarray(timeline.time)
         return reading, Windows(times, batch_size, window_span, share, units=events.learned)
     if plan != "random":
-        raise ValueError(f"{plan!r} is no plan; use random, in_time, by_user or sequences.")
+        raise ValueError(f"{plan!r} is no plan; use random, in_time, by_user, ahead or sequences.")
     return reading, Shuffled(
         len(timeline.item) if events.learned is None else events.learned, batch_size, share
     )

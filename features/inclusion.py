@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from features.frequency import StreamingFrequency, exact_shares
-from features.parts import Asked, ByEvent, Part, Reading
+from features.parts import Ahead, Asked, ByEvent, Part, Reading
 from features.timeline import Timeline
 
 
@@ -51,14 +51,7 @@ class Inclusion:
         self.frequency = frequency
         self._shares: np.ndarray | None = None
         if frequency is None:
-            items, draws = timeline.item, None
-            if isinstance(reading, ByEvent) and reading.learned is not None:
-                items = items[reading.learned]
-            if reading.whole_users:
-                asked = reading.ask(reading.units, np.random.default_rng(0))
-                items = timeline.item[asked.events].astype(np.int64)
-                draws = asked.query_users[asked.query_of(np.arange(len(items)))]
-            self._shares = exact_shares(items, timeline.n_items, draws)
+            self._shares = _counted(timeline, reading)
 
     def learn(self, asked: Asked, targets: np.ndarray, draws: int) -> None:
         """Let the streaming estimate see what a batch drew.
@@ -101,6 +94,24 @@ class Inclusion:
             return self.frequency.share(columns)
         assert self._shares is not None  # counted at birth
         return self._shares[columns]
+
+
+def _counted(timeline: Timeline, reading: Reading) -> np.ndarray:
+    """(N,) probability that one draw brings each item in, over all draws of the plan."""
+    items = timeline.item.astype(np.int64)
+    if isinstance(reading, Ahead):
+        pairs, pair = np.unique(timeline.user * timeline.n_items + items, return_inverse=True)
+        # Had twice, an item is brought in at most as often as both together.
+        chance = np.minimum(np.bincount(pair, reading.chances(), len(pairs)), 1.0)
+        brought = np.bincount(pairs % timeline.n_items, chance, timeline.n_items)
+        return brought / max(1, len(reading.units))
+    if reading.whole_users:
+        asked = reading.ask(reading.units, np.random.default_rng(0))
+        users = asked.query_users[asked.query_of(np.arange(len(asked.events)))]
+        return exact_shares(items[asked.events], timeline.n_items, users)
+    if isinstance(reading, ByEvent) and reading.learned is not None:
+        items = items[reading.learned]
+    return exact_shares(items, timeline.n_items)
 
 
 class Asking:

@@ -161,6 +161,65 @@ class ByUser:
         return Asked(drawn.astype(np.int64), events[kept], lengths, events, end, owner)
 
 
+class Ahead:
+    """Each drawn user asks once, at one of its own moments drawn at random, for what came next.
+
+    A draw is as cheap as one of `ByUser`, and its history is what stood before, in order.
+
+    Args:
+        timeline: the training side.
+        max_history: newest entries kept.
+        ahead: at most so many events from the moment on are the examples.
+    """
+
+    whole_users = True
+
+    def __init__(self, timeline: Timeline, max_history: int, ahead: int) -> None:
+        self.max_history, self.ahead = max_history, ahead
+        self._offsets = np.asarray(timeline.user_offsets)
+        past = strictly_before(timeline)
+        starts = np.repeat(self._offsets[:-1], np.diff(self._offsets))
+        # (E,) the first event of each event's moment; ascending over all users.
+        self._moment = starts + past
+        # (U,) events without a past: those of each user's first moment.
+        self._first = np.bincount(timeline.user[past == 0], minlength=timeline.n_users)
+
+    @property
+    def units(self) -> np.ndarray:
+        """Users with an event that has a past."""
+        return np.flatnonzero(np.diff(self._offsets) > self._first)
+
+    def length(self, drawn: np.ndarray) -> np.ndarray:
+        """(n,) most history entries of each."""
+        last = self._moment[self._offsets[drawn + 1] - 1]
+        return np.minimum(last - self._offsets[drawn], self.max_history)
+
+    def ask(self, drawn: np.ndarray, rng: np.random.Generator) -> Asked:
+        """The queries of the drawn users."""
+        start, end = self._offsets[drawn], self._offsets[drawn + 1]
+        eligible = start + self._first[drawn]
+        chosen = eligible + (rng.random(len(drawn)) * (end - eligible)).astype(np.int64)
+        until = self._moment[chosen]
+        lengths = np.minimum(until - start, self.max_history)
+        counts = np.minimum(end - until, self.ahead)
+        return Asked(
+            drawn.astype(np.int64), slots(until - lengths, lengths), lengths.astype(np.int64),
+            slots(until, counts), until,
+            owner=np.repeat(np.arange(len(drawn)), counts), first=until,
+        )  # fmt: skip
+
+    def chances(self) -> np.ndarray:
+        """(E,) probability that each event is an example when its user is drawn."""
+        events = np.arange(len(self._moment))
+        users = np.repeat(np.arange(len(self._first)), np.diff(self._offsets))
+        eligible = (self._offsets[:-1] + self._first)[users]
+        # Chosen ones whose moment began in (event - ahead, event] bring the event in.
+        after = np.searchsorted(self._moment, events, "right")
+        before = np.searchsorted(self._moment, events - self.ahead, "right")
+        brought = np.maximum(after - np.maximum(before, eligible), 0)
+        return brought / np.maximum(self._offsets[1:][users] - eligible, 1)
+
+
 class BySequence:
     """Each drawn user asks at every position of its last events, once for each moment.
 
@@ -219,7 +278,7 @@ class BySequence:
         )  # fmt: skip
 
 
-Reading = ByEvent | ByUser | BySequence
+Reading = ByEvent | ByUser | Ahead | BySequence
 
 
 def passed_before(asked: Asked, timeline: Timeline) -> Ragged:
@@ -239,6 +298,6 @@ def elapsed_seconds(asked: Asked, timeline: Timeline) -> np.ndarray:
     if asked.at is not None:
         then = time[asked.history + 1]
     else:
-        last = asked.until - 1 if asked.owner is not None else asked.events
+        last = asked.until - 1 if asked.first is None else asked.first
         then = np.repeat(time[last], asked.lengths)
     return ((then - time[asked.history]) / SECOND).astype(np.float32)

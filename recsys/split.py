@@ -108,7 +108,8 @@ class Split:
         test_from: microseconds; rows at or after it are test.
         last: the time at which each side's log ends, exclusive (by time and given).
         user_cuts: user, valid_time, valid_row, test_time, test_row: where each user's own sides
-            begin; users that are not in it are all train (leave-one-out, last share, untimed given).
+            begin; users that are not in it are all train (leave-one-out, last share and
+            untimed given).
     """
 
     kind: str
@@ -233,7 +234,9 @@ def decide(
     if kind == "given":
         return _as_given(frame, rules, timed)
     if kind == "last_share":
-        cuts = _last_of_each(frame, valid=_share("valid", rules.valid), test=_share("test", rules.test))
+        cuts = _last_of_each(
+            frame, valid=_share("valid", rules.valid), test=_share("test", rules.test)
+        )
         _not_empty(len(cuts), "test", "the last share of each user with enough", len(frame))
     else:
         cuts = _last_of_each(frame, valid=pl.lit(1), test=pl.lit(1))

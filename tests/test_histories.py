@@ -56,6 +56,21 @@ def test_a_history_that_is_pooled_answers_only_after_its_last_entry() -> None:
 
 
 @pytest.mark.parametrize("norm", [0.0, 0.5, 1.0])
+def test_a_decaying_mean_by_hand(norm: float) -> None:
+    pool, items = History(D, "mean", 5, norm=norm, decay=1.25), torch.randn(N_ITEMS, D)
+    asked = side([3, 0, 1])
+    first, _, last = entries_of(asked)
+    weight = torch.tensor([3.0, 2.0, 1.0]) ** -1.25
+    wanted = (items[first] * weight[:, None]).sum(0) / weight.sum() ** norm
+    got = pool(items, asked)
+    torch.testing.assert_close(got[0], wanted)
+    torch.testing.assert_close(got[1], pool.empty)
+    torch.testing.assert_close(got[2], items[last[0]])
+    got.sum().backward()
+    assert torch.isfinite(pool.empty.grad).all()
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.5, 1.0])
 def test_the_norm_of_a_mean_by_hand(norm: float) -> None:
     pool, items = History(D, "mean", 5, norm=norm), torch.randn(N_ITEMS, D)
     asked = side([4, 0, 1])
@@ -230,7 +245,7 @@ QUERIES = Queries(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("score", ["cosine", "dot", "cosine_bias"])
+@pytest.mark.parametrize("score", ["cosine", "dot", "projection", "cosine_bias"])
 def test_users_with_interests_have_one_vector_each(score: str) -> None:
     model = towers(history="multi_interest", interests=3, score=score)
     found = encode_users(model, QUERIES)

@@ -386,10 +386,23 @@ def test_adjacency_lists_have_sides_and_no_order_within_the_test(tmp_path):
     log = read(DataSource(format="lightgcn", **named))
     assert rows(log, "user", "item", "time", "side") == [
         ("0", "5", 0, Side.TRAIN), ("0", "3", 1, Side.TRAIN), ("1", "4", 0, Side.TRAIN),
-        ("0", "9", 2, Side.VALID), ("0", "1", 3, Side.TEST), ("0", "2", 3, Side.TEST),
+        ("0", "9", 1, Side.VALID), ("0", "1", 3, Side.TEST), ("0", "2", 3, Side.TEST),
     ]  # fmt: skip
     assert log.given_split and not log.timed
     assert log.notes == {"users_without_items": 1}
+
+
+def test_validation_items_of_adjacency_lists_are_spread_over_the_training_items(tmp_path):
+    named = {
+        "train": write(tmp_path / "train.txt", "0 a b c d e f\n2 x\n"),
+        "valid": write(tmp_path / "valid.txt", "0 v w\n1 y\n"),
+        "test": write(tmp_path / "test.txt", "0 t\n1 z\n"),
+    }
+    log = read(DataSource(format="lightgcn", **named))
+    time = {item: time for _, item, time in rows(log, "user", "item", "time")}
+    assert [time[item] for item in "abcdef"] == [0, 1, 2, 3, 4, 5]
+    assert (time["v"], time["w"], time["t"]) == (1, 4, 8)
+    assert (time["y"], time["z"], time["x"]) == (0, 1, 0)
 
 
 # ------------------------------------------------------------------ public formats

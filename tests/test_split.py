@@ -221,3 +221,18 @@ def test_no_users_future_lies_in_anyones_past(events, kind):
                 assert before.max() < after.min() or (
                     who is not None and before.max() == after.min()
                 )
+
+
+def test_the_last_share_of_each_user_is_held_out():
+    frame = rows(*[("a", t, P) for t in range(10)], *[("b", t, P) for t in range(3)], ("c", 0, P))
+    last = SplitRules(kind="last_share", test=0.2, valid=0.1)
+    assert sides(frame, last, timed=False) == [0] * 7 + [1] + [2] * 2 + [0, 1, 2] + [0]
+    last = SplitRules(kind="last_share", test=0.34, valid=0)
+    assert sides(frame, last, timed=False) == [0] * 7 + [2] * 3 + [0, 0, 2] + [0]
+    last = SplitRules(kind="last_share", test=0, valid=0.2)
+    assert sides(frame, last, timed=False) == [0] * 8 + [1] * 2 + [0, 0, 1] + [0]
+
+
+def test_a_last_share_is_a_number():
+    with pytest.raises(ConfigError, match="share of each user"):
+        sides(rows(("a", 1, P), ("a", 2, P)), SplitRules(kind="last_share", test="1d"))

@@ -224,7 +224,7 @@ def test_a_new_layer_changes_nothing_at_first() -> None:
     assert torch.equal(Residual(DIMENSION, 0, 0.5)(x), x)
 
 
-@pytest.mark.parametrize("score", ["cosine", "dot", "cosine_bias"])
+@pytest.mark.parametrize("score", ["cosine", "dot", "projection", "cosine_bias"])
 def test_the_inner_product_of_stored_vectors_is_the_score(score: str) -> None:
     model = settle(towers(score=score)).eval()
     embedded = model.embed_items(torch.arange(N_ITEMS))
@@ -234,10 +234,11 @@ def test_the_inner_product_of_stored_vectors_is_the_score(score: str) -> None:
     found = users @ items.T
     u = users[:, :DIMENSION]
     deep = model.item_tower.deep(embedded)
-    if score == "dot":
+    if score != "dot":
+        torch.testing.assert_close(u.norm(dim=1), torch.ones(3))
+    if score in ("dot", "projection"):
         wanted = u @ deep.T
     else:
-        torch.testing.assert_close(u.norm(dim=1), torch.ones(3))
         wanted = torch.cosine_similarity(u[:, None], deep[None], dim=-1)
     if score == "cosine_bias":
         wanted = wanted + model.item_tower.bias(deep)[:, 0]

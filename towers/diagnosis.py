@@ -15,7 +15,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from towers.two_tower import TwoTower
+from towers.two_tower import ITEM_LENGTHS, TwoTower
 
 SHARPEST, FLATTEST = 0.01, 1.0
 """Bounds of a learned temperature."""
@@ -180,7 +180,7 @@ class Measured:
     Args:
         items: how many may be answered.
         dimension: D of the vectors, without a bias.
-        score: "cosine", "dot" or "cosine_bias".
+        score: "cosine", "dot", "projection" or "cosine_bias".
         item_rank, user_rank: effective ranks.
         item_cosine, user_cosine: mean cosine of two different ones.
         item_uniformity, user_uniformity: see `uniformity`.
@@ -296,7 +296,7 @@ def _temperature(found: Measured) -> Iterator[Finding]:
             "learning rate blew the temperature up before they could.",
             "Fix it: learn_temperature = false and temperature = 0.1; then look at the data.",
         )
-    elif found.score != "dot" and 2 / value < math.log(max(found.items, 2)):
+    elif found.score not in ITEM_LENGTHS and 2 / value < math.log(max(found.items, 2)):
         yield Finding(
             "dead temperature",
             f"At temperature {value:.3g} the best and the worst cosine are {2 / value:.1f} apart "

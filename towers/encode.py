@@ -28,7 +28,7 @@ class Embeddings:
     Args:
         ids: (N,) external ids.
         vectors: (N, D) float32, finite.
-        score: "cosine", "dot" or "cosine_bias"; the inner product ranks in every case.
+        score: "cosine", "dot", "projection" or "cosine_bias"; inner products rank in every case.
 
     Raises:
         DataError: the sizes differ, or a vector is not finite.

@@ -32,19 +32,22 @@ class TrainingRules(Strict):
 
     # Which examples a step sees.
     batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
-    """Examples of a step; users with `batches` by_user or sequences. auto: the power of two nearest
-    to a hundredth of the training events, from 128 to 1024, so that a small log still gets a
-    hundred steps an epoch."""
-    batches: Literal["auto", "random", "in_time", "by_user", "sequences"] = "auto"
+    """Examples of a step; users with `batches` by_user, ahead or sequences. auto: the power of two
+    nearest to a hundredth of the training events, from 128 to 1024, so that a small log still gets
+    a hundred steps an epoch."""
+    batches: Literal["auto", "random", "in_time", "by_user", "ahead", "sequences"] = "auto"
     """random: events in any order, each with the history before it. in_time: a window of
     consecutive events, which has one moment for item statistics. sequences: whole users, an example
     at every position (causal towers). by_user: whole users, every item an example with the others
-    as history, for logs whose order means nothing. auto: sequences for a transformer, in_time where
-    item statistics need it, otherwise random."""
+    as history, for logs whose order means nothing. ahead: whole users, each asked once an epoch, at
+    a random one of its moments, for the `ahead` events that came next: short epochs. auto:
+    sequences for a transformer, in_time where item statistics need it, otherwise random."""
     window_span: Span = None
     """in_time: a window ends when it spans so much time, however few events it holds."""
     history_dropout: float = Field(0.2, ge=0, lt=1)
     """by_user: share of a user's items left out of the history that foretells all of them."""
+    ahead: int = Field(10, ge=1)
+    """ahead: events from the moment on that are examples."""
     since: Span = None
     """Learn from positives of so much time before the end of the training side only ("5d"); what is
     older is history. For logs whose beginning is of another kind, or long past."""

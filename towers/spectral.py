@@ -175,6 +175,8 @@ def start(model: TwoTower, timeline: Timeline, kind: str, seed: int, window: int
     Raises:
         ConfigError: the model has no item ids.
     """
+    from towers.two_tower import ITEM_LENGTHS
+
     ids = getattr(model.item_tower.inputs, "ids", None)
     if ids is None:
         raise ConfigError(
@@ -189,8 +191,8 @@ def start(model: TwoTower, timeline: Timeline, kind: str, seed: int, window: int
         _set([(table, vectors) for table in (ids, own) if table is not None])
         return
     found = spectral(timeline, model.rules.dimension, seed, window)
-    dot = model.rules.score == "dot"
-    # A cosine has directions alone; in an inner product lengths say what is often had.
+    dot = model.rules.score in ITEM_LENGTHS
+    # A cosine has directions alone; elsewhere lengths say what is often had.
     item = found.item if dot else _unit(found.item)
     pairs: list[tuple[torch.nn.Embedding, np.ndarray]] = []
     if tower.history_ids is not None:

@@ -33,7 +33,7 @@ from towers.remembered import Remembered
 from towers.rules import METRICS, TrainingRules, metric_at
 from towers.scores import Scores
 from towers.text import text_groups
-from towers.two_tower import TwoTower
+from towers.two_tower import ITEM_LENGTHS, TwoTower
 from towers.validation import ShownLists, ValidationBlock
 
 MOST_LOGITS = 1 << 28
@@ -344,7 +344,7 @@ def objective_of(rules: TrainingRules, score: str) -> Objective:
 
     Args:
         rules: which one, both directions or one, at which dimensions.
-        score: "cosine", "dot" or "cosine_bias".
+        score: "cosine", "dot", "projection" or "cosine_bias".
     """
     chosen: Callable[..., Tensor] = OBJECTIVES[rules.objective]
     inner: Objective = partial(chosen, **rules.objective_options)
@@ -354,7 +354,7 @@ def objective_of(rules: TrainingRules, score: str) -> Objective:
         return inner
     cut = partial(
         matryoshka, dimensions=rules.matryoshka, objective=inner,
-        renormalise=score != "dot", keep_last=int(score == "cosine_bias"),
+        renormalise=score not in ITEM_LENGTHS, keep_last=int(score == "cosine_bias"),
     )  # fmt: skip
     return lambda scores: inner(scores) + cut(scores)
 

@@ -27,14 +27,19 @@ from towers.causal import CausalTransformer
 from towers.histories import History, MultiInterest, user_of_entry
 from towers.text import TextTower
 
+ITEM_LENGTHS = ("dot", "projection")
+"""Scores to which an item's length counts."""
+
 
 class TowerRules(Strict):
     """[towers]: the shape of the two networks."""
 
     dimension: int = Field(64, ge=2, le=4096)
     """Of the vectors that are compared."""
-    score: Literal["cosine", "dot", "cosine_bias"] = "cosine"
-    """cosine: direction alone; dot: norms carry popularity; cosine_bias: and a number an item."""
+    score: Literal["cosine", "dot", "projection", "cosine_bias"] = "cosine"
+    """cosine: direction alone; dot: lengths of both count, and an item's carries its popularity;
+    projection: an item's length counts, a user's does not, so that no user learns louder than
+    another; cosine_bias: direction and a number an item."""
     history: Literal["none", "mean", "attention", "transformer", "multi_interest"] = "attention"
     """How the user's earlier items become one vector; multi_interest: several, and an item's score
     is that of the nearest."""
@@ -124,7 +129,7 @@ def unit_vectors(x: Tensor) -> Tensor:
 
 
 class ItemTower(nn.Module):
-    """Item rows → unit vectors (plain ones for the dot product), and a bias where there is one."""
+    """Item rows → unit vectors (plain ones where lengths count), and a bias where there is one."""
 
     def __init__(self, spec: FeatureSpec, rules: TowerRules) -> None:
         super().__init__()
@@ -139,7 +144,7 @@ class ItemTower(nn.Module):
     def forward(self, embedded: Tensor) -> Tensor:
         """(R, D) embedded items → (R, D) or, with a bias, (R, D+1) vectors."""
         out = self.deep(embedded)
-        if self.rules.score == "dot":
+        if self.rules.score in ITEM_LENGTHS:
             return out
         unit = unit_vectors(out)
         if self.rules.score == "cosine":
@@ -214,7 +219,7 @@ class UserTower(nn.Module):
         if self.rules.score == "dot":
             return out
         unit = unit_vectors(out)
-        if self.rules.score == "cosine":
+        if self.rules.score in ("cosine", "projection"):
             return unit
         return torch.cat([unit, torch.ones_like(unit[..., :1])], dim=-1)
 
