@@ -99,6 +99,7 @@ class Batches:
         window_span: "in_time": microseconds that a window spans at most, or None.
         history_dropout: "by_user": probability that an item is left out of its user's history.
         ahead: "ahead": examples of a user at most.
+        ahead_within: "ahead": moments are drawn from the last such share of a user's events.
         elapsed: whether history entries carry the seconds to their query.
         strength: whether history entries carry the strength of their event, where events differ.
         passed: whether queries carry what their user was shown and passed over before.
@@ -139,6 +140,7 @@ class Batches:
         window_span: int | None = None,
         history_dropout: float = 0.2,
         ahead: int = 10,
+        ahead_within: float = 1.0,
         elapsed: bool = False,
         strength: bool = False,
         passed: bool = False,
@@ -195,8 +197,9 @@ class Batches:
         self.skip_correction = skip_correction
         self.statistics, self.seed, self.share = statistics, seed, Share(rank, world)
         self.reading, self._plan = _planned(
-            events, plan, batch_size, max_history, window_span, history_dropout, ahead, self.share
-        )
+            events, plan, batch_size, max_history, window_span, history_dropout,
+            (ahead, ahead_within), self.share,
+        )  # fmt: skip
         self.epoch, self.done = 0, 0
         self._going_on = False
         self.before_epoch: Callable[[int], object] | None = None
@@ -475,7 +478,7 @@ def _planned(
     max_history: int,
     window_span: int | None,
     history_dropout: float,
-    ahead: int,
+    ahead: tuple[int, float],
     share: Share,
 ) -> tuple[Reading, Plan]:
     """How parts are read, and how epochs are divided into them."""
@@ -484,7 +487,7 @@ def _planned(
         users = ByUser(timeline, max_history, history_dropout)
         return users, Shuffled(users.units, batch_size, share)
     if plan == "ahead":
-        places = Ahead(timeline, max_history, ahead)
+        places = Ahead(timeline, max_history, *ahead)
         return places, Shuffled(places.units, batch_size, share)
     if plan == "sequences":
         sequences = BySequence(timeline, max_history)

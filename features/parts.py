@@ -170,19 +170,27 @@ class Ahead:
         timeline: the training side.
         max_history: newest entries kept.
         ahead: at most so many events from the moment on are the examples.
+        within: moments are drawn from the last such share of a user's events.
     """
 
     whole_users = True
 
-    def __init__(self, timeline: Timeline, max_history: int, ahead: int) -> None:
+    def __init__(
+        self, timeline: Timeline, max_history: int, ahead: int, within: float = 1.0
+    ) -> None:
         self.max_history, self.ahead = max_history, ahead
         self._offsets = np.asarray(timeline.user_offsets)
         past = strictly_before(timeline)
         starts = np.repeat(self._offsets[:-1], np.diff(self._offsets))
         # (E,) the first event of each event's moment; ascending over all users.
         self._moment = starts + past
-        # (U,) events without a past: those of each user's first moment.
-        self._first = np.bincount(timeline.user[past == 0], minlength=timeline.n_users)
+        # (U,) events that are not drawn: those of each user's first moment, and what is too old.
+        counts = np.diff(self._offsets)
+        first = np.bincount(timeline.user[past == 0], minlength=timeline.n_users)
+        late = np.floor(counts * (1 - within)).astype(np.int64)
+        self._first = np.where(
+            first < counts, np.maximum(first, np.minimum(late, counts - 1)), first
+        )
 
     @property
     def units(self) -> np.ndarray:

@@ -41,6 +41,12 @@ def test_a_user_is_asked_for_what_came_after_a_moment_with_what_stood_before():
     assert seen == {1, 2, 3, 4, 5}  # the first event has no past
 
 
+def test_moments_are_drawn_from_the_end():
+    reading = Ahead(timeline([list(range(8))]), max_history=9, ahead=1, within=0.25)
+    drawn = {int(reading.ask(np.array([1]), np.random.default_rng(n)).until[0]) for n in range(40)}
+    assert drawn == {6, 7}
+
+
 def test_events_of_one_moment_are_asked_for_together():
     reading = Ahead(timeline([[0, 1, 1, 1, 2]]), max_history=9, ahead=9)
     places = {
@@ -67,11 +73,12 @@ def test_time_passes_until_the_first_that_is_asked_for():
 @given(
     st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=8), min_size=1, max_size=4),
     st.integers(1, 4),
+    st.sampled_from([1.0, 0.5, 0.25]),
 )
-def test_chances_are_shares_of_all_moments(times: list[list[int]], ahead: int):
+def test_chances_are_shares_of_all_moments(times: list[list[int]], ahead: int, within: float):
     """Twin: every event that may be chosen, one after the other."""
     line = timeline([sorted(own) for own in times])
-    reading = Ahead(line, max_history=4, ahead=ahead)
+    reading = Ahead(line, max_history=4, ahead=ahead, within=within)
     wanted = np.zeros(len(line.item))
     for user in reading.units:
         start, end = line.user_offsets[user], line.user_offsets[user + 1]
@@ -79,7 +86,8 @@ def test_chances_are_shares_of_all_moments(times: list[list[int]], ahead: int):
             start + int(np.searchsorted(line.time[start:end], line.time[event]))
             for event in range(start, end)
         ]
-        chosen = [moment for moment in moments if moment > start]
+        late = min(int((end - start) * (1 - within)), end - start - 1)
+        chosen = [moment for moment in moments[late:] if moment > start]
         for moment in chosen:
             wanted[moment : min(moment + ahead, end)] += 1 / len(chosen)
     np.testing.assert_allclose(reading.chances(), wanted, atol=1e-12)

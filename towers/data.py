@@ -59,6 +59,7 @@ class InteractionData(lightning.LightningDataModule):
             window_span=None if rules.window_span is None else duration(rules.window_span),
             history_dropout=rules.history_dropout,
             ahead=rules.ahead,
+            ahead_within=rules.ahead_within,
             elapsed=timed and "recency" in towers.history_inputs,
             strength="strength" in towers.history_inputs,
             passed=towers.passed_over,

@@ -48,6 +48,9 @@ class TrainingRules(Strict):
     """by_user: share of a user's items left out of the history that foretells all of them."""
     ahead: int = Field(10, ge=1)
     """ahead: events from the moment on that are examples."""
+    ahead_within: float = Field(1.0, gt=0, le=1)
+    """ahead: moments are drawn from the last such share of a user's events, which is nearest to
+    what will be asked."""
     since: Span = None
     """Learn from positives of so much time before the end of the training side only ("5d"); what is
     older is history. For logs whose beginning is of another kind, or long past."""
