@@ -151,6 +151,9 @@ def fit(
     import torch
 
     rules, folder = config.training, folder / "checkpoints"
+    if rules.epochs == 0:
+        say(f"the {rules.start} start alone, without learning")
+        return _learn(config, dataset, make(), None, 0, folder, logger=False, resume=False)[0]
     model = make()
     validation = validation_side(
         dataset,
@@ -213,6 +216,8 @@ def _learn(
     if rules.start != "random":
         start_tables(model, events.timeline, rules.start, config.seed, rules.start_window)
     module = TwoTowerModule(model, rules, audits=folder.parent / "audit")
+    if epochs == 0:
+        return module.eval(), 0
     given = None
     if rules.given is not None:
         given, counts = given_negatives(rules.given, dataset, until)

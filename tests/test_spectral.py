@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from conftest import Built
 
+from features.examples import timeline_until
 from features.timeline import Timeline
 from recsys.errors import ConfigError
+from recsys.tables import Side
+from serving import bundle as bundles
 from towers.blocks import FeatureSpec, FeatureTable
+from towers.rules import TrainingRules
 from towers.spectral import LENGTH, company, spectral, start
 from towers.two_tower import TowerRules, TwoTower
 
@@ -178,3 +186,26 @@ def test_with_inner_products_the_towers_start_as_the_filter(table: str, score: s
     entries = model.embed_history(rows).detach().numpy()
     np.testing.assert_allclose(items, found.item[1:-1], atol=1e-5)
     np.testing.assert_allclose(entries, found.history[1:-1], atol=1e-5)
+
+
+def test_a_start_alone_is_no_noise() -> None:
+    with pytest.raises(ValueError, match="is noise"):
+        TrainingRules(epochs=0)
+    assert TrainingRules(epochs=0, start="spectral").epochs == 0
+
+
+def test_without_epochs_the_towers_stay_as_they_start(
+    build: Callable[..., Built], market_run: str, tmp_path: Path
+) -> None:
+    """Set from train and validation side together: nothing is left to be chosen."""
+    rules = '[training]\nepochs = 0\nstart = "spectral"\nstart_window = 4\n'
+    toml = market_run.replace("hidden = 8", 'hidden = 0\nhistory = "mean"\nhistory_table = "own"')
+    built = build(toml + rules, tmp_path, trained=True)
+    loaded = bundles.load(built.bundle)
+    found = spectral(timeline_until(built.dataset, Side.VALID), 8, built.config.seed, window=4)
+    tower = loaded.model.user_tower
+    assert tower.history_ids is not None
+    rows = len(tower.history_ids.weight)
+    np.testing.assert_allclose(
+        tower.history_ids.weight[1:].detach(), found.history[1:rows], atol=1e-5
+    )

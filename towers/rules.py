@@ -56,8 +56,9 @@ class TrainingRules(Strict):
     older is history. For logs whose beginning is of another kind, or long past."""
     half_life: Span = None
     """An event counts half when it is so much older than the newest; None: all alike."""
-    epochs: int = Field(30, ge=1)
-    """At most; early stopping usually ends sooner."""
+    epochs: int = Field(30, ge=0)
+    """At most; early stopping usually ends sooner. 0: the start alone, of train and validation
+    side together."""
     patience: int = Field(4, ge=1)
     """Epochs without a better validation metric before training stops."""
     refit: bool = True
@@ -155,6 +156,11 @@ class TrainingRules(Strict):
         if self.monitor != "auc":
             metric_at(self.monitor)
         _check_options(self.objective, self.objective_options)
+        if self.epochs == 0 and self.start == "random":
+            raise ValueError(
+                'with epochs = 0 the towers stay as they start, and start = "random" is noise: set '
+                'start to "spectral" or "company", or epochs to at least 1.'
+            )
         if self.negatives == "all" and (self.uniform_negatives or self.queue):
             raise ValueError(
                 'with negatives = "all" every item is a candidate already: leave '
