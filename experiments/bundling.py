@@ -14,6 +14,7 @@ import polars as pl
 
 from experiments.config import RunConfig
 from experiments.evaluate import protocol
+from features.coder import ItemCoder
 from features.columns import ContextColumn
 from features.dataset import Dataset
 from features.examples import timeline_until
@@ -93,6 +94,7 @@ def make_bundle(
         index=ExactIndex(np.ascontiguousarray(vectors[rows])),
         cutoff=cutoff,
         contexts=contexts(dataset),
+        coder=ItemCoder.of(dataset),
         manifest={
             "config": config.model_dump(mode="json"),
             "warm_items": dataset.n_warm_items,

@@ -10,11 +10,15 @@ import json
 import logging
 import math
 import os
+import shutil
+import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from experiments.spool import Spool
+from recsys.files import sha256_bytes
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +123,50 @@ class Store:
         for entry in list(record["models"]):
             self.send(spool, "model", entry)
 
+    def version_of(self, name: str, version: str | None, alias: str | None) -> tuple[str, str]:
+        """The version that a registered model's alias names, and where its bundle lies.
+
+        Args:
+            name: of the registered model.
+            version: its number; None: the alias says.
+            alias: such as champion; looked at only without a version.
+
+        Returns:
+            A token that no other bundle has, even in a store that was made anew, and a URI.
+        """
+        client = self._client
+        if version is None:
+            found = client.get_model_version_by_alias(name, alias)
+        else:
+            found = client.get_model_version(name, version)
+        place = client.get_model_version_download_uri(name, found.version)
+        made = f"{found.creation_timestamp} {found.run_id} {place}"
+        return f"{found.version}-{sha256_bytes(made.encode())[:8]}", place
+
+    def download(self, place: str, folder: Path) -> None:
+        """Copy the artifact at a URI into a folder that is there."""
+        from mlflow.artifacts import download_artifacts
+
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as aside:
+            found = Path(
+                download_artifacts(
+                    artifact_uri=place,
+                    dst_path=aside,
+                    tracking_uri=self._client.tracking_uri,
+                    registry_uri=self._client._registry_uri,
+                )
+            )
+            # The bundle's own folder where its parent was registered.
+            if not (found / "manifest.json").exists() and (found / "bundle").is_dir():
+                found = found / "bundle"
+            for file in found.iterdir():
+                shutil.move(file, folder / file.name)
+
+    def set_alias(self, name: str, version: str, alias: str) -> None:
+        """Let an alias of a registered model name another version."""
+        self._client.get_model_version(name, version)  # MLflow sets aliases of what is not there
+        self._client.set_registered_model_alias(name, alias, version)
+
     def _lock(self) -> AbstractContextManager[Any]:
         """Four processes that open a fresh database at once break its migration: one by one."""
         if self._database is None:
@@ -173,3 +221,17 @@ class Store:
         made = self._client.create_model_version(entry["name"], source, run_id, tags=entry["tags"])
         entry["version"] = str(made.version)
         self._client.set_registered_model_alias(entry["name"], entry["alias"], made.version)
+
+
+def where(uri: str = "", out: str | Path = "runs") -> str:
+    """The tracking store: what is said, else MLFLOW_TRACKING_URI, else a SQLite file in `out`."""
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    return uri or f"sqlite:///{(Path(out) / 'mlflow.db').resolve()}"
+
+
+def bare(uri: str) -> str:
+    """The address without a password."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import queue
 import re
 import shlex
@@ -19,12 +18,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
 from experiments.spool import Spool, finite
-from experiments.store import METRICS, Job, Store
+from experiments.store import METRICS, Job, Store, where
+from experiments.store import bare as _bare
 from recsys.errors import DataError, RecsysError
 from recsys.files import write_json
 from recsys.tables import Strict
@@ -112,7 +111,7 @@ class Tracker:
             out: holds the embedded store (mlflow.db and artifacts/).
             run_id: a run that stands in the store; it is RUNNING again.
         """
-        self.uri = _uri(rules, Path(out)) if rules.enabled else ""
+        self.uri = where(rules.uri, out) if rules.enabled else ""
         self._rules = rules
         self._spool = Spool.begin(
             folder,
@@ -359,19 +358,6 @@ def lightning_logger(tracker: Tracker) -> Logger:
             """Nothing: the whole configuration was logged when the run was opened."""
 
     return TrackerLogger()
-
-
-def _uri(rules: TrackRules, out: Path) -> str:
-    uri = rules.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-    return uri or f"sqlite:///{(out / 'mlflow.db').resolve()}"
-
-
-def _bare(uri: str) -> str:
-    """The address without a password."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _status(error: BaseException | None) -> Status:

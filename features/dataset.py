@@ -20,7 +20,8 @@ from recsys.ragged import Ragged
 from recsys.vocab import Vocab
 
 FORMAT = "recsys.prepared"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Rises also when a reader gives other rows, so that nothing prepared before is taken for it."""
 MANIFEST = "manifest.json"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 from scipy import sparse
@@ -90,6 +91,12 @@ class Popularity(Baseline):
         self.scores[:1] = -np.inf
         self.n_items = len(self.scores)
 
+    @cached_property
+    def order(self) -> np.ndarray:
+        """(m,) rows that may be answered at all, best first, equals by the smaller."""
+        rows = np.flatnonzero(np.isfinite(self.scores))
+        return rows[np.argsort(-self.scores[rows], kind="stable")]
+
     def _search(
         self, history: Ragged, k: int, allowed: np.ndarray, exclude: Ragged
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -104,8 +111,7 @@ class Popularity(Baseline):
         of its excluded items before that: with excluded places p_0 < p_1 < … these are the i with
         p_i − i ≤ j. A count over (query, p_i − i) therefore gives all answers at once.
         """
-        order = np.flatnonzero(allowed & np.isfinite(self.scores))
-        order = order[np.argsort(-self.scores[order], kind="stable")]
+        order = self.order[allowed[self.order]]
         place = np.full(len(self.scores), -1, np.int64)
         place[order] = np.arange(len(order))
         out = place[np.maximum(row, 0)]

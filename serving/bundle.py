@@ -15,27 +15,33 @@ import numpy as np
 import polars as pl
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from features.coder import ItemCoder
 from features.columns import ContextColumn
 from features.passed import PassedOver
 from features.timeline import Timeline
 from recsys.errors import BundleError
-from recsys.files import atomic_folder, sha256_bytes, sha256_file
+from recsys.files import atomic_folder, read_json, sha256_bytes, write_json
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex, Index
 from recsys.vocab import Vocab
 from serving.index import HnswIndex, IndexRules, build_index, recall_against_exact
-from serving.manifest import check, digests, may_replace, read_manifest, write_manifest
+from serving.manifest import Check, digests, may_replace, read_manifest, write_manifest
+from serving.neighbours import write_neighbours
 from towers.blocks import FeatureSpec, FeatureTable
 from towers.encode import Embeddings
 from towers.two_tower import TowerRules, TwoTower
 
 if TYPE_CHECKING:
     from features.text import TextEncoder
+
+
+CODING = "coding.json"
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Bundle:
         encoder_folder: the text encoder's folder, or None.
         known_items: item rows below this were known when the bundle was made; 0: all. Rows above
             come from a later log and are answered only by towers that read item statistics.
+        coder: how an item that comes later becomes codes; None: made before bundles knew that.
     """
 
     model: TwoTower
@@ -75,6 +82,7 @@ class Bundle:
     manifest: dict[str, Any] = field(default_factory=dict)
     encoder_folder: Path | None = None
     known_items: int = 0
+    coder: ItemCoder | None = None
 
     @cached_property
     def encoder(self) -> TextEncoder | None:
@@ -100,6 +108,17 @@ def available(window: np.ndarray, moment: int | None) -> np.ndarray:
     return allowed
 
 
+def answerable(bundle: Bundle, moment: int | None) -> np.ndarray:
+    """(N,) bool: item rows that exist and are available at the moment.
+
+    Rows of a later log only where the towers read item statistics: else nothing is known of them.
+    """
+    allowed = bundle.timeline.alive(moment) & available(bundle.window, moment)
+    if bundle.known_items and not bundle.model.uses_statistics:
+        allowed[bundle.known_items :] = False
+    return allowed
+
+
 def save(
     bundle: Bundle,
     path: str | Path,
@@ -112,7 +131,8 @@ def save(
     """Write a bundle beside `path` under a temporary name, sync it and rename it.
 
     The index's recall against exact search is measured here, with item vectors as queries and
-    `recall_k` answers, and written into the manifest.
+    `recall_k` answers, and written into the manifest; so is that of the table of neighbours,
+    which is made here unless `rules.neighbours` is 0.
 
     Raises:
         BundleError: something else than a bundle stands at `path`.
@@ -134,6 +154,8 @@ def save(
         }
         save_tensors(buffers, folder / "features.safetensors")
         save_arrays(_timeline_arrays(timeline), folder / "timeline.safetensors")
+        Embeddings(bundle.items.ids, bundle.vectors[1:], model.rules.score)
+        indexed = indexed_vectors(bundle)
         bundle.items.save(folder / "item_ids.parquet")
         bundle.users.save(folder / "user_ids.parquet")
         bundle.catalog.write_parquet(folder / "catalog.parquet", statistics=False)
@@ -141,16 +163,22 @@ def save(
             bundle.index.save(folder / "index.bin")
         if encoder is not None:
             encoder.save(folder / "text")
-        fingerprint = _fingerprint(folder, bundle)
-        save_arrays(
-            {
-                "vectors": np.ascontiguousarray(bundle.vectors),
-                "rows": bundle.rows,
-                "window": np.ascontiguousarray(bundle.window),
-            },
-            folder / "vectors.safetensors",
-            metadata={"fingerprint": fingerprint},
-        )
+        if bundle.coder is not None:
+            write_json(folder / CODING, bundle.coder.to_json())
+        fingerprint = _fingerprint(digests(folder), bundle)
+        arrays = {
+            "vectors": np.ascontiguousarray(bundle.vectors),
+            "rows": bundle.rows,
+            "window": np.ascontiguousarray(bundle.window),
+        }
+        if len(bundle.rows) and not _consecutive(bundle.rows):
+            arrays["indexed"] = indexed  # on disk twice rather than in memory twice
+        save_arrays(arrays, folder / "vectors.safetensors", metadata={"fingerprint": fingerprint})
+        neighbours = None
+        if rules.neighbours:
+            neighbours = write_neighbours(
+                folder, bundle.index, indexed, model.rules.score, rules.neighbours, seed=seed
+            )
         for file in folder.glob("*.safetensors"):
             os.chmod(file, 0o666 & folder.stat().st_mode)  # safetensors gives 0600
         manifest = {
@@ -163,6 +191,7 @@ def save(
             "items": len(bundle.items.ids),
             "users": len(bundle.users.ids),
             "indexed": len(bundle.rows),
+            "neighbours": neighbours,
             "towers": model.rules.model_dump(),
             "item_spec": asdict(model.item_spec),
             "user_spec": asdict(model.user_spec),
@@ -180,6 +209,7 @@ def save(
                 "kind": "hnsw" if isinstance(bundle.index, HnswIndex) else "exact",
                 "rules": rules.model_dump(),
                 "fingerprint": fingerprint,
+                "vectors": sha256_bytes(indexed.data.cast("B") if indexed.size else b""),
                 "recall": _index_recall(bundle, min(recall_k, len(bundle.rows)), seed),
                 "recall_k": min(recall_k, len(bundle.rows)),
             },
@@ -191,15 +221,19 @@ def save(
 def _index_recall(bundle: Bundle, k: int, seed: int) -> float:
     if not isinstance(bundle.index, HnswIndex) or k == 0:
         return 1.0
-    vectors = np.ascontiguousarray(bundle.vectors[bundle.rows])
-    return recall_against_exact(bundle.index, vectors, k=k, seed=seed)
+    return recall_against_exact(bundle.index, indexed_vectors(bundle), k=k, seed=seed)
 
 
-def _fingerprint(folder: Path, bundle: Bundle) -> str:
-    """Digest of all that decides where a vector lies: towers, text encoder, ids, score."""
-    text = sorted(digests(folder / "text").items()) if (folder / "text").exists() else []
+def _fingerprint(files: dict[str, str], bundle: Bundle) -> str:
+    """Digest of all that decides where a vector lies: towers, text encoder, ids, score.
+
+    Args:
+        files: file of the bundle → its digest.
+        bundle: whose they are.
+    """
+    text = sorted((name[5:], digest) for name, digest in files.items() if name[:5] == "text/")
     return sha256_bytes(
-        sha256_file(folder / "towers.safetensors").encode(),
+        files["towers.safetensors"].encode(),
         repr(text).encode(),
         f"{bundle.model.rules.score} {bundle.model.vector_dimension}".encode(),
         bundle.items.digest.encode(),
@@ -227,8 +261,12 @@ def _timeline_arrays(timeline: Timeline) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-def load(path: str | Path) -> Bundle:
+def load(path: str | Path, *, verify: bool = True) -> Bundle:
     """Read a bundle and check it against itself.
+
+    Args:
+        path: its folder.
+        verify: compare the digests of all files with the manifest first.
 
     Raises:
         BundleError: no bundle, a later format, a file that is missing or changed, or parts that do
@@ -236,14 +274,19 @@ def load(path: str | Path) -> Bundle:
     """
     path = Path(path)
     manifest = read_manifest(path)
-    check(path, manifest)
-    try:
-        bundle = _load_parts(path, manifest)
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BundleError(
-            f"The parts of bundle {path} do not fit each other: {error}. Make it again."
-        ) from error
-    fingerprint = _fingerprint(path, bundle)
+    # The order in which the parts are read; the first to be read is then whole at once.
+    first = ("item_ids.parquet", "index.bin", "vectors.safetensors")
+    with Check(path, manifest, first, trusted=not verify) as checked:
+        try:
+            bundle = _load_parts(path, manifest, checked)
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            # What is damaged is said before what follows from it.
+            checked.wait()
+            raise BundleError(
+                f"The parts of bundle {path} do not fit each other: {error}. Make it again."
+            ) from error
+        checked.wait()
+    fingerprint = _fingerprint(manifest["files"], bundle)
     with safe_open(path / "vectors.safetensors", "numpy") as stored:
         of_vectors = (stored.metadata() or {}).get("fingerprint", "none")
     said = {
@@ -260,14 +303,34 @@ def load(path: str | Path) -> Bundle:
     return bundle
 
 
-def _load_parts(path: Path, manifest: dict[str, Any]) -> Bundle:
-    items, users = Vocab.load(path / "item_ids.parquet"), Vocab.load(path / "user_ids.parquet")
-    for name, vocab in (("items", items), ("users", users)):
-        if len(vocab.ids) != manifest[name]:
+def _load_parts(path: Path, manifest: dict[str, Any], checked: Check) -> Bundle:
+    # Large parts are mapped, not read: they cost memory as they are used, and the system may take
+    # it back. What was checked when a bundle was written need not be so again: its digests vouch.
+    vouched = "vectors" in manifest["index"]
+
+    def vocab(name: str) -> Vocab:
+        checked.wait(name)
+        return Vocab.load(path / name, checked=vouched)
+
+    def tensors(name: str) -> dict[str, torch.Tensor]:
+        checked.wait(name)
+        return load_tensors(path / name)
+
+    items, users = vocab("item_ids.parquet"), vocab("user_ids.parquet")
+    for name, ids in (("items", items), ("users", users)):
+        if len(ids.ids) != manifest[name]:
             raise BundleError(
-                f"{path} has {len(vocab.ids)} {name}, but its manifest says {manifest[name]}."
+                f"{path} has {len(ids.ids)} {name}, but its manifest says {manifest[name]}."
             )
-    buffers = load_tensors(path / "features.safetensors")
+    stored = {name: tensor.numpy() for name, tensor in tensors("vectors.safetensors").items()}
+    vectors, rows = stored["vectors"], stored["rows"]
+    if vectors.shape != (items.size, manifest["dimension"]):
+        raise BundleError(
+            f"{path} has vectors of shape {vectors.shape}, but its manifest says "
+            f"{(items.size, manifest['dimension'])}."
+        )
+    if not vouched:
+        Embeddings(items.ids, vectors[1:], manifest["score"])
     contexts = tuple(
         ContextColumn(
             entry["name"],
@@ -276,7 +339,10 @@ def _load_parts(path: Path, manifest: dict[str, Any]) -> Bundle:
         )
         for entry in manifest["contexts"]
     )
-    model = TwoTower(
+    index = _index(path, manifest, checked, _rows_of(vectors, rows, stored.get("indexed")))
+    buffers = tensors("features.safetensors")
+    model = _model(
+        tensors("towers.safetensors"),
         TowerRules(**manifest["towers"]),
         _table(items.size, "items", manifest["item_categories"], buffers),
         _table(users.size, "users", manifest["user_categories"], buffers),
@@ -284,9 +350,7 @@ def _load_parts(path: Path, manifest: dict[str, Any]) -> Bundle:
         _spec(manifest, "user"),
         tuple(column.size for column in contexts),
     )
-    model.load_state_dict(load_tensors(path / "towers.safetensors"))
-    model.eval()
-    arrays = load_arrays(path / "timeline.safetensors")
+    arrays = {name: tensor.numpy() for name, tensor in tensors("timeline.safetensors").items()}
     shown = (
         Ragged(arrays["shown_offsets"], arrays["shown_times"])
         if "shown_offsets" in arrays
@@ -302,26 +366,67 @@ def _load_parts(path: Path, manifest: dict[str, Any]) -> Bundle:
         arrays["exists_from"], shown, manifest["timed"], arrays.get("strength"),
         passed,
     )  # fmt: skip
-    stored = load_arrays(path / "vectors.safetensors")
-    vectors, rows = stored["vectors"], stored["rows"]
-    if vectors.shape != (items.size, manifest["dimension"]):
-        raise BundleError(
-            f"{path} has vectors of shape {vectors.shape}, but its manifest says "
-            f"{(items.size, manifest['dimension'])}."
-        )
-    Embeddings(items.ids, vectors[1:], manifest["score"])
-    indexed = np.ascontiguousarray(vectors[rows])
-    index: Index = ExactIndex(indexed)
-    if manifest["index"]["kind"] == "hnsw":
-        index = HnswIndex.load(
-            path / "index.bin", indexed, IndexRules(**manifest["index"]["rules"])
-        )
+    coder = None
+    if (path / CODING).is_file():
+        checked.wait(CODING)
+        coder = ItemCoder.from_json(read_json(path / CODING))
+    checked.wait("catalog.parquet")
+    catalog = pl.read_parquet(path / "catalog.parquet")
+    if catalog["item"].equals(items.ids):
+        catalog = catalog.with_columns(items.ids.alias("item"))  # in memory once
     return Bundle(
-        model, items, users, pl.read_parquet(path / "catalog.parquet"), stored["window"],
-        timeline, vectors, rows,
+        model, items, users, catalog, stored["window"], timeline, vectors, rows,
         index, manifest["cutoff"], contexts, manifest,
-        path / "text" if (path / "text").is_dir() else None,
+        path / "text" if (path / "text").is_dir() else None, coder=coder,
     )  # fmt: skip
+
+
+def _index(path: Path, manifest: dict[str, Any], checked: Check, indexed: np.ndarray) -> Index:
+    said = manifest["index"]
+    if said["kind"] != "hnsw":
+        return ExactIndex(indexed, checked="vectors" in said)
+    checked.wait("index.bin", "index.bin.json")
+    rules = IndexRules(**said["rules"])
+    return HnswIndex.load(path / "index.bin", indexed, rules, digest=said.get("vectors"))
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves new weights as the memory was: a million random vectors cost a second."""
+
+    FILLING = frozenset({"normal_", "uniform_", "kaiming_uniform_", "zero_", "fill_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        filled = args[0] if args else kwargs.get("tensor")
+        if isinstance(filled, nn.Parameter) and func.__name__ in self.FILLING:
+            return filled
+        return func(*args, **kwargs)
+
+
+def _model(weights: dict[str, torch.Tensor], *shape: Any) -> TwoTower:
+    """Towers whose weights are the given tensors themselves; no random ones are drawn first."""
+    with _Unfilled():
+        model = TwoTower(*shape)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def _consecutive(rows: np.ndarray) -> bool:
+    return bool(len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all())
+
+
+def _rows_of(vectors: np.ndarray, rows: np.ndarray, stored: np.ndarray | None = None) -> np.ndarray:
+    """(n, D) the rows of the vectors: as they lie where that is possible, else a copy."""
+    if stored is not None and len(stored) == len(rows):
+        return stored
+    if _consecutive(rows):
+        return np.ascontiguousarray(vectors[rows[0] : rows[-1] + 1])
+    return np.ascontiguousarray(vectors[rows])
+
+
+def indexed_vectors(bundle: Bundle) -> np.ndarray:
+    """(n, D) vectors of the indexed items, in the order of the index."""
+    return _rows_of(bundle.vectors, bundle.rows)
 
 
 def _spec(manifest: dict[str, Any], side: str) -> FeatureSpec:
@@ -347,5 +452,4 @@ def _table(
 
 def with_index(bundle: Bundle, rules: IndexRules) -> Bundle:
     """The bundle with an index built over the rows that exist and are available."""
-    vectors = np.ascontiguousarray(bundle.vectors[bundle.rows])
-    return replace(bundle, index=build_index(vectors, rules))
+    return replace(bundle, index=build_index(indexed_vectors(bundle), rules))

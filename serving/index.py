@@ -9,6 +9,7 @@ Legend: Q queries, N rows, D dimensions, k answers, G distinct vectors (nodes of
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from functools import cached_property
@@ -25,20 +26,13 @@ from recsys.files import atomic_write, read_json, sha256_bytes, sha256_file, wri
 from recsys.ragged import Ragged, gather
 from recsys.search import ExactIndex, Index, check_filters, check_queries
 from recsys.tables import Strict
+from serving.nodes import NOTHING, distinct, lengths_of, lifts
 
 FORMAT = "recsys hnsw 1"
-UNIT_TOLERANCE = 1e-3
-"""Vectors whose lengths differ by less, relatively, count as equally long."""
-LIFT_SPREAD = 3.0
-"""Longest vector over the median up to which lifting onto a sphere finds more than plain inner
-products (20k × 64 at breadth 200, k = 100: biases .99 → 1.00 and .28 → 1.00; a dot product with
-lognormal lengths, spread 24: .94 → .33)."""
 ANSWERS_AT_ONCE = 1 << 18
 """Candidates that one block of a search may hold: rescoring gathers a vector for each."""
 MARKS_AT_ONCE = 1 << 23
 """Bytes of the table that marks excluded rows of a block of queries; small enough for a cache."""
-NOTHING = 1e-30
-"""A vector as short as this has no direction."""
 ADDED_AT_ONCE = 10_000
 
 
@@ -66,6 +60,9 @@ class IndexRules(Strict):
     exact_breadth: float = Field(0.01, ge=0, le=1)
     """A lookup broader than this share of the rows is answered by the exact product, which is then
     as fast and misses nothing (measured: equally fast at .006 in batches, .0125 one by one)."""
+    neighbours: int = Field(100, ge=0, le=1000)
+    """Nearest items of every item that a bundle holds ready, so that what is like an item needs no
+    search (8 bytes each on disk); 0: none."""
 
 
 def build_index(
@@ -171,12 +168,27 @@ class HnswIndex:
         self.exact = ExactIndex(vectors)
         self.rules = rules
         self._vectors = np.ascontiguousarray(vectors)
-        self._first, self._members = _distinct(self._vectors)
-        self._nodes = len(self._first)
-        lengths = _lengths(self._vectors)[self._first]  # (G,)
+        self._first, self._members = distinct(self._vectors)
+        self._nodes = self.size if self._first is None else len(self._first)
+        lengths = lengths_of(self._vectors)
+        if self._first is not None:
+            lengths = lengths[self._first]  # (G,)
         self._longest = float(lengths.max(initial=0.0))
-        self._lifted = _lifts(lengths, rules.space)
+        self._lifted = lifts(lengths, rules.space)
         self._graph = None
+
+    def _remember(self, vectors: np.ndarray, rules: IndexRules, about: dict[str, Any]) -> None:
+        """As `_prepare`, from what was written of vectors that are known to be the same."""
+        self.exact = ExactIndex(vectors, checked=True)
+        self.rules = rules
+        self._vectors = np.ascontiguousarray(vectors)
+        self._first = self._members = None
+        if about["nodes"] != self.size:
+            self._first, self._members = distinct(self._vectors)
+        self._nodes, self._longest = int(about["nodes"]), float(about["longest"])
+        self._lifted = bool(about["lifted"])
+        self._graph = None
+        self.__dict__["vectors_digest"] = about["vectors"]
 
     def _empty_graph(self) -> Any:
         return hnswlib.Index(space="ip", dim=self.dimension + self._lifted)
@@ -187,17 +199,23 @@ class HnswIndex:
         `sqrt(1 - |x|²)` as one more dimension makes all points unit vectors, and a query with 0
         there has the same inner products (Bachrach et al., 2014).
         """
-        x = self._vectors[self._first[nodes]]
+        x = self._vectors[nodes if self._first is None else self._first[nodes]]
         x = (x / self._longest).astype(np.float32) if self._longest > NOTHING else 0 * x
         if not self._lifted:
             return x
-        rest = np.maximum(0.0, 1.0 - np.square(_lengths(x)))
+        rest = np.maximum(0.0, 1.0 - np.square(lengths_of(x)))
         return self._lift(x, np.sqrt(rest))
 
     def _lift(self, points: np.ndarray, height: np.ndarray | None = None) -> np.ndarray:
         if self._lifted:
             points = np.column_stack([points, np.zeros(len(points)) if height is None else height])
         return np.ascontiguousarray(points, np.float32)
+
+    def with_breadth(self, ef: int) -> HnswIndex:
+        """The same graph, of which a lookup visits at least `ef` nodes."""
+        broad = copy.copy(self)
+        broad.rules = self.rules.model_copy(update={"ef": ef})
+        return broad
 
     @property
     def size(self) -> int:
@@ -218,6 +236,10 @@ class HnswIndex:
         """See `Index.search`; equal scores by the smaller row among those that were found."""
         check_queries(queries, self.dimension, k)
         check_filters(allowed, exclude, self.size, len(queries))
+        if allowed is None and exclude is None:
+            near = self._nearest(queries, k)
+            if near is not None:
+                return near
         fetch = np.full(len(queries), k, np.int64)  # rows of which k survive
         if exclude is not None:
             fetch += exclude.lengths
@@ -226,7 +248,7 @@ class HnswIndex:
             # A filter is rarely independent of the query: a quarter more than its share.
             fetch = np.ceil(fetch * (1.25 * self.size / max(kept, 1))).astype(np.int64)
         broad = np.maximum(2 * fetch, self.rules.ef) > self.rules.exact_breadth * self.size
-        lengths = _lengths(queries)
+        lengths = lengths_of(queries)
         by_graph = ~broad & (lengths > NOTHING)
         narrow = kept < self.rules.exact_below * self.size
         if narrow or self._graph is None or not by_graph.any():
@@ -247,6 +269,23 @@ class HnswIndex:
                 queries[rest], k, allowed=allowed, exclude=skip
             )
         return rows, scores
+
+    def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """A few queries without filters, in one go: what `search` would find, in half the time.
+
+        None: something is unusual, which `search` sees to.
+        """
+        breadth = max(2 * k, self.rules.ef)
+        few = 0 < len(queries) * breadth <= ANSWERS_AT_ONCE
+        if self._graph is None or not few or breadth > self.rules.exact_breadth * self.size:
+            return None
+        lengths = lengths_of(queries)
+        if lengths.min() <= NOTHING:
+            return None
+        rows = self._from_graph(self._lift(queries / lengths[:, None]), k, k, None, None)
+        if rows[:, -1].min() < 0:
+            return None
+        return self._ranked(queries, rows)
 
     def _blocks(self, chosen: np.ndarray, fetch: np.ndarray, marks: bool) -> list[np.ndarray]:
         """The chosen queries in blocks that fetch about alike and fit into little memory."""
@@ -335,7 +374,8 @@ class HnswIndex:
                 self._graph.save_index(str(temporary))  # says nothing when the disk is full
                 self._read_back(temporary)
             digest = sha256_file(temporary)
-        write_json(_sidecar(path), {**self._about(), "graph": digest})
+        about = {**self._about(), "longest": self._longest, "graph": digest}
+        write_json(_sidecar(path), about)
 
     def _read_back(self, path: Path) -> None:
         written, expected = path.stat().st_size, self._graph.index_file_size()
@@ -353,7 +393,8 @@ class HnswIndex:
             raise BundleError(f"The index written to {path.parent} answers otherwise when read.")
 
     @cached_property
-    def _digest(self) -> str:
+    def vectors_digest(self) -> str:
+        """Hex SHA-256 of the vectors it is over."""
         return sha256_bytes(self._vectors.data.cast("B") if self._vectors.size else b"")
 
     def _about(self) -> dict[str, Any]:
@@ -363,12 +404,17 @@ class HnswIndex:
             "size": self.size,
             "nodes": self._nodes,
             "lifted": self._lifted,
-            "vectors": self._digest,
+            "vectors": self.vectors_digest,
         }
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], vectors: np.ndarray, rules: IndexRules | None = None
+        cls,
+        path: str | os.PathLike[str],
+        vectors: np.ndarray,
+        rules: IndexRules | None = None,
+        *,
+        digest: str | None = None,
     ) -> HnswIndex:
         """Read what `save` wrote over the same vectors.
 
@@ -376,6 +422,8 @@ class HnswIndex:
             path: of the graph.
             vectors: (N, D) float32, those that it was built from.
             rules: how to search; `m`, `ef_construction` and `seed` are the graph's own.
+            digest: of the vectors, when somebody has compared it and those of the files already:
+                then no vector is read here, and a million are ready at once.
 
         Raises:
             BundleError: the file is missing or damaged, or belongs to other vectors.
@@ -389,23 +437,30 @@ class HnswIndex:
             raise BundleError(f"{_sidecar(path)} does not describe an index of format {FORMAT!r}.")
         rules = rules or IndexRules()
         self = cls.__new__(cls)
-        self._prepare(
-            vectors,
-            rules.model_copy(update={"space": "lifted" if about.get("lifted") else "plain"}),
-        )
-        for name, value in self._about().items():
+        vouched = digest is not None and {"longest", "lifted", "nodes"} <= set(about)
+        if vouched:
+            (size, dimension), said = vectors.shape, digest
+            found = {"dimension": dimension, "size": size, "vectors": said}
+        else:
+            space = "lifted" if about.get("lifted") else "plain"
+            self._prepare(vectors, rules.model_copy(update={"space": space}))
+            found = self._about()
+        for name, value in found.items():
             if about.get(name) != value:
                 raise BundleError(
                     f"{path} was built with {name} {about.get(name)}, but the vectors given "
                     f"have {value}. Build the index again from these vectors."
                 )
-        # The library does not notice flipped bits, and crashes on some.
-        digest = sha256_file(path)
-        if digest != about["graph"]:
-            raise BundleError(
-                f"{path} has the SHA-256 {digest[:12]}…, but {_sidecar(path).name} says "
-                f"{str(about['graph'])[:12]}…. Copy it again or build the index again."
-            )
+        if vouched:
+            self._remember(vectors, rules, about)
+        else:
+            # The library does not notice flipped bits, and crashes on some.
+            of_file = sha256_file(path)
+            if of_file != about["graph"]:
+                raise BundleError(
+                    f"{path} has the SHA-256 {of_file[:12]}…, but {_sidecar(path).name} says "
+                    f"{str(about['graph'])[:12]}…. Copy it again or build the index again."
+                )
         if self._nodes:
             self._graph = self._empty_graph()
             self._graph.load_index(str(path), max_elements=self._nodes)
@@ -418,22 +473,6 @@ def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _lengths(vectors: np.ndarray) -> np.ndarray:
-    """(n,) Euclidean lengths, in float64 because squares of float32 may vanish or overflow."""
-    return np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
-
-
-def _lifts(lengths: np.ndarray, space: str) -> bool:
-    if not len(lengths) or space == "plain":
-        return False
-    longest, median = float(lengths.max()), float(np.median(lengths))
-    # A zero vector beside unit vectors scores 0 wherever it lies: not a reason to lift.
-    positive = lengths[lengths > NOTHING]
-    if not len(positive) or longest - float(positive.min()) <= UNIT_TOLERANCE * longest:
-        return False
-    return space == "lifted" or longest <= LIFT_SPREAD * median
-
-
 def _first_kept(rows: np.ndarray, keep: np.ndarray, k: int) -> np.ndarray:
     """(b, k) the first k kept rows of each query, padded with -1."""
     if rows.shape[1] >= k and keep[:, :k].all():
@@ -443,31 +482,6 @@ def _first_kept(rows: np.ndarray, keep: np.ndarray, k: int) -> np.ndarray:
     out = np.full((len(rows), k), -1, np.int64)
     out[query, place[query, column]] = rows[query, column]
     return out
-
-
-def _distinct(vectors: np.ndarray) -> tuple[np.ndarray, Ragged | None]:
-    """First row of each distinct vector, in row order (G,), and the rows of each; None if N = G."""
-    key = np.zeros(len(vectors), np.uint64)
-    random = np.random.default_rng(0)
-    constants = random.integers(1, 2**64, (vectors.shape[1],), dtype=np.uint64) | np.uint64(1)
-    for column, constant in enumerate(constants):  # over dimensions, not rows
-        bits = (vectors[:, column] + np.float32(0)).view(np.uint32)  # -0 is 0
-        key += (bits.astype(np.uint64) + np.uint64(column + 1)) * constant
-        key ^= key >> np.uint64(29)
-    _, first, group = np.unique(key, return_index=True, return_inverse=True)
-    if len(first) == len(vectors):
-        return np.arange(len(vectors)), None
-    if not np.array_equal(vectors, vectors[first[group]]):  # two vectors with one key: sort them
-        _, first, group = np.unique(
-            vectors + np.float32(0), axis=0, return_index=True, return_inverse=True
-        )
-        group = group.ravel()
-    order = np.argsort(first)
-    number = np.empty(len(first), np.int64)
-    number[order] = np.arange(len(first))
-    node = number[group]  # (N,)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(node), dtype=np.int64)])
-    return first[order], Ragged(offsets, np.argsort(node, kind="stable"))
 
 
 __all__ = ["HnswIndex", "IndexRules", "build_index", "recall_against_exact"]

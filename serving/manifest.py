@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
+import mmap
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from recsys.errors import BundleError, DataError
 from recsys.files import canonical_json, read_json, sha256_bytes, sha256_file, write_json
@@ -14,6 +20,10 @@ FORMAT = "recsys-bundle"
 FORMAT_VERSION = 1
 LIBRARIES = ("torch", "sentence-transformers", "tokenizers", "hnswlib", "polars", "numpy")
 MANIFEST = "manifest.json"
+THREADS = 4
+"""Files whose digests are made at once."""
+SMALL = 1 << 20
+"""Bytes from which on a file is mapped for its digest."""
 
 
 def write_manifest(folder: Path, said: dict[str, Any]) -> None:
@@ -66,22 +76,98 @@ def check(path: Path, manifest: dict[str, Any]) -> None:
     Raises:
         BundleError: a file is missing or changed; both digests are named.
     """
-    own = _own_digest(manifest)
-    if manifest.get("self") != own:
-        raise BundleError(
-            f"{path / MANIFEST} has the SHA-256 {own[:12]}…, but says "
-            f"{str(manifest.get('self'))[:12]}… of itself. It was changed; copy the bundle again."
-        )
-    for name, digest in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise BundleError(f"The bundle {path} lacks {name}. Copy it again as a whole.")
-        found = sha256_file(file)
-        if found != digest:
+    with Check(path, manifest) as checked:
+        checked.wait()
+
+
+class Check:
+    """Compares the digests of a bundle's files in threads, while its first parts are read.
+
+    A part may be used as soon as `wait` has returned for its files.
+
+    Args:
+        path: the bundle's folder.
+        manifest: what it says.
+        first: files that are wanted first; the others follow in the manifest's order.
+        trusted: compare nothing, as when it was done a moment ago.
+
+    Raises:
+        BundleError: the manifest was changed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        first: Iterable[str] = (),
+        *,
+        trusted: bool = False,
+    ) -> None:
+        self._path, self._files = path, manifest.get("files", {})
+        self._waiting: dict[str, Future[str]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self.trusted = trusted
+        if trusted:
+            return
+        own = _own_digest(manifest)
+        if manifest.get("self") != own:
             raise BundleError(
-                f"{file} has the SHA-256 {found[:12]}…, but the manifest says {digest[:12]}…. "
-                "The file was damaged or replaced; copy or make the bundle again."
+                f"{path / MANIFEST} has the SHA-256 {own[:12]}…, but says "
+                f"{str(manifest.get('self'))[:12]}… of itself. It was changed; copy the bundle "
+                "again."
             )
+        for name in self._files:
+            if not (path / name).is_file():
+                raise BundleError(f"The bundle {path} lacks {name}. Copy it again as a whole.")
+        self._pool = _pool()
+        for name in dict.fromkeys([*(n for n in first if n in self._files), *self._files]):
+            self._waiting[name] = self._pool.submit(_digest, path / name)
+
+    def wait(self, *names: str) -> None:
+        """Until the named files, or all of them, are known to be whole.
+
+        Raises:
+            BundleError: one was changed; both digests are named.
+        """
+        for name in names or tuple(self._waiting):
+            if name not in self._waiting:
+                continue  # compared already, or no part of this bundle
+            found, digest = self._waiting[name].result(), self._files[name]
+            if found != digest:
+                raise BundleError(
+                    f"{self._path / name} has the SHA-256 {found[:12]}…, but the manifest says "
+                    f"{digest[:12]}…. The file was damaged or replaced; copy or make the bundle "
+                    "again."
+                )
+            del self._waiting[name]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "digest")
+
+
+def _digest(file: Path) -> str:
+    """Hex SHA-256 of a file.
+
+    A large one is mapped and read in one go: block by block, every block would wait for whatever
+    else holds the interpreter meanwhile, such as native code that reads an index.
+    """
+    if file.stat().st_size < SMALL:
+        return sha256_file(file)
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return hashlib.sha256(data).hexdigest()
 
 
 def may_replace(path: Path) -> bool:
@@ -102,8 +188,9 @@ def _own_digest(manifest: dict[str, Any]) -> str:
 
 def digests(folder: Path) -> dict[str, str]:
     """File → SHA-256 of everything below the folder but its manifest."""
-    return {
-        file.relative_to(folder).as_posix(): sha256_file(file)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file != folder / MANIFEST
-    }
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f != folder / MANIFEST]
+    with _pool() as pool:
+        return {
+            file.relative_to(folder).as_posix(): digest
+            for file, digest in zip(files, pool.map(_digest, files), strict=True)
+        }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import torch
 
 from features.batch import Queries
 from features.examples import asking
@@ -22,6 +23,8 @@ from recsys.ragged import Ragged, slots
 from recsys.search import ExactIndex, best_scores, search_interests
 from serving import bundle as bundles
 from serving.bundle import Bundle
+from serving.index import HnswIndex
+from serving.neighbours import likeness
 from towers.encode import encode_items, encode_users
 
 
@@ -52,6 +55,24 @@ class Answers:
         ]
 
 
+NOTHING_KNOWN = "nothing is known to recommend from, so the most popular items answer"
+
+
+def unknown_user(user: str) -> str:
+    """What is said of a user that the model does not know."""
+    return f"user {user!r} is unknown"
+
+
+def unknown_items(unknown: Sequence[str], of: int) -> str:
+    """What is said of items that were left out of a question."""
+    return f"{len(unknown)} of {of} items are unknown ({unknown[0]!r})"
+
+
+def unknown_seed(item: str) -> str:
+    """What is said where nothing can be like an item."""
+    return f"item {item!r} is unknown, so the most popular items answer"
+
+
 class Recommender:
     """Answers from a bundle.
 
@@ -80,11 +101,17 @@ class Recommender:
         return Recommender(bundles.load(path))
 
     @cached_property
-    def _exact(self) -> ExactIndex:
+    def exact(self) -> ExactIndex:
+        """Exact search over what the index holds, in the same memory where that can be."""
+        index = self.bundle.index
+        if isinstance(index, HnswIndex):
+            return index.exact
+        if isinstance(index, ExactIndex):
+            return index
         return ExactIndex(np.ascontiguousarray(self.bundle.vectors[self.bundle.rows]))
 
     @cached_property
-    def _popular(self) -> Popularity:
+    def popular(self) -> Popularity:
         """What answers when nothing is known of who asks."""
         return Popularity(self.bundle.timeline.popularity(self._moment))
 
@@ -147,7 +174,7 @@ class Recommender:
             )
         rest = queries.take(np.flatnonzero(nothing))
         if len(rest):
-            rows[nothing], scores[nothing] = self._popular.search(
+            rows[nothing], scores[nothing] = self.popular.search(
                 rest.history,
                 k,
                 allowed=self.allowed,
@@ -157,13 +184,17 @@ class Recommender:
 
     def nothing_known(self, queries: Queries) -> np.ndarray:
         """(Q,) bool: neither a history nor a vector or features of the user."""
-        model = self.bundle.model
-        known = queries.users > 0
-        if not any(True for _ in model.users.named_buffers()):
-            known &= queries.users < model.user_spec.ids
-        if queries.passed is not None and model.rules.passed_over:
+        known = (queries.users > 0) & (queries.users < self.told_apart)
+        if queries.passed is not None and self.bundle.model.rules.passed_over:
             known |= queries.passed.lengths > 0
         return ~known & (queries.history.lengths == 0)
+
+    @cached_property
+    def told_apart(self) -> int:
+        """User rows from 1 up to here, not included, have a vector or features of their own."""
+        model = self.bundle.model
+        described = any(True for _ in model.users.named_buffers())
+        return self.bundle.users.size if described else model.user_spec.ids
 
     def _at_most(self, k: int) -> int:
         """k, but no more than there are items: nobody needs memory for what is not there."""
@@ -200,7 +231,7 @@ class Recommender:
         if exclude is not None:
             place = self._position[exclude.values]
             exclude = Ragged(exclude.offsets, place).where(place >= 0)
-        index = self._exact if exact else self.bundle.index
+        index = self.exact if exact else self.bundle.index
         found, scores = search_interests(
             index,
             vectors,
@@ -232,18 +263,13 @@ class Recommender:
         made from the statistics strictly before it.
         """
         bundle = self.bundle
-        rows = np.flatnonzero(
-            bundle.timeline.alive(moment) & bundles.available(bundle.window, moment)
-        )
+        rows = np.flatnonzero(bundles.answerable(bundle, moment))
         vectors = bundle.vectors
-        if bundle.known_items and not bundle.model.uses_statistics:
-            rows = rows[rows < bundle.known_items]
         if bundle.model.uses_statistics:
             everything = np.arange(bundle.items.size)
             vectors = encode_items(bundle.model, everything, bundle.timeline, moment)
         exact = ExactIndex(np.ascontiguousarray(vectors[rows]))
         moved = Recommender(replace(bundle, vectors=vectors, rows=rows, index=exact))
-        moved.__dict__["_exact"] = exact
         moved._moment = moment
         return moved
 
@@ -275,19 +301,19 @@ class Recommender:
         notes = []
         row = np.zeros(1, np.int64) if user is None else self.bundle.users.encode([user])
         if user is not None and not row[0]:
-            notes.append(f"user {user!r} is unknown")
+            notes.append(unknown_user(user))
         if history is None:
             queries = self.queries(row.astype(np.int64))
         else:
             items = self.bundle.items.encode(list(history)).astype(np.int64)
             unknown = [i for i, known in zip(history, items > 0, strict=True) if not known]
             if unknown:
-                notes.append(f"{len(unknown)} of {len(items)} items are unknown ({unknown[0]!r})")
+                notes.append(unknown_items(unknown, len(items)))
             items = items[items > 0]
             queries = Queries(row.astype(np.int64), Ragged(np.array([0, len(items)]), items))
         rows, scores, popular = self.answer_rows(queries, k, exact=exact, drop_seen=drop_seen)
         if popular[0]:
-            notes.append("nothing is known to recommend from, so the most popular items answer")
+            notes.append(NOTHING_KNOWN)
         return self._answers(rows[0], scores[0], "; ".join(notes) or None)
 
     def similar(
@@ -312,38 +338,57 @@ class Recommender:
         if (item is None) == (text is None):
             raise QueryError("Give either an item id or a text to find similar items to.")
         if text is not None:
-            vector, exclude = self._text_vector(text), None
+            vector, exclude = self.text_vectors([text]), None
         else:
             row = int(self.bundle.items.encode([item])[0])
             if row == 0:
-                note = f"item {item!r} is unknown, so the most popular items answer"
-                rows, scores = self._popular.search(
+                note = unknown_seed(str(item))
+                rows, scores = self.popular.search(
                     Ragged.empty(1), self._at_most(k), allowed=self.allowed
                 )
                 return self._answers(rows[0], scores[0], note)
-            vector = self.bundle.vectors[row : row + 1].copy()
+            vector = self.bundle.vectors[row : row + 1]
             exclude = Ragged(np.array([0, 1]), np.array([row]))
-        if self.bundle.model.rules.score == "cosine_bias":
-            # Likeness is of direction; the bias says how popular an item is, not how alike.
-            vector[:, -1] = 0.0
+        vector = likeness(vector, self.bundle.model.rules.score)
         rows, scores = self._search(vector, self._at_most(k), exact, None, exclude)
         return self._answers(rows[0], scores[0], None)
 
-    def _text_vector(self, text: str) -> np.ndarray:
+    def text_vectors(self, texts: Sequence[str]) -> np.ndarray:
+        """(Q, D) stored vectors of items with these texts, otherwise unknown.
+
+        Raises:
+            QueryError: the bundle has no text encoder, or a text is empty or none of its words is
+                known.
+        """
         encoder = self.bundle.encoder
         if encoder is None or not self.bundle.model.item_spec.text:
             raise QueryError(
                 "This bundle was trained without item text, so a text cannot be looked up. "
                 "Name text columns in [data.catalog] and train again."
             )
-        if not text.strip():
+        if not all(text.strip() for text in texts):
             raise QueryError("The text is empty; give at least a word.")
-        encoded = encoder.encode([text])
-        if not np.any(encoded):
-            raise QueryError(f"No word of {text!r} is known to the text encoder; try other words.")
-        return encode_items(
-            self.bundle.model, np.zeros(1, np.int64), self.bundle.timeline, self._moment, encoded
-        )
+        encoded = encoder.encode(list(texts))
+        for row in np.flatnonzero(~encoded.any(1)).tolist():
+            raise QueryError(
+                f"No word of {texts[row]!r} is known to the text encoder; try other words."
+            )
+        model = self.bundle.model
+        with torch.inference_mode():
+            said = torch.from_numpy(np.asarray(encoded, np.float32))
+            statistics = self._unknown_statistics
+            if statistics is not None:
+                statistics = statistics.expand(len(said), -1)
+            rows = torch.zeros(len(said), dtype=torch.int64)
+            return model.item_tower(model.embed_items(rows, statistics, said)).float().numpy()
+
+    @cached_property
+    def _unknown_statistics(self) -> torch.Tensor | None:
+        """(1, S) statistics of an item never seen; they cost a pass over the newest events."""
+        if not self.bundle.model.uses_statistics or self._moment is None:
+            return None
+        nothing = np.zeros(1, np.int64)
+        return torch.from_numpy(self.bundle.timeline.statistics(nothing, self._moment))
 
     def _answers(self, rows: np.ndarray, scores: np.ndarray, note: str | None) -> Answers:
         found = rows >= 0

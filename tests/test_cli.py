@@ -19,7 +19,7 @@ from experiments import cli, show
 from recsys.errors import BundleError, ConfigError
 
 VERBS = ["init", "prepare", "train", "evaluate", "candidates", "similar", "recommend", "score"]
-VERBS += ["doctor", "simulate", "demo", "replay"]
+VERBS += ["export", "publish", "rollback", "doctor", "simulate", "demo", "replay", "serve"]
 
 Ended = SimpleNamespace
 

@@ -15,7 +15,8 @@ import pytest
 from recsys.errors import BundleError, QueryError
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex, Index
-from serving.index import HnswIndex, IndexRules, _distinct, build_index, recall_against_exact
+from serving.index import HnswIndex, IndexRules, build_index, recall_against_exact
+from serving.nodes import distinct
 
 # Wide enough to find everything in a small world, and never allowed to hand over to exact search.
 GRAPH_ONLY = IndexRules(kind="hnsw", ef=157, exact_below=0, exact_breadth=1)
@@ -451,11 +452,11 @@ def test_progress_adds_up_to_the_vectors() -> None:
 
 def test_distinct_vectors_are_numbered_by_their_first_row() -> None:
     vectors = np.array([[5, 1], [0, 0], [5, 1], [2, 2], [-0.0, 0], [5, 1]], np.float32)
-    first, members = _distinct(vectors)
+    first, members = distinct(vectors)
     assert first.tolist() == [0, 1, 3]
     assert members is not None
     assert [members[node].tolist() for node in range(3)] == [[0, 2, 5], [1, 4], [3]]
-    assert _distinct(vectors[[0, 1, 3]])[1] is None
+    assert distinct(vectors[[0, 1, 3]])[1] is None
 
 
 @pytest.mark.parametrize("kind", ["plain", "lifted", "duplicates"])

@@ -15,6 +15,7 @@ import torch
 from features.batch import Queries
 from recsys.errors import QueryError
 from recsys.ragged import Ragged
+from recsys.search import ExactIndex
 from serving import bundle as bundles
 from serving.index import IndexRules
 from serving.recommender import Answers, Recommender
@@ -184,7 +185,8 @@ def test_other_scores_rank_by_the_inner_product_too(
         # An untrained bias is 0; a strong one must count for people and not for likeness.
         vectors = bundle.vectors.copy()
         vectors[int(bundle.items.encode(["i30"])[0]), -1] = 9.0
-        recommender = Recommender(replace(bundle, vectors=vectors))
+        index = ExactIndex(vectors[bundle.rows])
+        recommender = Recommender(replace(bundle, vectors=vectors, index=index))
         bundle = recommender.bundle
         assert recommender.recommend(history=["i01"], k=3, exact=True).ids[0] == "i30"
     queries = recommender.queries(np.arange(1, 6))

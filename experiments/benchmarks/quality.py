@@ -1,13 +1,13 @@
 """Time to quality beside `implicit`: recall against seconds of training, in one run.
 
-    python -m experiments.benchmarks.quality --train TRAIN [TRAIN …] --test TEST [--json FILE]
-        [--epochs 1 2 4 8 16] [--factors 64 256] [--iterations 1 3 10]
+    python -m experiments.benchmarks.quality --train TRAIN --valid VALID --test TEST [--json FILE]
+        [--dimensions 64 128 256 512 1024] [--factors 64 256] [--iterations 1 3 10]
 
-TRAIN and TEST are LightGCN adjacency lists. Both sides learn from all of TRAIN and rank all items
-less the user's own for every user of TEST; seconds are those of learning alone, the start included,
-without reading the files and without ranking. The towers are those of the recipe `gowalla.toml`,
-trained anew for each number of epochs (the learning rate falls to zero at the last); `implicit` is
-its ALS with settings chosen on a hold-out of the training side (alpha 60, regularization 30).
+The files are LightGCN adjacency lists. Both sides learn from TRAIN and VALID and rank all items
+less the user's own for every user of TEST; seconds are those of learning alone, without reading the
+files and without ranking. The towers are those of the recipe `gowalla.toml`, which reads the order
+of the lists; `implicit` is its ALS, which does not, with settings chosen on a hold-out of the
+training side (alpha 60, regularization 30).
 Needs `pip install implicit`. On a shared machine compare within one run only.
 """
 
@@ -85,39 +85,25 @@ def judged(users: np.ndarray, items: np.ndarray, validation: Validation) -> tupl
     return float(recall), float(ndcg)
 
 
-def towers(config: RunConfig, dataset: Dataset, validation: Validation, epochs: int) -> Point:
-    """Train the recipe for so many epochs."""
-    import pytorch_lightning as lightning
-    import torch
-
+def towers(config: RunConfig, dataset: Dataset, validation: Validation, size: int) -> Point:
+    """The recipe with vectors of so many dimensions."""
     from features.examples import training_events
     from recsys.tables import Side
     from towers.build import build_model
-    from towers.data import InteractionData
     from towers.encode import encode_items, encode_users
     from towers.spectral import start
-    from towers.training import TwoTowerModule
 
-    rules = config.training.model_copy(update={"epochs": epochs})
     events = training_events(dataset, skips=False, until=Side.VALID)
+    shape = config.towers.model_copy(update={"dimension": size})
     began = time.perf_counter()
-    model = build_model(dataset, config.towers, item_text=None, seed=config.seed)
-    if rules.start != "random":
-        start(model, events.timeline, rules.start, config.seed, rules.start_window)
-    torch.manual_seed(config.seed)
-    trainer = lightning.Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    module = TwoTowerModule(model, rules)
-    data = InteractionData(events, None, rules, towers=config.towers, seed=config.seed)
-    if epochs:
-        trainer.fit(module, data)
+    model = build_model(dataset, shape, item_text=None, seed=config.seed)
+    rules = config.training
+    start(model, events.timeline, rules.start, config.seed, rules.start_window)
     seconds = time.perf_counter() - began
     model.eval()
     items = encode_items(model, np.arange(dataset.n_items))
     users = encode_users(model, validation.queries)
-    return Point(f"towers, {epochs} epochs", seconds, *judged(users, items, validation))
+    return Point(f"towers, {size} dimensions", seconds, *judged(users, items, validation))
 
 
 def als(validation: Validation, factors: int, iterations: int, seed: int) -> Point:
@@ -150,9 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from experiments.run import prepare
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--train", nargs="+", required=True)
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--valid")
     parser.add_argument("--test", required=True)
-    parser.add_argument("--epochs", nargs="*", type=int, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--dimensions", nargs="*", type=int, default=[64, 128, 256, 512, 1024])
     parser.add_argument("--factors", nargs="*", type=int, default=[64, 128, 256])
     parser.add_argument("--iterations", nargs="*", type=int, default=[1, 3, 10])
     parser.add_argument("--seed", type=int, default=0)
@@ -161,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     config = load(RECIPE, [f"seed={chosen.seed}", f"out={json.dumps(chosen.out)}"])
     source = config.data.model_dump() | {
-        "train": chosen.train, "valid": None, "test": chosen.test,
+        "train": chosen.train, "valid": chosen.valid, "test": chosen.test,
     }  # fmt: skip
     config = config.model_copy(update={"data": type(config.data).model_validate(source)})
     dataset = prepare(config)
@@ -170,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("| model | seconds | recall@20 | ndcg@20 |\n|---|---|---|---|")
     for point in (
         *(als(validation, f, i, chosen.seed) for f in chosen.factors for i in chosen.iterations),
-        *(towers(config, dataset, validation, epochs) for epochs in chosen.epochs),
+        *(towers(config, dataset, validation, size) for size in chosen.dimensions),
     ):
         points.append(point)
     for point in sorted(points, key=lambda one: one.seconds):

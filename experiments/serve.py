@@ -1,0 +1,210 @@
+"""`recsys serve`: models, journal, keys and rules put together to a service."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from recsys.errors import ConfigError
+
+if TYPE_CHECKING:
+    from serving.keys import Keys
+
+MAIN = "main"
+"""The variant that SOURCE is."""
+REGISTRY = "models:/"
+CACHE = Path("runs/registry")
+"""Holds the bundles that were downloaded from a registry."""
+
+
+def serve(
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="SOURCE", help="A bundle, a folder with CURRENT, or models:/N@A."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8100,
+    journal: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Takes items and events; none: read-only.")
+    ] = None,
+    exposures: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Gets what was shown and what was done.")
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=SOURCE:SHARE", help="Another model, beside SOURCE (main)."),
+    ] = None,
+    keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Hashes of API keys; or RECSYS_KEYS.")
+    ] = None,
+    make_key: Annotated[
+        str | None, typer.Option(metavar="ROLE", help="Print a new key, read or write, and exit.")
+    ] = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Nothing is written.")] = False,
+    open_writes: Annotated[bool, typer.Option("--open-writes", help="Without keys.")] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Without keys on an address others reach.")
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.05, help="Seconds between looks at SOURCE.")] = 1.0,
+    deadline: Annotated[float, typer.Option(min=0.01, help="Seconds for a question.")] = 2.0,
+    log_every: Annotated[int, typer.Option(min=0, help="Every which request is logged.")] = 100,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Answer over HTTP: similar items, recommendations, search.
+
+    A new model at SOURCE is loaded beside the old one and takes over without a pause. SIGTERM
+    finishes what runs.
+
+    \b
+    Example:
+      recsys serve runs/shop/bundle --port 8100
+      recsys serve models:/shop@champion --journal live --keys keys.txt --host 0.0.0.0
+      recsys serve --make-key read
+    """
+    if make_key is not None:
+        from serving.keys import make_key as make
+
+        key, hashed = make(make_key)
+        print(f"{key}\n{hashed.line()}")
+        print("The key is for the caller; the second line is for the --keys file.", file=sys.stderr)
+        return
+    if source is None:
+        raise ConfigError("Name a SOURCE: a bundle, a folder with CURRENT, or models:/NAME@ALIAS.")
+    if log_level not in ("debug", "info", "warning", "error"):
+        raise ConfigError(f"--log-level {log_level} is none of debug, info, warning and error.")
+    _serve(
+        Plan(
+            {MAIN: source}, host=host, port=port, journal=journal, exposures=exposures,
+            keys=_keys(keys, open_writes), read_only=read_only, every=every, deadline=deadline,
+            log_every=log_every, log_level=log_level, insecure=insecure,
+        ).with_variants(variant or ())
+    )  # fmt: skip
+
+
+@dataclass
+class Plan:
+    """What a service is made of."""
+
+    sources: dict[str, str]
+    keys: Keys
+    host: str = "127.0.0.1"
+    port: int = 8100
+    journal: Path | None = None
+    exposures: Path | None = None
+    read_only: bool = False
+    insecure: bool = False
+    every: float = 1.0
+    deadline: float = 2.0
+    log_every: int = 100
+    log_level: str = "info"
+    shares: dict[str, float] = field(default_factory=lambda: {MAIN: 1.0})
+
+    def with_variants(self, said: Sequence[str]) -> Plan:
+        """Take variants NAME=SOURCE:SHARE in; what they leave is main's.
+
+        Raises:
+            ConfigError: one is not of that form, is named twice, or the shares are too large.
+        """
+        for one in said:
+            name, _, rest = one.partition("=")
+            source, _, share = rest.rpartition(":")
+            try:
+                part = float(share)
+            except ValueError:
+                part = -1.0
+            if not (name and source and 0 < part < 1):
+                raise ConfigError(
+                    f"--variant {one} is not of the form NAME=SOURCE:SHARE with a share between 0 "
+                    "and 1, such as next=runs/next/bundle:0.1."
+                )
+            if name in self.sources:
+                raise ConfigError(f"There are two variants {name!r}. Name one otherwise.")
+            self.sources[name], self.shares[name] = source, part
+        rest_ = 1.0 - sum(part for name, part in self.shares.items() if name != MAIN)
+        if rest_ <= 0:
+            raise ConfigError(
+                f"The shares of the variants leave {rest_:g} for {MAIN!r}. Make them smaller."
+            )
+        self.shares[MAIN] = rest_
+        return self
+
+
+def _keys(path: Path | None, open_writes: bool) -> Keys:
+    from serving.keys import Keys
+
+    if path is not None:
+        return Keys.load(path)
+    if said := os.environ.get("RECSYS_KEYS"):
+        return Keys.parse(said, "RECSYS_KEYS")
+    return Keys(open_writes=open_writes)
+
+
+def _source(name: str, every: float) -> Any:
+    if name.startswith(REGISTRY):
+        from experiments.registry import RegistrySource
+
+        return RegistrySource(name, CACHE, every=max(1.0, every))
+    from serving.sources import FolderSource
+
+    return FolderSource(name)
+
+
+def _serve(plan: Plan) -> None:
+    from serving.logs import json_logs
+    from serving.running import bind, is_local, run, url
+
+    if not (plan.keys.needed or plan.insecure or is_local(plan.host)):
+        raise ConfigError(
+            f"Others reach {plan.host}, and there are no keys. Give --keys FILE (a key is made by "
+            "recsys serve --make-key read), or say --insecure."
+        )
+    with bind(plan.host, plan.port) as bound, json_logs(plan.log_level):
+        where = url(bound)
+        with service(plan) as app:
+            run(app, bound, started=lambda: print(where, flush=True))
+
+
+@contextmanager
+def service(plan: Plan) -> Iterator[Any]:
+    """The application with everything behind it, closed in order at the end.
+
+    Raises:
+        RecsysError: a model cannot be loaded, or a folder cannot be written.
+    """
+    import torch
+
+    from serving.exposures import ExposureLog
+    from serving.host import Host
+    from serving.live import Living
+    from serving.running import is_local, own_names
+    from serving.service import ServiceRules, make_app
+
+    # One question is too small to share among cores, and the event loop wants one of them.
+    torch.set_num_threads(1)
+    rules = ServiceRules(
+        deadline=plan.deadline,
+        read_only=plan.read_only or plan.journal is None,
+        hosts=own_names(plan.host) if is_local(plan.host) and not plan.keys.needed else None,
+        log_every=plan.log_every,
+    )
+    with ExitStack() as stack:
+        living = Living(plan.journal)
+        stack.callback(living.close)
+        log = None
+        if plan.exposures is not None:
+            log = ExposureLog(plan.exposures)
+            stack.callback(log.close)
+        sources = {name: _source(said, plan.every) for name, said in plan.sources.items()}
+        host = Host(sources, living, split=plan.shares, every=plan.every)
+        host.start()
+        stack.callback(host.stop)
+        app = make_app(host, living, log, rules, plan.keys)
+        stack.callback(app.close)
+        yield app

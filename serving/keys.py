@@ -1,0 +1,137 @@
+"""Keys of the service: kept as salted hashes, compared in constant time, never written anywhere.
+
+A key is 32 random bytes, so a fast hash is enough: there is nothing to guess. A file of keys has
+one line a key, `ROLE sha256 SALT HASH`; several of a role are valid at once, so that a new key can
+be given out before the old one is taken out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from recsys.errors import ConfigError
+
+Role = Literal["read", "write"]
+ROLES: tuple[Role, ...] = ("read", "write")
+PREFIX = "rk_"
+MOST = 16
+"""Every key is compared at every request."""
+LONGEST = 256
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """What is kept of a key."""
+
+    role: Role
+    salt: bytes
+    digest: bytes
+
+    def line(self) -> str:
+        """As it stands in a file of keys."""
+        return f"{self.role} sha256 {self.salt.hex()} {self.digest.hex()}"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Who may do what.
+
+    Args:
+        hashed: the keys that are valid; none: reading is free.
+        open_writes: without keys: whether writing is free too.
+
+    A write key may read too.
+    """
+
+    hashed: tuple[Hashed, ...] = ()
+    open_writes: bool = False
+
+    @property
+    def needed(self) -> bool:
+        """Whether a key must be sent."""
+        return bool(self.hashed)
+
+    def role(self, key: bytes | None) -> Role | None:
+        """The strongest role of a key; None: it is not valid."""
+        if key is None or len(key) > LONGEST:
+            return None
+        found: Role | None = None
+        for one in self.hashed:  # all of them, whatever the first says: time tells nothing
+            same = hmac.compare_digest(_digest(one.salt, key), one.digest)
+            if same and found != "write":
+                found = one.role
+        return found
+
+    @staticmethod
+    def parse(text: str, name: str = "the keys") -> Keys:
+        """Keys from the lines of a file.
+
+        Raises:
+            ConfigError: a line is none; its number is named, never what stands there.
+        """
+        found = []
+        for number, line in enumerate(text.splitlines(), 1):
+            line = line.split("#", 1)[0].strip()
+            if line:
+                found.append(_parsed(line.split(), f"Line {number} of {name}"))
+        if len(found) > MOST:
+            raise ConfigError(f"{name} has {len(found)} keys; at most {MOST}. Take old ones out.")
+        if not found:
+            raise ConfigError(f"{name} has no key. Make one: recsys serve --make-key read")
+        return Keys(tuple(found))
+
+    @staticmethod
+    def load(path: str | Path) -> Keys:
+        """Keys from a file.
+
+        Raises:
+            ConfigError: it is missing, or a line is no key.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"The file of keys {path} cannot be read: {error}.") from None
+        return Keys.parse(text, str(path))
+
+
+def make_key(role: str) -> tuple[str, Hashed]:
+    """A new key, and what to keep of it."""
+    if role not in ROLES:
+        raise ConfigError(f"{role!r} is no role of a key; take read or write.")
+    key = PREFIX + secrets.token_urlsafe(32)
+    salt = secrets.token_bytes(16)
+    return key, Hashed(role, salt, _digest(salt, key.encode()))
+
+
+def given(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
+    """The key of a request: `Authorization: Bearer KEY`, or `X-API-Key: KEY`."""
+    for name, value in headers:
+        if name == b"authorization" and value[:7].lower() == b"bearer ":
+            return value[7:].strip()
+        if name == b"x-api-key":
+            return value
+    return None
+
+
+def _digest(salt: bytes, key: bytes) -> bytes:
+    return hashlib.sha256(salt + key).digest()
+
+
+def _parsed(words: list[str], place: str) -> Hashed:
+    if len(words) == 4 and words[0] in ROLES and words[1] == "sha256":
+        try:
+            salt, digest = bytes.fromhex(words[2]), bytes.fromhex(words[3])
+        except ValueError:
+            salt = digest = b""
+        if len(salt) >= 16 and len(digest) == 32:
+            return Hashed(words[0], salt, digest)
+    raise ConfigError(
+        f"{place} is no hash of a key: `read|write sha256 SALT HASH`. "
+        "Make one: recsys serve --make-key read"
+    )

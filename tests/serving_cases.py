@@ -1,0 +1,86 @@
+"""A model with a graph, and overlays made by hand, for tests of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from experiments.benchmarks import synthetic
+from serving import bundle as bundles
+from serving.index import HnswIndex, IndexRules
+from serving.live import LiveView
+from serving.served import Served
+
+FOREVER = np.iinfo(np.int64).max
+EAGER = IndexRules(kind="hnsw", exact_breadth=0.5, exact_below=0.0, ef=40)
+"""Asks the graph wherever the planner of `Stock` may, however few items there are."""
+
+
+def small(path: Path, items: int = 1500, dimensions: int = 8) -> Served:
+    """Items without content in clusters; category goes with the cluster, price with nothing."""
+    synthetic.make(path, items=items, dimensions=dimensions, users=40, threads=1, neighbours=30)
+    bundle = bundles.load(path)
+    vectors = np.ascontiguousarray(bundle.vectors[bundle.rows])
+    # Twins: equal scores, which must come in one order.
+    vectors[1::50] = vectors[::50]
+    stored = bundle.vectors.copy()
+    stored[bundle.rows] = vectors
+    index = HnswIndex(vectors, EAGER)
+    return Served(replace(bundle, vectors=stored, index=index), None, version="one")
+
+
+@dataclass
+class FakeOverlay:
+    view: LiveView
+
+
+def no_view(served: Served) -> LiveView:
+    """An overlay in which nothing is live."""
+    return view_of(served, {})
+
+
+def view_of(
+    served: Served,
+    live: Mapping[str, np.ndarray],
+    deleted: Iterable[str] = (),
+    *,
+    since: Mapping[str, int] | None = None,
+    fields: Mapping[str, Mapping[str, object]] | None = None,
+    events: Mapping[str, tuple[tuple[str, int, float], ...]] | None = None,
+    generation: int = 1,
+) -> LiveView:
+    """An overlay with these items and vectors, which replace those of the same id.
+
+    Args:
+        served: the model.
+        live: id → stored vector.
+        deleted: ids.
+        since, fields: of the live items, where it matters.
+        events: user → what was posted.
+        generation: of the view.
+    """
+    schema = {n: t for n, t in served.bundle.catalog.schema.items() if n != "item"}
+    dimension = served.bundle.model.vector_dimension
+    vectors = np.array(list(live.values()), np.float32).reshape(len(live), dimension)
+    hidden = frozenset(row for id in (*live, *deleted) if (row := served.row_of(id)))
+    positions = np.array([served.position[row] for row in hidden], np.int64)
+    told = [(fields or {}).get(id, {}) for id in live]
+    return LiveView(
+        ids=tuple(live),
+        place={id: place for place, id in enumerate(live)},
+        vectors=vectors,
+        entries=vectors[:, : served.bundle.model.rules.dimension].copy(),
+        fields=pl.DataFrame(
+            {n: pl.Series(n, [one.get(n) for one in told], t) for n, t in schema.items()}
+        ),
+        window=np.tile(np.array([-FOREVER - 1, FOREVER]), (len(live), 1)),
+        hidden=hidden,
+        hidden_positions=np.sort(positions[positions >= 0]),
+        events=events or {},
+        generation=generation,
+        since=np.array([(since or {}).get(id, 1) for id in live], np.int64),
+    )

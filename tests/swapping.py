@@ -1,0 +1,121 @@
+"""Models for tests that swap them: copies of one bundle under other ids, published by a pointer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from recsys.files import atomic_write
+from recsys.vocab import Vocab
+from serving import bundle as bundles
+from serving.asks import Ask, Reply
+from serving.bundle import Bundle
+from serving.host import Host
+from serving.index import IndexRules
+
+
+def renamed(
+    source: Path, path: Path, prefix: str, change: Callable[[Bundle], Bundle] = lambda b: b
+) -> Path:
+    """A bundle like `source` whose item ids all begin with `prefix`."""
+    bundle = bundles.load(source)
+    ids = prefix + bundle.items.ids
+    catalog = bundle.catalog.with_columns(item=pl.lit(prefix) + pl.col("item"))
+    bundle = change(replace(bundle, items=Vocab(ids), catalog=catalog))
+    rules = IndexRules(**bundle.manifest["index"]["rules"])
+    return bundles.save(bundle, path, rules=rules, encoder=bundle.encoder, recall_k=10)
+
+
+def point(root: Path, name: str) -> None:
+    """Let CURRENT name a version."""
+    with atomic_write(root / "CURRENT") as temporary:
+        temporary.write_text(f"versions/{name}\n")
+
+
+def until(what: Callable[[], Any], seconds: float = 20.0) -> None:
+    """Wait for something to be so."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+@dataclass
+class Askers:
+    """Threads that ask all the time, and hold that all ids of an answer are of one model.
+
+    Args:
+        host: is asked.
+        prefix: version → what its item ids begin with.
+        ids: what items are called without the prefix.
+        living: whether an id with `live-` may be in any answer.
+    """
+
+    host: Host
+    prefix: dict[str, str]
+    ids: list[str]
+    living: bool = False
+    threads: int = 4
+    faults: list[str] = field(default_factory=list)
+    took: list[tuple[float, float, str]] = field(default_factory=list)  # when, seconds, version
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _running: list[threading.Thread] = field(default_factory=list)
+
+    def __enter__(self) -> Askers:
+        for number in range(self.threads):
+            thread = threading.Thread(target=self._ask, args=(number,))
+            self._running.append(thread)
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._running:
+            thread.join()
+
+    def _ask(self, number: int) -> None:
+        random = np.random.default_rng(number)
+        while not self._stop.is_set():
+            begin = time.monotonic()
+            try:
+                version = self._once(str(random.choice(self.ids)), int(random.integers(4)))
+            except Exception as error:
+                self.faults.append(f"{type(error).__name__}: {error}")
+                continue
+            self.took.append((begin, time.monotonic() - begin, version))
+
+    def _once(self, id: str, kind: int) -> str:
+        _, engine = self.host.choose(None)
+        version = engine.served.version
+        prefix = self.prefix[version]
+        item = prefix + id
+        if kind == 0:
+            asks = [Ask("similar", items=(item,), k=5), Ask("recommend", history=(item,), k=5)]
+        elif kind == 1:
+            asks = [Ask("similar", items=(item,), k=5, exact=True)]
+        elif kind == 2:
+            asks = [Ask("recommend", user="nobody", k=5)]
+        else:
+            asks = []
+            quick = engine.similar_fast(item, 5)
+            if quick is not None:
+                self._held(prefix, [p.split(b'"')[0].decode() for p in quick.split(b'"id":"')[1:]])
+        for answer in engine.answer(asks) if asks else []:
+            if not isinstance(answer, Reply):
+                raise AssertionError(f"refused: {answer}")
+            self._held(prefix, answer.ids)
+        return version
+
+    def _held(self, prefix: str, ids: list[str]) -> None:
+        if not ids:
+            raise AssertionError("an empty answer")
+        for id in ids:
+            if not (id.startswith(prefix) or (self.living and id.startswith("live-"))):
+                raise AssertionError(f"{id} in an answer of the model with {prefix}")

@@ -1,0 +1,444 @@
+"""The engine answers as the recommender does, and knows what came since."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recsys.errors import QueryError
+from serving.asks import Ask, Filter, Reply, UnknownItem
+from serving.engine import Engine, EngineRules
+from serving.live import Event, Living
+from serving.served import Served
+from tests.serving_cases import FakeOverlay, no_view, small, view_of
+
+STILL = EngineRules(clock=None)
+"""As of the cut-off, as a `Recommender` answers."""
+
+
+@pytest.fixture(scope="module")
+def keeper(tiny: Any) -> Served:
+    return Served.load(tiny.bundle)
+
+
+@pytest.fixture(scope="module")
+def trade(plain: Any) -> Served:
+    return Served.load(plain.bundle)
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return small(tmp_path_factory.mktemp("graph") / "bundle")
+
+
+@pytest.fixture
+def living() -> Iterator[Living]:
+    with Living(None) as one:
+        yield one
+
+
+def _engine(served: Served) -> Engine:
+    return Engine(served, FakeOverlay(no_view(served)), rules=STILL)
+
+
+def _one(engine: Engine, ask: Ask) -> Reply:
+    (reply,) = engine.answer([ask])
+    assert isinstance(reply, Reply), reply
+    return reply
+
+
+def _error(engine: Engine, ask: Ask) -> str:
+    (error,) = engine.answer([ask])
+    assert isinstance(error, QueryError)
+    return str(error)
+
+
+# --- as the recommender ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["keeper", "trade", "graph"])
+def test_the_recommender_and_the_engine_answer_alike(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    served: Served = request.getfixturevalue(name)
+    engine, recommender = _engine(served), served.recommender
+    items, users = served.bundle.items.ids.to_list(), served.bundle.users.ids.to_list()
+    pairs: list[tuple[Ask, Any]] = []
+    for user in [*users[:12], "nobody"]:
+        for seen in (True, False):
+            pairs.append(
+                (
+                    Ask("recommend", user=user, k=7, drop_seen=seen),
+                    recommender.recommend(user=user, k=7, drop_seen=seen),
+                )
+            )
+    for history in (items[:1], items[3:9], [*items[3:5], "x", "y"], ["x"], [], items[:80]):
+        for user in (None, users[0]):
+            pairs.append(
+                (
+                    Ask("recommend", history=tuple(history), user=user, k=7),
+                    recommender.recommend(history=history, user=user, k=7),
+                )
+            )
+    for item in [*items[:12], "x"]:
+        pairs.append((Ask("similar", items=(item,), k=7), recommender.similar(item=item, k=7)))
+    replies = engine.answer([ask for ask, _ in pairs])  # all at once
+    for (ask, expected), reply in zip(pairs, replies, strict=True):
+        assert isinstance(reply, Reply)
+        assert reply.ids == expected.ids, ask
+        np.testing.assert_allclose(reply.scores, expected.scores, rtol=1e-4, atol=1e-5)
+        assert reply.fallback == expected.fallback
+        alone = _one(engine, replace(ask, fields=("*",)))
+        assert alone.ids == reply.ids
+        assert alone.fields == served.fields(served.bundle.items.encode(reply.ids))
+
+
+@pytest.mark.parametrize(
+    "towers",
+    [
+        'history_inputs = ["recency", "strength"]\nscore = "cosine_bias"',
+        'history = "multi_interest"\npassed_over = true\nhistory_inputs = ["recency"]',
+        'history = "transformer"\nscore = "dot"\nuser_id = true\nhistory_table = "weighted"',
+        'history = "none"\nuser_id = true',
+    ],
+)
+def test_all_kinds_of_towers_are_asked_as_the_recommender_asks_them(
+    towers: str, build: Any, shop_run: str, tmp_path: Path
+) -> None:
+    toml = shop_run.replace("[towers]", f"[towers]\n{towers}")
+    served = Served.load(build(toml, tmp_path).bundle)
+    model = served.bundle.model
+    with torch.no_grad():  # what starts at zero shall say something here
+        for weight in model.user_tower.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=torch.manual_seed(1)))
+        for layer in model.user_tower.modules():
+            if getattr(layer, "padding_idx", None) == 0:
+                layer.weight[0] = 0  # type: ignore[index,operator]
+    engine, items = _engine(served), served.bundle.items.ids.to_list()
+    users = served.bundle.users.ids.to_list()[:15]
+    asks = [Ask("recommend", user=user, k=9) for user in users]
+    expected = [served.recommender.recommend(user=user, k=9) for user in users]
+    for history in (items[:4], items[7:8]):
+        asks.append(Ask("recommend", history=tuple(history), k=9))
+        expected.append(served.recommender.recommend(history=history, k=9))
+    for item in items[:5]:
+        asks.append(Ask("similar", items=(item,), k=9))
+        expected.append(served.recommender.similar(item=item, k=9))
+    for ask, reply, answers in zip(asks, engine.answer(asks), expected, strict=True):
+        assert isinstance(reply, Reply), reply
+        assert reply.ids == answers.ids and reply.fallback == answers.fallback, ask
+        np.testing.assert_allclose(reply.scores, answers.scores, rtol=1e-4, atol=1e-5)
+        paged = _one(engine, replace(ask, paged=True, explain=ask.kind == "recommend"))
+        assert paged.ids == answers.ids
+
+
+def test_a_search_by_text_is_the_recommenders(keeper: Served, graph: Served) -> None:
+    engine = _engine(keeper)
+    for text in ("brass lamp", "a minimalist watering can"):
+        expected = keeper.recommender.similar(text=text, k=5)
+        reply = _one(engine, Ask("search", text=text, k=5))
+        assert reply.ids == expected.ids
+        np.testing.assert_allclose(reply.scores, expected.scores, rtol=1e-5, atol=1e-6)
+    replies = engine.answer(
+        [Ask("search", text="brass lamp"), Ask("search", text=" "), Ask("search", text="東京"),
+         Ask("search", text="oak chair")]
+    )  # fmt: skip
+    assert [isinstance(reply, Reply) for reply in replies] == [True, False, False, True]
+    assert "empty" in str(replies[1]) and "No word" in str(replies[2])
+    assert "without item text" in _error(_engine(graph), Ask("search", text="lamp"))
+
+
+def test_a_mistake_costs_nobody_else_his_answer(trade: Served) -> None:
+    engine = _engine(trade)
+    wrong = [
+        (Ask("recommend"), "Say for whom"),
+        (Ask("similar"), "one item id or several"),
+        (Ask("search"), "a text"),
+        (Ask("vector"), "vector of 8 numbers"),
+        (Ask("vector", vector=np.ones(9, np.float32)), "shape"),
+        (Ask("vector", vector=np.full(8, np.nan, np.float32)), "NaN"),
+        (Ask("vector", vector=np.full(8, 1e30, np.float32)), "too large"),
+        (Ask("similar", items=("i00",), k=0), "k is 0"),
+        (Ask("similar", items=("i00",), k=True), "k is True"),
+        (Ask("similar", items=("i00",), diversity=1.1), "diversity"),
+        (Ask("similar", items=("i00",), diversity=float("nan")), "diversity"),
+        (Ask("similar", items=("i00",), popularity=-2), "popularity"),
+        (Ask("similar", items=("i00",), fields=("colour",)), "no field 'colour'"),
+        (Ask("similar", items=("i00",), filter=Filter(equals={"colour": ("red",)})), "no column"),
+        (Ask("recommend", user="u01", context={"device": "tv"}), "reads no context"),
+    ]
+    good = Ask("similar", items=("i00",), k=3)
+    replies = engine.answer([good, *(ask for ask, _ in wrong), good])
+    assert isinstance(replies[0], Reply) and isinstance(replies[-1], Reply)
+    for (ask, said), reply in zip(wrong, replies[1:-1], strict=True):
+        assert isinstance(reply, QueryError) and said in str(reply), ask
+    assert engine.answer([]) == []
+
+
+def test_context_moves_the_user_and_unknown_values_do_not(keeper: Served) -> None:
+    engine = _engine(keeper)
+    codes = engine._askers.context_of
+    vocab = keeper.bundle.contexts[0].vocab
+    assert vocab is not None
+    for value in (*vocab.ids.to_list(), "never met"):
+        assert codes({"device": value}) == tuple(vocab.encode([value]).tolist())
+    history = tuple(keeper.bundle.items.ids.to_list()[:3])
+    plain, unknown, known = (
+        _one(engine, Ask("recommend", history=history, context=context)).scores
+        for context in ({}, {"device": "never met"}, {"device": vocab.ids[0]})
+    )
+    np.testing.assert_array_equal(plain, unknown)
+    assert not np.allclose(plain, known)
+
+
+# --- several seeds, dials, filters ----------------------------------------------------------------
+
+
+def test_several_seeds_are_the_mean_of_their_directions(trade: Served) -> None:
+    engine, seeds = _engine(trade), ("i01", "i02", "i09")
+    vectors = trade.bundle.vectors[trade.bundle.items.encode(seeds)]
+    mean = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).mean(0)
+    rows = [r for r in trade.bundle.rows if trade.bundle.items.ids[int(r) - 1] not in seeds]
+    best = sorted(rows, key=lambda row: -float(trade.bundle.vectors[row] @ mean))[:6]
+    reply = _one(engine, Ask("similar", items=seeds, k=6))
+    assert reply.ids == trade.bundle.items.decode(best).to_list() and reply.fallback is None
+    some = _one(engine, Ask("similar", items=(*seeds, "x"), k=6))
+    assert some.ids == reply.ids and some.fallback == "1 of 4 items are unknown ('x')"
+    none = _one(engine, Ask("similar", items=("x", "y"), k=6))
+    assert none.fallback == "2 of 2 items are unknown ('x'), so the most popular items answer"
+
+
+def test_min_of_k_and_allowed_answers_come_with_any_filter(graph: Served) -> None:
+    engine = _engine(graph)
+    catalog = graph.bundle.catalog
+    some = catalog["item"].to_list()
+    filters = [
+        Filter(equals={"category": ("tea",)}),
+        Filter(equals={"category": ("tea", "books")}, ranges={"price": (5, 20)}),
+        Filter(ranges={"price": (None, 2.0)}),
+        Filter(ranges={"price": (1e6, None)}),
+        Filter(allow=tuple(some[:30]), deny=tuple(some[:7])),
+        Filter(allow=tuple(some[:300]), equals={"category": ("toys",)}),
+        Filter(allow=("nobody",)), Filter(allow=()),
+        Filter(deny=tuple(some[:5])), Filter(deny=tuple(some[::2])),
+        Filter(deny=tuple(some[::2]), ranges={"price": (10, 11)}),
+    ]  # fmt: skip
+
+    def allowed(filter: Filter) -> set[str]:
+        kept = catalog
+        for name, values in filter.equals.items():
+            kept = kept.filter(kept[name].is_in(list(values)))
+        for name, (low, high) in filter.ranges.items():
+            kept = kept.filter(kept[name].is_between(low or -1e9, 1e9 if high is None else high))
+        ids = set(kept["item"].to_list()) - set(filter.deny)
+        return ids if filter.allow is None else ids & set(filter.allow)
+
+    asks = []
+    for filter in filters:
+        for k in (5, 400, 5000):
+            asks += [
+                Ask("similar", items=("i0000100",), k=k, filter=filter),
+                Ask("recommend", history=("i0000100", "i0000200"), k=k, filter=filter),
+                Ask("recommend", user="nobody", k=k, filter=filter),
+                Ask("vector", vector=graph.bundle.vectors[3], k=k, filter=filter),
+            ]
+    for ask, reply in zip(asks, engine.answer(asks), strict=True):
+        assert isinstance(reply, Reply)
+        may = allowed(ask.filter) - set(ask.items) - set(ask.history or ())
+        assert set(reply.ids) <= may and len(reply.ids) == min(ask.k, len(may)), ask
+        again = _one(engine, replace(ask, exact=True))
+        np.testing.assert_allclose(reply.scores, again.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_dials_reorder_a_pool_and_leave_scores_alone(graph: Served) -> None:
+    engine = _engine(graph)
+    plain = _one(engine, Ask("similar", items=("i0000100",), k=100, exact=True))
+    scores = dict(zip(plain.ids, plain.scores.tolist(), strict=True))
+    varied = _one(engine, Ask("similar", items=("i0000100",), k=10, diversity=0.9))
+    assert varied.ids[0] == plain.ids[0] and varied.ids != plain.ids[:10]
+    assert set(varied.ids) <= set(plain.ids)
+    assert varied.scores.tolist() == pytest.approx([scores[id] for id in varied.ids], abs=1e-5)
+    counts = np.bincount(graph.bundle.timeline.item, minlength=graph.bundle.items.size)
+
+    def popularity(ids: list[str]) -> float:
+        return float(counts[graph.bundle.items.encode(ids)].mean())
+
+    more, less = (
+        _one(engine, Ask("similar", items=("i0000100",), k=10, popularity=p)) for p in (1.0, -1.0)
+    )
+    assert popularity(more.ids) > popularity(plain.ids[:10]) >= popularity(less.ids)
+
+
+# --- what came since ------------------------------------------------------------------------------
+
+
+def test_a_live_item_is_found_by_text_filter_and_likeness_and_gone_when_deleted(
+    keeper: Served, living: Living
+) -> None:
+    engine = Engine(keeper, living.attach(keeper), rules=STILL)
+    title = "Minimalist watering can, mustard yellow zinc"
+    living.put_item("new", {"title": title, "category": "Garden", "price": 31.94})
+    cheap = Filter(ranges={"price": (31.9, 32.0)})
+    found = _one(engine, Ask("search", text=title, k=3, filter=cheap, fields=("title", "price")))
+    assert "new" in found.ids and found.fields is not None
+    assert found.fields[found.ids.index("new")] == {"title": title, "price": 31.94}
+    alike = _one(engine, Ask("similar", items=("new",), k=5))
+    assert alike.fallback is None and "new" not in alike.ids
+    assert "new" in _one(engine, Ask("recommend", user="nobody", k=1000)).ids
+    quick = engine.similar_fast(found.ids[1 - found.ids.index("new")], 100)
+    assert quick is not None and b'"new"' in quick
+    assert engine.item("new")["live"] and engine.item("new")["fields"]["category"] == "Garden"
+    parts = Filter(equals={"category": ("Garden",)})
+    assert "new" in _one(engine, Ask("similar", items=(found.ids[0],), k=99, filter=parts)).ids or (
+        found.ids[0] == "new"
+    )
+    living.delete_item("new")
+    gone = _one(engine, Ask("search", text=title, k=1000))
+    assert "new" not in gone.ids
+    assert "unknown" in str(_one(engine, Ask("similar", items=("new",))).fallback)
+    with pytest.raises(UnknownItem, match="no item 'new'"):
+        engine.item("new")
+
+
+def test_a_replaced_item_stands_once_and_a_deleted_one_never(
+    keeper: Served, living: Living
+) -> None:
+    engine = Engine(keeper, living.attach(keeper), rules=STILL)
+    first, second = keeper.bundle.items.decode(keeper.bundle.rows[:2]).to_list()
+    living.put_item(first, {"title": "Something else altogether", "price": 3.0})
+    living.delete_item(second)
+    everything = _one(engine, Ask("recommend", user="nobody", k=1000)).ids
+    assert everything.count(first) == 1 and second not in everything
+    assert engine.item(first)["fields"]["title"] == "Something else altogether"
+    assert engine.similar_fast(second, 3) is None and engine.similar_fast(first, 3) is None
+    for id in keeper.bundle.items.decode(keeper.bundle.rows[2:30]).to_list():
+        quick = engine.similar_fast(id, 5)
+        slow = _one(engine, Ask("similar", items=(id,), k=5, exact=True))
+        assert quick is not None
+        assert [one["id"] for one in json.loads(b"[" + quick + b"]")] == slow.ids
+    facts = engine.facts()
+    assert (facts["live_items"], facts["hidden_items"]) == (1, 2)
+    assert facts["answerable"] == len(keeper.bundle.rows) - 1
+
+
+def test_posted_events_count_at_once_and_are_not_recommended_again(
+    trade: Served, living: Living
+) -> None:
+    engine = Engine(trade, living.attach(trade), rules=STILL)
+    before = _one(engine, Ask("recommend", user="fresh", k=5))
+    assert before.fallback and "unknown" in before.fallback
+    moment = (trade.bundle.cutoff or 0) + 1
+    living.post_events([Event("fresh", "i03", moment), Event("fresh", "i04", moment + 1)])
+    after = _one(engine, Ask("recommend", user="fresh", k=5))
+    same = _one(engine, Ask("recommend", history=("i03", "i04"), k=5))
+    assert after.fallback is None and after.ids == same.ids and not {"i03", "i04"} & set(after.ids)
+    user = trade.bundle.users.ids[0]
+    old = engine.user(user)
+    living.post_events([Event(user, "i05", moment + 2)])
+    new = engine.user(user)
+    assert new["known"] and new["history"] == [*old["history"], {"id": "i05", "time": moment + 2}]
+    assert new["events"] == [{"id": "i05", "time": moment + 2, "strength": 1.0}]
+    row = trade.bundle.users.encode([user])
+    had = trade.bundle.items.decode(trade.bundle.timeline.histories(row).values).to_list()
+    told = _one(engine, Ask("recommend", history=(*had, "i05"), k=5)).ids
+    assert _one(engine, Ask("recommend", user=user, k=5)).ids == told
+    assert engine.user("stranger") == {
+        "id": "stranger", "known": False, "history": [], "events": []
+    }  # fmt: skip
+
+
+def test_a_history_may_name_live_items(graph: Served) -> None:
+    vector = graph.bundle.vectors[7]  # what histories read of an item is its id vector here
+    overlay = FakeOverlay(view_of(graph, {"twin": vector}))
+    engine = Engine(graph, overlay, rules=STILL)
+    by_twin = _one(engine, Ask("recommend", history=("twin",), k=9, drop_seen=False))
+    by_item = _one(engine, Ask("recommend", history=("i0000006",), k=9, drop_seen=False))
+    assert by_twin.ids == by_item.ids and by_twin.fallback is None
+    assert by_twin.ids[:2] == ["i0000006", "twin"]  # equals by place
+    dropped = _one(engine, Ask("recommend", history=("i0000050", "twin"), k=2000))
+    assert "twin" not in dropped.ids and "i0000006" in dropped.ids
+
+
+def test_one_call_reads_one_state(graph: Served) -> None:
+    class Turning:
+        """Another view with every read."""
+
+        def __init__(self) -> None:
+            self.reads = 0
+
+        @property
+        def view(self) -> Any:
+            self.reads += 1
+            vector = graph.bundle.vectors[7]
+            return view_of(graph, {f"v{self.reads}-{n}": vector for n in range(4)})
+
+    overlay = Turning()
+    engine = Engine(graph, overlay, rules=STILL)
+    reads = overlay.reads
+    replies = engine.answer([Ask("similar", items=("i0000006",), k=5)] * 3)
+    assert overlay.reads == reads + 1
+    seen = {id.split("-")[0] for reply in replies for id in reply.ids if id[0] == "v"}  # type: ignore[union-attr]
+    assert len(seen) == 1
+
+
+def test_windows_are_as_of_the_clock(trade: Served) -> None:
+    now = [trade.bundle.cutoff or 0]
+    engine = Engine(trade, FakeOverlay(no_view(trade)), rules=EngineRules(clock=lambda: now[0]))
+    ask = Ask("recommend", user="nobody", k=99)
+    before = set(_one(engine, ask).ids)
+    now[0] += 2 * 86_400_000_000
+    later = trade.recommender.as_of(now[0])
+    after = set(_one(engine, ask).ids)
+    assert after == set(later.bundle.items.decode(later.bundle.rows).to_list()) != before
+    assert "i07" in after - before
+    assert engine.item("i07")["available"] and not engine.item("i06")["available"]
+    assert engine.facts()["late_items"] == 1
+
+
+# --- the table of neighbours ----------------------------------------------------------------------
+
+
+def test_the_quick_way_answers_as_the_slow_one(keeper: Served, trade: Served) -> None:
+    for served in (keeper, trade):
+        engine = _engine(served)
+        for id in served.bundle.items.decode(served.bundle.rows).to_list():
+            for k in (1, 4, 20):
+                slow = _one(engine, Ask("similar", items=(id,), k=k, exact=True))
+                quick = engine.similar_fast(id, k)
+                assert quick is not None
+                said = json.loads(b"[" + quick + b"]")
+                assert [one["id"] for one in said] == slow.ids
+                assert [one["score"] for one in said] == pytest.approx(slow.scores, abs=2e-6)
+        everything = len(served.bundle.rows)
+        assert engine.similar_fast(id, everything) is None  # itself is left out
+        assert engine.similar_fast(id, 0) is None and engine.similar_fast(id, 101) is None
+        assert engine.similar_fast("x", 3) is None
+    assert _engine(trade).similar_fast("i06", 3) is None  # not for sale: not in the index
+
+
+def test_the_quick_way_gives_up_when_too_much_of_the_table_is_closed(keeper: Served) -> None:
+    ids = keeper.bundle.items.decode(keeper.bundle.rows).to_list()
+    engine = Engine(keeper, FakeOverlay(view_of(keeper, {}, ids[1:60])), rules=STILL)
+    for id in (ids[0], *ids[60:]):
+        quick = engine.similar_fast(id, 10)
+        assert quick is not None
+        slow = _one(engine, Ask("similar", items=(id,), k=10, exact=True))
+        assert [one["id"] for one in json.loads(b"[" + quick + b"]")] == slow.ids
+    left = len(ids) - 59
+    assert engine.similar_fast(ids[0], left - 1) is not None
+    assert engine.similar_fast(ids[0], left) is None
+
+
+def test_facts_name_the_model(keeper: Served) -> None:
+    facts = _engine(keeper).facts()
+    assert facts["version"] == keeper.version and facts["items"] == len(keeper.bundle.items.ids)
+    assert facts["neighbours"]["recall"] >= 0.99 and facts["text"] and facts["statistics"]
+    assert facts["context"] == ["device"] and facts["fields"]["price"] == "Float64"
+    json.dumps(facts)

@@ -1,0 +1,550 @@
+"""New models without a pause: loaded beside the old, judged, swapped, the old one freed."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import re
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from swapping import Askers, point, renamed, until
+
+from recsys.errors import BundleError, ConfigError, QueryError
+from recsys.search import ExactIndex
+from serving import host as hosts
+from serving.asks import Ask, Filter, Reply
+from serving.engine import Engine
+from serving.host import FolderSource, GateRules, Host
+from serving.live import Living
+from serving.manifest import read_manifest
+from serving.served import Served
+
+NAMES = ["a", "b", "c"]
+
+
+@pytest.fixture(scope="module")
+def models(plain: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of versions a, b and c of the same model, whose items are called a-…, b-…, c-…."""
+    root = tmp_path_factory.mktemp("models")
+    for name in NAMES:
+        renamed(plain.bundle, root / "versions" / name, f"{name}-")
+    return root
+
+
+@pytest.fixture
+def root(models: Path, tmp_path: Path) -> Path:
+    """The same, for one test to spoil; a serves."""
+    shutil.copytree(models / "versions", tmp_path / "models" / "versions")
+    point(tmp_path / "models", "a")
+    return tmp_path / "models"
+
+
+def version(root: Path, name: str) -> str:
+    return str(read_manifest(root / "versions" / name)["content"])[:12]
+
+
+@pytest.fixture
+def host(root: Path) -> Iterator[Callable[..., Host]]:
+    made: list[Host] = []
+
+    def make(source: Any = None, **more: Any) -> Host:
+        sources = more.pop("sources", None) or {"main": source or FolderSource(root)}
+        more.setdefault("every", 0.05)
+        one = Host(sources, more.pop("living", None) or Living(None), **more)
+        made.append(one)
+        one.start()
+        return one
+
+    yield make
+    for one in made:
+        one.stop()
+
+
+def serving(host: Host) -> str:
+    return host.choose(None)[1].served.version
+
+
+class Heard(list[tuple[str, dict[str, Any]]]):
+    def __call__(self, event: str, said: Mapping[str, Any]) -> None:
+        self.append((event, dict(said)))
+
+    def names(self) -> list[str]:
+        return [event for event, _ in self]
+
+
+def test_a_new_pointer_swaps_and_a_roll_back_swaps_back(
+    host: Callable[..., Host], root: Path
+) -> None:
+    heard = Heard()
+    one = host(on_event=heard)
+    assert one.ready and serving(one) == version(root, "a")
+    for name in ("b", "a"):
+        point(root, name)
+        until(lambda name=name: serving(one) == version(root, name))
+    (facts,) = one.facts()
+    assert (facts["name"], facts["share"], facts["swaps"], facts["failures"]) == ("main", 1, 2, 0)
+    assert facts["version"] == version(root, "a") and facts["last_error"] is None
+    assert facts["gate"]["neighbour_recall"] >= 0.99
+    assert json.loads(json.dumps(facts)) == facts
+    assert [name for name in heard.names() if name == "loaded"] == ["loaded"] * 3
+
+
+def test_nothing_new_costs_a_stat(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = FolderSource(root)
+    first = source.latest()
+    monkeypatch.setattr(Path, "read_text", lambda *_: pytest.fail("it was read again"))
+    begin = time.perf_counter()
+    assert all(source.latest() == first for _ in range(100))
+    assert time.perf_counter() - begin < 0.05
+
+
+def test_a_bundle_replaced_in_its_place_is_a_new_model(
+    host: Callable[..., Host], plain: Any, tmp_path: Path
+) -> None:
+    renamed(plain.bundle, tmp_path / "bundle", "a-")
+    one = host(FolderSource(tmp_path / "bundle"))
+    before = serving(one)
+    renamed(plain.bundle, tmp_path / "bundle", "b-")
+    until(lambda: serving(one) != before)
+    reply = one.choose(None)[1].answer([Ask("recommend", user="nobody", k=3)])[0]
+    assert all(id.startswith("b-") for id in reply.ids)  # type: ignore[union-attr]
+
+
+def test_under_load_no_question_fails_and_no_answer_mixes_two_models(
+    host: Callable[..., Host], root: Path, plain: Any
+) -> None:
+    one = host()
+    ids = [id.removeprefix("a-") for id in one.choose(None)[1].served.bundle.items.ids[:20]]
+    prefix = {version(root, name): f"{name}-" for name in NAMES}
+    with Askers(one, prefix, ids) as askers:
+        for name in ("b", "c", "a", "b", "a", "c"):
+            point(root, name)
+            until(lambda name=name: serving(one) == version(root, name))
+            time.sleep(0.05)
+    assert askers.faults == []
+    assert len(askers.took) > 100
+    assert {version for _, _, version in askers.took} == set(prefix)
+
+
+# --- what must not get in -------------------------------------------------------------------------
+
+
+def corrupt(root: Path) -> None:
+    file = root / "versions" / "b" / "towers.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    point(root, "b")
+
+
+def half_copied(root: Path) -> None:
+    (root / "versions" / "b" / "vectors.safetensors").unlink()
+    point(root, "b")
+
+
+def golden_fails(root: Path) -> None:
+    entry = {"ask": {"kind": "recommend", "user": "nobody"}, "must_include": ["a-i00"]}
+    (root / "versions" / "b" / "golden.json").write_text(json.dumps([entry]))
+    point(root, "b")
+
+
+def golden_is_none(root: Path) -> None:
+    (root / "golden.json").write_text("{")
+    point(root, "b")
+
+
+def shrunk(root: Path) -> None:
+    def few(bundle: Any) -> Any:
+        rows = bundle.rows[:5]
+        return replace(
+            bundle, rows=rows, index=ExactIndex(np.ascontiguousarray(bundle.vectors[rows]))
+        )
+
+    renamed(root / "versions" / "b", root / "versions" / "few", "f-", few)
+    point(root, "few")
+
+
+def neighbours_lie(root: Path) -> None:
+    """A whole bundle by its digests, whose table of neighbours is one row off."""
+    from serving.manifest import MANIFEST, write_manifest
+
+    folder = root / "versions" / "b"
+    rows = np.load(folder / "neighbours.rows.npy")
+    np.save(folder / "neighbours.rows.npy", np.roll(rows, 1, axis=0))
+    said = read_manifest(folder)
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, {k: v for k, v in said.items() if k not in ("self", "files")})
+    point(root, "b")
+
+
+def pointer_to_nothing(root: Path) -> None:
+    point(root, "none")
+
+
+def pointer_half_written(root: Path) -> None:
+    (root / "CURRENT").write_text("")
+
+
+def pointer_outside(root: Path) -> None:
+    point(root, "../../elsewhere")
+
+
+def pointer_gone(root: Path) -> None:
+    (root / "CURRENT").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (corrupt, "damaged or replaced"),
+        (half_copied, "lacks vectors"),
+        (golden_fails, "Golden question 1 .* must answer 'a-i00'"),
+        (golden_is_none, "not JSON"),
+        (shrunk, "shrank from"),
+        (neighbours_lie, "table of neighbours"),
+        (pointer_to_nothing, "no bundle is there"),
+        (pointer_half_written, "says ''"),
+        (pointer_outside, "no folder below"),
+        (pointer_gone, "neither a bundle nor a folder"),
+    ],
+)
+def test_whatever_fails_the_old_model_answers_on_and_the_next_good_one_takes_over(
+    host: Callable[..., Host], root: Path, spoil: Callable[[Path], None], said: str
+) -> None:
+    heard = Heard()
+    one = host(on_event=heard)
+    engine = one.choose(None)[1]
+    spoil(root)
+    until(lambda: one.facts()[0]["last_error"])
+    assert one.choose(None)[1] is engine and one.ready
+    facts = one.facts()[0]
+    assert facts["failures"] >= 1 and facts["swaps"] == 0
+    assert re.search(said, facts["last_error"])
+    told = next(told for event, told in heard if event == "failed")
+    assert (told["variant"], told["error"]) == ("main", facts["last_error"])
+    (root / "golden.json").unlink(missing_ok=True)
+    point(root, "c")
+    until(lambda: serving(one) == version(root, "c"))
+    facts = one.facts()[0]
+    assert facts["last_error"] is None and facts["failures"] >= 1 and facts["swaps"] == 1
+
+
+def test_a_broken_bundle_is_not_loaded_again_every_time_but_when_it_is_mended(
+    host: Callable[..., Host], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = (root / "versions" / "b" / "towers.safetensors").read_bytes()
+    one = host(every=0.02)
+    corrupt(root)
+    time.sleep(1.0)
+    failures = one.facts()[0]["failures"]
+    assert 2 <= failures <= 7  # after .02, .04, .08, … seconds: not 50 times
+    (root / "versions" / "b" / "towers.safetensors").write_bytes(good)
+    until(lambda: serving(one) == version(root, "b"))
+
+
+def test_going_back_to_the_model_that_answers_clears_the_error(
+    host: Callable[..., Host], root: Path
+) -> None:
+    one = host()
+    corrupt(root)
+    until(lambda: one.facts()[0]["failed_token"])
+    assert one.facts()[0]["failed_token"] == "versions/b"
+    point(root, "a")
+    until(lambda: one.facts()[0]["last_error"] is None)
+    assert one.facts()[0]["swaps"] == 0
+
+
+def test_an_engine_that_cannot_answer_is_not_swapped_in(
+    host: Callable[..., Host], root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    living = Living(None)
+    detached: list[Any] = []
+    detach = living.detach
+    living.detach = lambda overlay: (detached.append(overlay), detach(overlay))[1]  # type: ignore
+
+    class Broken(Engine):
+        def answer(self, asks: Any) -> Any:
+            if self.served.version == version(root, "b"):
+                raise ZeroDivisionError("a bug")
+            return super().answer(asks)
+
+    one = host(living=living, engine=Broken)
+    point(root, "b")
+    until(lambda: one.facts()[0]["last_error"])
+    assert one.facts()[0]["last_error"] == "ZeroDivisionError: a bug"
+    assert serving(one) == version(root, "a")
+    assert len(detached) >= 1
+    until(lambda: "Traceback" in caplog.text)  # ours to mend, so the log has all of it
+
+
+def test_start_raises_what_is_wrong_with_the_first_model(root: Path) -> None:
+    corrupt(root)
+    one = Host({"main": FolderSource(root)}, Living(None))
+    with pytest.raises(BundleError, match="damaged or replaced"):
+        one.start()
+    assert not one.ready
+    with pytest.raises(QueryError, match="loaded yet"):
+        one.choose(None)
+    one.stop()
+
+
+def test_a_listener_that_fails_stops_nothing(
+    host: Callable[..., Host], root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def listener(event: str, said: Mapping[str, Any]) -> None:
+        raise RuntimeError("deaf")
+
+    one = host(on_event=listener)
+    point(root, "b")
+    until(lambda: serving(one) == version(root, "b"))
+    assert "The listener fails" in caplog.text
+
+
+# --- memory and threads ---------------------------------------------------------------------------
+
+
+def test_the_old_model_lives_as_long_as_a_request_holds_it_and_no_longer(
+    host: Callable[..., Host], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "COLLECT_AFTER", 1e9)
+    gc.collect()
+    gc.disable()  # references alone must do
+    try:
+        heard = Heard()
+        living = Living(None)
+        one = host(living=living, on_event=heard)
+        request = one.choose(None)[1]
+        served = weakref.ref(request.served)
+        vectors = weakref.ref(request.served.bundle.vectors)
+        point(root, "b")
+        until(lambda: serving(one) == version(root, "b"))
+        point(root, "c")
+        time.sleep(0.4)
+        # Two models at most: c waits until the request is done.
+        assert serving(one) == version(root, "b")
+        assert one.facts()[0]["old_model_held"] and "freed" not in heard.names()
+        reply = request.answer([Ask("recommend", user="nobody", k=3)])[0]
+        assert all(id.startswith("a-") for id in reply.ids)  # type: ignore[union-attr]
+        del request, reply
+        until(lambda: "freed" in heard.names())
+        assert served() is None and vectors() is None
+        until(lambda: serving(one) == version(root, "c"))
+        until(lambda: heard.names().count("freed") == 2)
+    finally:
+        gc.enable()
+
+
+def test_nothing_of_a_model_with_all_features_is_a_cycle(tiny: Any) -> None:
+    served, living = Served.load(tiny.bundle), Living(None)
+    gc.collect()
+    gc.disable()
+    try:
+        overlay = living.attach(served)
+        engine = Engine(served, overlay)
+        item = served.bundle.items.ids[0]
+        told: dict[str, Any] = {"explain": True, "fields": ("*",), "popularity": 0.3}
+        told |= {"diversity": 0.3, "filter": Filter(ranges={"price": (0, None)}, deny=("x",))}
+        asks = [
+            Ask("similar", items=(item,), **told),
+            Ask("recommend", user=served.bundle.users.ids[0], context={"device": "app"}, **told),
+            Ask("search", text="tea", **told),
+            Ask("vector", vector=served.bundle.vectors[1].copy(), **told),
+            Ask("similar", items=(item,), paged=True),
+            Ask("similar", items=()),
+        ]
+        answers = engine.answer(asks)
+        assert [type(answer) for answer in answers] == [Reply] * 5 + [QueryError], answers
+        engine.similar_fast(item, 5)
+        engine.item(item)
+        engine.user("nobody")
+        engine.facts()
+        watched = [weakref.ref(one) for one in (engine, overlay, served, served.bundle)]
+        try:
+            living.put_item("new", {"no such column": 1})
+            raise AssertionError("it was taken")
+        except QueryError:
+            pass
+        living.detach(overlay)
+        del engine, overlay, served, answers
+        assert [one() for one in watched] == [None] * 4
+    finally:
+        gc.enable()
+        living.close()
+
+
+def test_a_refused_model_leaves_nothing_in_memory(
+    host: Callable[..., Host], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    load = hosts.Served.load
+
+    def watched(path: Any, **more: Any) -> Any:
+        served = load(path, **more)
+        made.append(weakref.ref(served))
+        return served
+
+    monkeypatch.setattr(hosts.Served, "load", staticmethod(watched))
+    one = host()
+    golden_fails(root)
+    until(lambda: one.facts()[0]["failures"] >= 3)
+    one.stop()
+    assert [ref() is not None for ref in made] == [True] + [False] * (len(made) - 1)
+
+
+def test_a_request_that_never_ends_is_told_of(
+    host: Callable[..., Host], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "COLLECT_AFTER", 0.05)
+    one = host()
+    request = one.choose(None)[1]
+    point(root, "b")
+    until(lambda: serving(one) == version(root, "b"))
+    point(root, "c")
+    until(lambda: one.facts()[0]["last_error"])
+    assert "still in use" in one.facts()[0]["last_error"]
+    del request
+    until(lambda: serving(one) == version(root, "c"))
+
+
+def test_a_cycle_that_holds_the_old_model_is_collected(
+    host: Callable[..., Host], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "COLLECT_AFTER", 0.1)
+    heard = Heard()
+    one = host(on_event=heard)
+    engine = one.choose(None)[1]
+    engine.itself = engine  # type: ignore[attr-defined]
+    del engine
+    gc.disable()
+    try:
+        point(root, "b")
+        until(lambda: "freed" in heard.names())
+        assert "held" in heard.names()
+    finally:
+        gc.enable()
+
+
+def test_stop_joins_and_models_go_on_answering(host: Callable[..., Host], root: Path) -> None:
+    one = host()
+    threads = [thread for thread in threading.enumerate() if thread.name == "recsys-host"]
+    one.stop()
+    assert threads and not any(thread.is_alive() for thread in threads)
+    point(root, "b")
+    time.sleep(0.2)
+    assert serving(one) == version(root, "a")
+    one.stop()
+
+
+# --- variants -------------------------------------------------------------------------------------
+
+
+def test_two_models_side_by_side_by_a_hashed_split(
+    host: Callable[..., Host], root: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(root, other)
+    point(other, "b")
+    one = host(
+        sources={"old": FolderSource(root), "new": FolderSource(other)},
+        split={"old": 0.8, "new": 0.2},
+    )
+    units = [f"u{number}" for number in range(4000)]
+    got = [one.choose(unit)[0] for unit in units]
+    assert abs(got.count("new") / len(got) - 0.2) < 0.03
+    assert got == [one.choose(unit)[0] for unit in units]
+    for name, expected in (("old", "a"), ("new", "b")):
+        chosen, engine = one.choose("u1", name)
+        assert (chosen, engine.served.version) == (name, version(root, expected))
+    assert [facts["share"] for facts in one.facts()] == [0.8, 0.2]
+    # One fails, the other goes on being replaced.
+    pointer_to_nothing(root)
+    point(other, "c")
+    until(lambda: one.choose(None, "new")[1].served.version == version(root, "c"))
+    until(lambda: one.facts()[0]["last_error"])
+    assert one.facts()[1]["last_error"] is None
+    assert one.choose(None, "old")[1].served.version == version(root, "a")
+
+
+def test_unknown_variants_and_splits_are_refused(host: Callable[..., Host], root: Path) -> None:
+    one = host()
+    with pytest.raises(QueryError, match="Did you mean 'main'"):
+        one.choose(None, "mian")
+    with pytest.raises(ConfigError, match="Give each variant both"):
+        Host({"a": FolderSource(root)}, Living(None), split={"b": 1.0})
+    with pytest.raises(ConfigError, match=r"sum to 0\.9"):
+        Host({"a": FolderSource(root)}, Living(None), split={"a": 0.9})
+    with pytest.raises(ConfigError, match="no variant"):
+        Host({}, Living(None))
+
+
+def test_choosing_costs_microseconds(host: Callable[..., Host], root: Path) -> None:
+    source = FolderSource(root)
+    one = host(sources={"a": source, "b": FolderSource(root)})
+    begin = time.perf_counter()
+    for number in range(1000):
+        one.choose(f"u{number}")
+    assert (time.perf_counter() - begin) / 1000 < 50e-6
+
+
+# --- the soak -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_twenty_seconds_of_swaps_and_writes_under_load(
+    host: Callable[..., Host], root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    living = Living(tmp_path / "journal")
+    one = host(living=living, every=0.5, gate=GateRules())
+    ids = [id.removeprefix("a-") for id in one.choose(None)[1].served.bundle.items.ids[:20]]
+    prefix = {version(root, name): f"{name}-" for name in NAMES}
+    done = threading.Event()
+    faults: list[str] = []
+    written = [0]
+
+    def write() -> None:
+        from serving.live import Event
+
+        while not done.is_set():
+            id = f"live-{written[0] % 50}"
+            try:
+                living.put_item(id, {"title": f"Thing {id}"})
+                living.post_events([Event("u00", id, 1_705_000_000_000_000 + written[0])])
+                if written[0] % 3 == 2:
+                    living.delete_item(id)
+            except Exception as error:
+                faults.append(f"{type(error).__name__}: {error}")
+            written[0] += 1
+            time.sleep(0.01)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    swaps = 0
+    try:
+        with Askers(one, prefix, ids, living=True) as askers:
+            end = time.monotonic() + 20
+            while time.monotonic() < end:
+                swaps, again = swaps + 1, min(end, time.monotonic() + 2)
+                name = NAMES[swaps % 3]
+                point(root, name)
+                until(lambda name=name: serving(one) == version(root, name))
+                time.sleep(max(0.0, again - time.monotonic()))
+    finally:
+        done.set()
+        writer.join()
+    assert askers.faults == [] and faults == []
+    assert swaps >= 8 and written[0] > 200
+    facts = one.facts()[0]
+    assert facts["failures"] == 0 and facts["swaps"] == swaps
+    until(lambda: not one.facts()[0]["old_model_held"])
+    living.close()

@@ -1,0 +1,618 @@
+"""What is put is found, what is deleted is not; a start or another model changes nothing of it."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from conftest import Built
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from recsys.errors import QueryError
+from recsys.tables import SECOND
+from serving.bundle import Bundle
+from serving.journal import Journal, JournalError
+from serving.live import Event, LiveView, Living, Overlay
+from serving.newcomers import encode_described
+from serving.served import Served
+from serving.shards import Shards
+from towers.encode import encode_items
+from towers.two_tower import TowerRules, TwoTower
+
+
+@pytest.fixture(scope="module")
+def served(tiny: Built) -> Served:
+    return Served.load(tiny.bundle)
+
+
+@pytest.fixture(scope="module")
+def other(plain: Built) -> Served:
+    return Served.load(plain.bundle)
+
+
+@pytest.fixture(scope="module")
+def table(shop: Path) -> dict[str, dict[str, Any]]:
+    """Id → what the shop's item table says."""
+    frame = pl.read_parquet(shop / "items.parquet")
+    rows = [{**row, "published": row["published"].isoformat()} for row in frame.to_dicts()]
+    return {row.pop("item"): row for row in rows}
+
+
+@pytest.fixture
+def living() -> Iterator[Living]:
+    with Living(None) as living:
+        yield living
+
+
+NEW = {
+    "title": "Minimalist watering can", "description": "A watering can in zinc.",
+    "category": ["Garden", "watering can"], "brand": "Brackenhay", "price": 31.9,
+}  # fmt: skip
+
+
+def vector(view: LiveView, id: str) -> np.ndarray:
+    return view.vectors[view.place[id]]
+
+
+# ---------------------------------------------------------------------------- the item tower
+
+
+def test_an_item_put_again_as_it_was_has_the_vector_it_had(
+    living: Living, served: Served, table: dict[str, dict[str, Any]]
+) -> None:
+    """Those without an id vector (cold) and those with one, which they keep."""
+    bundle, overlay = served.bundle, living.attach(served)
+    ids = bundle.items.ids.to_list()
+    warm = bundle.model.item_spec.ids
+    assert 1 < warm < len(ids), "the shop has cold items too"
+    for row in (1, 2, warm - 1, warm, warm + 1, len(ids)):
+        id = ids[row - 1]
+        living.put_item(id, table[id])
+        found = vector(overlay.view, id)
+        np.testing.assert_allclose(found, bundle.vectors[row], atol=1e-5)
+
+
+def test_a_new_item_has_the_vector_of_its_cold_twin(
+    living: Living, served: Served, table: dict[str, dict[str, Any]]
+) -> None:
+    """A cold item that nothing has happened to yet, under another id; its age counts alike."""
+    bundle, overlay = served.bundle, living.attach(served)
+    timeline = bundle.timeline
+    assert timeline.shown is not None
+    quiet = (timeline.clicks.lengths == 0) & (timeline.shown.lengths == 0)
+    quiet[: bundle.model.item_spec.ids] = False
+    rows = np.flatnonzero(quiet)
+    assert len(rows)
+    for row in rows[:5].tolist():
+        id = bundle.items.ids[row - 1]
+        living.put_item(f"twin of {id}", table[id])
+        np.testing.assert_allclose(
+            vector(overlay.view, f"twin of {id}"), bundle.vectors[row], atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("score", ["cosine", "cosine_bias", "dot"])
+@pytest.mark.parametrize("history_table", ["shared", "weighted", "offset", "own"])
+def test_every_tower_reads_newcomers_as_it_reads_its_own_rows(
+    history_table: Any, score: Any, served: Served, table: dict[str, dict[str, Any]]
+) -> None:
+    """Twin: the bundle's own rows through `encode_items` and `embed_history`."""
+    old, timeline, cutoff = served.bundle.model, served.bundle.timeline, served.bundle.cutoff
+    rules = TowerRules(dimension=16, hidden=16, history_table=history_table, score=score)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = TwoTower(rules, old.items, old.users, old.item_spec, old.user_spec, old.context)
+        for weights in model.parameters():
+            torch.nn.init.normal_(weights, std=0.3)
+    bundle: Bundle = replace(served.bundle, model=model.eval())
+    assert bundle.coder is not None and cutoff is not None
+    ids = bundle.items.ids.to_list()
+    described = [bundle.coder.describe(table[id]) for id in ids]
+    rows = np.arange(1, len(ids) + 1)
+    found = encode_described(bundle, described, rows)
+    np.testing.assert_allclose(
+        found.vectors, encode_items(model, rows, timeline, cutoff), rtol=1e-4, atol=1e-4
+    )
+    with torch.inference_mode():
+        statistics = torch.from_numpy(timeline.statistics(rows, cutoff))
+        wanted = model.embed_history(torch.from_numpy(rows), statistics).float().numpy()
+    np.testing.assert_allclose(found.entries, wanted, rtol=1e-4, atol=1e-4)
+    # One at a time is as all at once.
+    one = encode_described(bundle, described[7:8], rows[7:8])
+    np.testing.assert_allclose(one.vectors[0], found.vectors[7], rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_model_does_not_know_counts_as_unknown(living: Living, served: Served) -> None:
+    overlay = living.attach(served)
+    living.put_item("a", NEW)
+    living.put_item("b", {**NEW, "category": ["Garden", "watering can", "never heard of"]})
+    np.testing.assert_allclose(vector(overlay.view, "a"), vector(overlay.view, "b"), atol=1e-5)
+    living.put_item("c", {})
+    assert np.isfinite(vector(overlay.view, "c")).all()
+
+
+# ---------------------------------------------------------------------------- the view
+
+
+def test_put_delete_put_by_hand(living: Living, served: Served) -> None:
+    overlay = living.attach(served)
+    assert overlay.view.generation == 0 and not overlay.view.ids
+    known = served.bundle.items.ids[int(served.bundle.rows[3]) - 1]
+    row = served.row_of(known)
+    living.put_item("new", NEW)
+    view = overlay.view
+    assert view.ids == ("new",) and dict(view.place) == {"new": 0} and not view.hidden
+    assert view.fields.columns == served.bundle.catalog.columns[1:]
+    assert view.fields.row(0, named=True)["title"] == NEW["title"]
+    assert view.fields.row(0, named=True)["price"] == NEW["price"]
+    assert view.window.tolist() == [[-(2**63), 2**63 - 1]]
+    assert living.delete_item(known) and not living.delete_item(known)
+    assert not living.delete_item("nobody")
+    view = overlay.view
+    assert view.hidden == {row} and view.hidden_positions.tolist() == [served.position[row]]
+    living.put_item(known, {**NEW, "price": 1})
+    view = overlay.view
+    assert view.ids == ("new", known) and view.hidden == {row}
+    assert view.fields["price"].to_list() == [31.9, 1.0]
+    assert living.delete_item("new")
+    view = overlay.view
+    assert view.ids == (known,) and dict(view.place) == {known: 0}
+    assert view.fields["price"].to_list() == [1.0] and view.generation == 4
+
+
+def test_what_is_put_later_says_so_after_a_start_too(
+    tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time_ns", lambda: 7_000)  # a clock that stands still
+    with Living(tmp_path) as living:
+        overlay = living.attach(served)
+        for id in ("a", "b", "c", "a"):
+            living.put_item(id, NEW)
+        assert overlay.view.ids == ("a", "b", "c") and overlay.view.since.tolist() == [10, 8, 9]
+    with Living(tmp_path) as living:
+        overlay = living.attach(served)
+        living.put_item("d", NEW)
+        view = overlay.view
+        assert {id: int(view.since[j]) for id, j in view.place.items()} == {
+            "a": 10, "b": 8, "c": 9, "d": 11,
+        }  # fmt: skip
+
+
+def test_an_item_is_not_to_be_recommended_before_it_is_published(
+    living: Living, served: Served
+) -> None:
+    overlay = living.attach(served)
+    living.put_item("soon", {**NEW, "published": "2034-01-01"})
+    assert overlay.view.window.tolist() == [[2_019_686_400_000_000, 2**63 - 1]]
+
+
+def test_a_view_never_changes(living: Living, served: Served) -> None:
+    overlay, seen = living.attach(served), []
+    for n in range(100):
+        living.put_item(f"i{n % 40}", {**NEW, "price": n})
+        if n % 7 == 3:
+            living.delete_item(f"i{n % 13}")
+        living.post_events([Event(f"u{n % 3}", f"i{n % 5}", n)])
+        seen.append((overlay.view, frozen(overlay.view)))
+    for view, was in seen:
+        assert frozen(view) == was
+        assert list(view.place) == list(dict(view.place)) and len(view.place) == len(view.ids)
+        assert [view.place[id] for id in view.ids] == list(range(len(view.ids)))
+
+
+def frozen(view: LiveView) -> tuple[Any, ...]:
+    return (
+        view.ids, sorted(view.place.items()), view.vectors.tobytes(), view.entries.tobytes(),
+        view.fields.rows(), view.window.tobytes(), view.since.tobytes(), sorted(view.hidden),
+        view.hidden_positions.tobytes(), sorted(view.events.items()), view.generation,
+    )  # fmt: skip
+
+
+def test_an_item_is_found_at_once_among_ten_thousand(living: Living, served: Served) -> None:
+    for n in range(10_000):
+        living._items[f"n{n}"] = b'{"title": "Minimalist watering can"}'
+        living._put_at[f"n{n}"] = n
+    overlay = living.attach(served)
+    assert len(overlay.view.ids) == 10_000
+    spent = []
+    for n in range(30):
+        began = time.perf_counter()
+        living.put_item(f"late{n}", NEW)
+        assert f"late{n}" in overlay.view.place
+        living.put_item(f"n{n}", NEW)
+        living.delete_item(f"n{n + 100}")
+        spent.append(time.perf_counter() - began)
+    assert np.median(spent) < 3 * 0.05
+
+
+def test_items_that_cannot_be_read_are_refused_and_named(living: Living, served: Served) -> None:
+    overlay = living.attach(served)
+    for id, item, words in (
+        ("a", {"colour": "red"}, r"no column 'colour' here.*Columns: title,"),
+        ("a", {"price": "3"}, "no number"),
+        ("a", {"category": {"a": 1}}, "neither"),
+        ("", NEW, "not empty"),
+        ("\ud800", NEW, "Unicode"),
+        (None, NEW, "not empty"),
+        ("a", {"title": "\ud800"}, "JSON"),
+        ("a", [1], "object"),
+        ("a", {1: 2}, "object"),
+    ):
+        with pytest.raises(QueryError, match=words):
+            living.put_item(id, item)  # type: ignore[arg-type]
+    assert overlay.view.generation == 0 and not living._items
+
+
+def test_one_bad_item_does_not_spoil_its_neighbours_in_a_commit(
+    living: Living, served: Served
+) -> None:
+    overlay, failed = living.attach(served), []
+
+    def put(n: int) -> None:
+        try:
+            living.put_item(f"i{n}", {**NEW, "price": "x" if n % 5 == 0 else n})
+        except QueryError:
+            failed.append(n)
+
+    threads = [threading.Thread(target=put, args=(n,)) for n in range(40)]
+    with living._lock:  # so that they gather
+        for thread in threads:
+            thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    assert sorted(failed) == list(range(0, 40, 5))
+    assert set(overlay.view.ids) == {f"i{n}" for n in range(40) if n % 5}
+
+
+# ---------------------------------------------------------------------------- events
+
+
+def test_events_count_at_once_in_the_order_of_time(living: Living, served: Served) -> None:
+    overlay = living.attach(served)
+    a, b = served.bundle.items.ids[:2]
+    late = (served.bundle.cutoff or 0) + SECOND
+    assert living.post_events([Event("u", a, late + 5, id="x"), Event("u", b, late)]) == 2
+    assert overlay.view.events["u"] == ((b, late, 1.0), (a, late + 5, 1.0))
+    assert living.post_events([Event("u", a, late + 5, id="x")]) == 0
+    living.post_events([Event("u", "unborn", late + 2, strength=2.0), Event("u", a, late, "shown")])
+    assert overlay.view.events["u"] == ((b, late, 1.0), (a, late + 5, 1.0))
+    living.put_item("unborn", NEW)
+    assert overlay.view.events["u"][1] == ("unborn", late + 2, 2.0)
+    living.delete_item("unborn")
+    assert overlay.view.events["u"] == ((b, late, 1.0), (a, late + 5, 1.0))
+
+
+def test_an_event_that_the_timeline_holds_counts_once(living: Living, served: Served) -> None:
+    """By content, not by date: one before the cut-off that training did not see still counts."""
+    bundle, timeline = served.bundle, served.bundle.timeline
+    user = int(timeline.user[0])
+    item, at = bundle.items.ids[int(timeline.item[0]) - 1], int(timeline.time[0])
+    living.post_events([Event(bundle.users.ids[user - 1], item, at), Event("stranger", item, at)])
+    overlay = living.attach(served)
+    living.post_events([Event(bundle.users.ids[user - 1], item, at)])
+    living.post_events([Event(bundle.users.ids[user - 1], item, at + 1)])
+    assert dict(overlay.view.events) == {
+        bundle.users.ids[user - 1]: ((item, at + 1, 1.0),),
+        "stranger": ((item, at, 1.0),),
+    }
+
+
+def test_only_what_is_a_positive_to_the_model_counts(living: Living, served: Served) -> None:
+    manifest = served.bundle.manifest
+    config = {
+        **manifest["config"],
+        "data": {
+            **manifest["config"]["data"],
+            "columns": {"event": "event", "positive": {"click": 1.0, "buy": 3.0}},
+        },
+    }
+    bundle = replace(served.bundle, manifest={**manifest, "config": config})
+    overlay = living.attach(Served(bundle, None))
+    item, at = bundle.items.ids[0], 2**50
+    living.post_events([Event("u", item, at + n, name, 2.0) for n, name in enumerate(
+        ("click", "dislike", "buy", "shown"))])  # fmt: skip
+    assert overlay.view.events["u"] == ((item, at, 2.0), (item, at + 2, 6.0))
+
+
+def test_a_view_holds_the_newest_thousand_events_of_a_user(tmp_path: Path, served: Served) -> None:
+    item = served.bundle.items.ids[0]
+    wanted = tuple((item, 2**50 + n, 1.0) for n in range(500, 1500))
+    with Living(tmp_path) as living:
+        overlay = living.attach(served)
+        for start in (1000, 0, 500):
+            living.post_events([Event("u", item, 2**50 + start + n) for n in range(500)])
+        assert overlay.view.events["u"] == wanted
+        assert living.facts()["journal"]["events"] == 1500
+    with Living(tmp_path) as living:
+        assert living.attach(served).view.events["u"] == wanted
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"user": ""}, {"item": ""}, {"event": ""}, {"time": 1.5}, {"time": True}, {"time": 2**63},
+        {"strength": float("nan")}, {"strength": -1.0}, {"strength": "1"}, {"user": "\ud800"},
+        {"id": ""}, {"request": 5},
+    ],
+)  # fmt: skip
+def test_events_that_cannot_be_are_refused_whole(wrong: dict[str, Any], living: Living) -> None:
+    good = Event("u", "i", 1)
+    with pytest.raises(QueryError, match=f"event's {next(iter(wrong))}"):
+        living.post_events([good, replace(good, **wrong)])
+    assert not living._users
+
+
+# ---------------------------------------------------------------------------- starts and models
+
+
+def test_another_bundle_takes_in_what_it_holds(
+    tmp_path: Path, served: Served, other: Served, table: dict[str, dict[str, Any]]
+) -> None:
+    ids = served.bundle.items.ids
+    same, changed, gone = (ids[int(row) - 1] for row in served.bundle.rows[:3])
+    with Living(tmp_path) as living:
+        living.put_item(same, table[same])
+        living.put_item(changed, {**table[changed], "description": "Something else altogether."})
+        living.put_item("new", NEW)
+        living.delete_item("new")
+        living.put_item("stays", {**NEW, "title": "Thing"})
+        overlay = living.attach(served)
+        assert set(overlay.view.ids) == {changed, "stays"} and overlay.folded == {same}
+        assert overlay.view.hidden == {served.row_of(changed)}
+        with pytest.raises(QueryError, match="no column"):
+            living.put_item("x", {"nothing": 1})
+        living.delete_item(gone)
+        # A model of another shop reads what it can of the same items.
+        far = living.attach(other)
+        assert set(far.view.ids) == {same, changed, "stays"} and not far.view.hidden
+        assert far.view.fields["title"].to_list()[far.view.place["stays"]] == "Thing"
+        living.detach(far)
+        # The other one still shows `same`, so nothing is forgotten while it is loaded.
+        assert living.prune() == {"items": 2, "events": 0}
+        assert set(overlay.view.ids) == {changed, "stays"}
+        assert overlay.view.hidden == {served.row_of(changed), served.row_of(gone)}
+    with Living(tmp_path) as living:
+        assert living._items.keys() == {changed, "stays", gone}
+        overlay = living.attach(served)
+        assert living.prune(before=2**62)["items"] == 3
+        assert not overlay.view.ids and not overlay.view.hidden and not living._items
+
+
+def test_an_item_that_a_later_model_cannot_read_is_left_out_and_named(
+    living: Living, served: Served
+) -> None:
+    living.put_item("bad", {"price": "a lot"})  # no model is there to object
+    living.put_item("good", NEW)
+    overlay = living.attach(served)
+    assert overlay.view.ids == ("good",) and "no number" in overlay.left_out["bad"]
+    living.put_item("bad", NEW)
+    assert set(overlay.view.ids) == {"good", "bad"} and not overlay.left_out
+
+
+def test_a_bundle_without_coding_refuses_items_and_serves_on(
+    living: Living, served: Served
+) -> None:
+    overlay = living.attach(Served(replace(served.bundle, coder=None), None))
+    with pytest.raises(QueryError, match="Make it again"):
+        living.put_item("a", NEW)
+    assert living.delete_item(served.bundle.items.ids[0]) and overlay.view.hidden
+
+
+def test_writes_go_on_while_a_model_is_attached(
+    living: Living, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(50):
+        living.put_item(f"i{n}", NEW)
+    load, inside = Overlay.load, threading.Event()
+    go_on = threading.Event()
+
+    def slow(self: Overlay, *args: Any) -> None:
+        load(self, *args)
+        if not inside.is_set():
+            inside.set()
+            assert go_on.wait(10)
+
+    monkeypatch.setattr(Overlay, "load", slow)
+    found: list[Overlay] = []
+    thread = threading.Thread(target=lambda: found.append(living.attach(served)))
+    thread.start()
+    assert inside.wait(10)
+    living.put_item("meanwhile", NEW)
+    living.delete_item("i7")
+    living.post_events([Event("u", "meanwhile", 5)])
+    go_on.set()
+    thread.join()
+    view = found[0].view
+    assert set(view.ids) == {f"i{n}" for n in range(50) if n != 7} | {"meanwhile"}
+    assert view.events["u"] == (("meanwhile", 5, 1.0),)
+
+
+def test_a_write_that_fails_is_not_seen(
+    tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Living(tmp_path) as living:
+        overlay = living.attach(served)
+
+        def full(*args: Any) -> None:
+            raise JournalError("The disk is full.")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "append", full)
+            for write in (
+                lambda: living.put_item("a", NEW),
+                lambda: living.delete_item(served.bundle.items.ids[0]),
+                lambda: living.post_events([Event("u", "a", 1)]),
+            ):
+                with pytest.raises(JournalError, match="full"):
+                    write()
+        assert overlay.view.generation == 0 and not living._items and not living._users
+        living.put_item("a", NEW)
+        assert overlay.view.ids == ("a",)
+    with pytest.raises(JournalError, match="stopping"):
+        living.put_item("b", NEW)
+
+
+def test_shards_by_hand() -> None:
+    one = Shards[int]().changed({"a": 1, "b": 2})
+    two = one.changed({"a": 3, "c": 4}, ["b", "x"])
+    assert dict(one) == {"a": 1, "b": 2} and dict(two) == {"a": 3, "c": 4}
+    assert (len(one), len(two)) == (2, 2) and two.get("b", 7) == 7 and "a" in two
+    with pytest.raises(KeyError):
+        two["b"]
+
+
+# ---------------------------------------------------------------------------- against a naive twin
+
+
+class Machine(RuleBasedStateMachine):
+    """Twin: one dict of items, one list of events, everything looked through every time."""
+
+    served: Served
+    table: dict[str, dict[str, Any]]
+
+    @initialize()
+    def begin(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.living = Living(self.folder.name)
+        self.overlay = self.living.attach(self.served)
+        self.items: dict[str, dict[str, Any] | None] = {}
+        self.events: list[Event] = []
+        ids = self.served.bundle.items.ids
+        self.known = [ids[int(row) - 1] for row in self.served.bundle.rows[:3]]
+
+    def teardown(self) -> None:
+        if hasattr(self, "living"):
+            self.living.close()
+            self.folder.cleanup()
+
+    def id(self, n: int) -> str:
+        return [*self.known, "new0", "new1", "new2"][n]
+
+    @rule(n=st.integers(0, 5), price=st.integers(1, 3))
+    def put(self, n: int, price: int) -> None:
+        self.items[self.id(n)] = {**NEW, "price": price}
+        self.living.put_item(self.id(n), {**NEW, "price": price})
+
+    @rule(n=st.integers(0, 2))
+    def put_as_it_was(self, n: int) -> None:
+        self.items[self.id(n)] = self.table[self.id(n)]
+        self.living.put_item(self.id(n), self.table[self.id(n)])
+
+    @rule(n=st.integers(0, 5))
+    def delete(self, n: int) -> None:
+        id = self.id(n)
+        there = self.items[id] is not None if id in self.items else n < 3
+        if there:
+            self.items[id] = None
+        assert self.living.delete_item(id) == there
+
+    @rule(
+        user=st.sampled_from("ab"), n=st.integers(0, 5), time=st.integers(0, 5),
+        key=st.none() | st.integers(0, 3),
+    )  # fmt: skip
+    def post(self, user: str, n: int, time: int, key: int | None) -> None:
+        event = Event(user, self.id(n), 2**51 + time, id=None if key is None else str(key))
+        new = key is None or all(one.id != str(key) for one in self.events)
+        assert self.living.post_events([event]) == new
+        if new:
+            self.events.append(event)
+
+    @rule()
+    def start_again(self) -> None:
+        self.living.close()
+        self.living = Living(self.folder.name)
+        self.overlay = self.living.attach(self.served)
+
+    @rule()
+    def swap(self) -> None:
+        old, self.overlay = self.overlay, self.living.attach(self.served)
+        self.living.detach(old)
+
+    @precondition(lambda self: hasattr(self, "living"))
+    @rule()
+    def prune(self) -> None:
+        self.living.prune()
+        for id, item in list(self.items.items()):
+            if id in self.overlay.folded or (item is None and id not in self.known):
+                pass
+        kept = self.living._items
+        # What was forgotten is what the bundle says without it.
+        for id in [id for id in self.items if id not in kept]:
+            item = self.items.pop(id)
+            assert item == self.table.get(id) if id in self.known else item is None
+
+    @invariant()
+    def the_view_says_what_the_twin_says(self) -> None:
+        if not hasattr(self, "living"):
+            return
+        view, hidden = self.overlay.view, set()
+        for n in range(6):
+            id = self.id(n)
+            row, item = self.served.row_of(id), self.items.get(id)
+            untouched = id not in self.items or (
+                item == self.table.get(id) and id not in view.place
+            )
+            if untouched:
+                assert id not in view.place
+                continue
+            if row:
+                hidden.add(row)
+            if item is None:
+                assert id not in view.place
+            else:
+                place = view.place[id]
+                assert view.ids[place] == id
+                assert view.fields["price"][place] == item["price"]
+                assert view.fields["title"][place] == item["title"]
+                wanted = self.vector(id, item)
+                np.testing.assert_allclose(view.vectors[place], wanted, atol=1e-5)
+        assert view.hidden == hidden
+        assert view.hidden_positions.tolist() == sorted(self.served.position[list(hidden)].tolist())
+        assert len(view.ids) == len(view.place) == len(view.vectors) == len(view.fields)
+        for user in "ab":
+            told = sorted(
+                (event.time, n, event.item)
+                for n, event in enumerate(self.events)
+                if event.user == user and (event.item in self.known or event.item in view.place)
+            )
+            assert [(i, t) for i, t, _ in view.events.get(user, ())] == [(i, t) for t, _, i in told]
+
+    _vectors: dict[tuple[str, float], np.ndarray] = {}  # noqa: RUF012
+
+    def vector(self, id: str, item: dict[str, Any]) -> np.ndarray:
+        key = (self.served.row_of(id), item["price"], item["title"])
+        if key not in self._vectors:
+            coder = self.served.bundle.coder
+            assert coder is not None
+            encoded = encode_described(
+                self.served.bundle, [coder.describe(item)], np.array([key[0]], np.int64)
+            )
+            self._vectors[key] = encoded.vectors[0]
+        return self._vectors[key]
+
+
+def test_any_history_of_writes_starts_and_swaps(
+    served: Served, table: dict[str, dict[str, Any]]
+) -> None:
+    class Bound(Machine):
+        pass
+
+    Bound.served, Bound.table = served, table
+    case = Bound.TestCase
+    case.settings = settings(
+        max_examples=30, stateful_step_count=25, deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    case("runTest").runTest()

@@ -1,0 +1,117 @@
+"""The contract: the checked-in file is current, and the service keeps what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from service_cases import FakeHost, FakeLiving, ask
+
+from serving import openapi
+from serving.contract import OPERATIONS
+from serving.keys import Keys
+from serving.operations import PARAMETERS
+from serving.service import make_app
+from serving.wire import STATUS, Code, Options
+
+FILE = Path(__file__).parents[1] / "docs" / "openapi.json"
+DESCRIBED = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {"paths": {}}
+
+
+def test_the_file_is_current() -> None:
+    assert FILE.read_text(encoding="utf-8") == openapi.text(), (
+        "Write it again: python -m serving.openapi > docs/openapi.json"
+    )
+
+
+def test_the_service_gives_out_the_same() -> None:
+    got = ask(make_app(FakeHost()), "GET", "/openapi.json")
+    assert got.json() == DESCRIBED
+
+
+def test_every_code_is_documented_with_its_status() -> None:
+    assert set(STATUS) == set(Code)
+    assert DESCRIBED["components"]["schemas"]["Code"]["enum"] == [code.value for code in Code]
+    said = {
+        (int(status), code)
+        for path in DESCRIBED["paths"].values()
+        for operation in path.values()
+        for status, response in operation["responses"].items()
+        if status != "200"
+        for code in response["description"].split(" or ")
+    }
+    assert said == {(status, code.value) for code, status in STATUS.items()}
+
+
+def test_every_operation_declares_its_errors_in_the_one_form() -> None:
+    operations = [one for path in DESCRIBED["paths"].values() for one in path.values()]
+    assert len(operations) == len(OPERATIONS) == 16
+    for operation in operations:
+        for status, response in operation["responses"].items():
+            if status != "200":
+                (kind,) = response["content"].values()
+                assert kind["schema"] == {"$ref": "#/components/schemas/ErrorBody"}
+        assert {"400", "401", "500", "503"} <= set(operation["responses"])
+
+
+def test_a_query_string_may_say_all_that_a_body_may_but_the_filter() -> None:
+    assert set(PARAMETERS) == set(Options.model_fields) - {"filter"}
+    for path in ("/v1/items/{id}/similar", "/v1/users/{id}/recommendations"):
+        names = [one["name"] for one in DESCRIBED["paths"][path]["get"]["parameters"]]
+        expected = {"id", "equals", *PARAMETERS} - ({"user"} if "users" in path else set())
+        assert set(names) == expected
+
+
+# --- schemathesis ---------------------------------------------------------------------------------
+
+
+def keeps_its_word(examples: int) -> dict[int, int]:
+    """Ask every operation what fits its schema and what does not; how often each status came."""
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    from schemathesis.checks import CHECKS, load_all_checks
+    from schemathesis.generation import GenerationMode
+
+    load_all_checks()
+    # What a schema cannot say is refused too: columns that the catalogue lacks, totals over lists.
+    checks = [one for one in CHECKS.get_all() if one.__name__ != "positive_data_acceptance"]
+    assert len(checks) > 8
+    rejected = [400, 401, 403, 404, 405, 410, 413, 414, 415, 431]
+    config = schemathesis.Config.from_dict(
+        {"checks": {"negative_data_rejection": {"expected-statuses": rejected}}}
+    )
+    schema = schemathesis.openapi.from_dict(DESCRIBED, config=config)
+    schema.app = make_app(FakeHost(), FakeLiving(), keys=Keys(open_writes=True))
+    seen: dict[int, int] = {}
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert len(operations) == len(OPERATIONS)
+    for operation in operations:
+        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+            if mode == GenerationMode.NEGATIVE and not (
+                operation.body or operation.query or operation.path_parameters
+            ):
+                continue  # there is nothing to be wrong
+
+            @settings(
+                max_examples=examples, deadline=None, derandomize=True, database=None,
+                phases=[Phase.generate], suppress_health_check=list(HealthCheck),
+            )  # fmt: skip
+            @given(case=operation.as_strategy(mode))
+            def one(case: Any) -> None:
+                response = case.call_and_validate(checks=checks)
+                seen[response.status_code] = seen.get(response.status_code, 0) + 1
+
+            one()
+    return seen
+
+
+def test_the_service_keeps_its_word() -> None:
+    seen = keeps_its_word(4)
+    assert {200, 400} <= set(seen)
+
+
+@pytest.mark.slow
+def test_the_service_keeps_its_word_at_length() -> None:
+    keeps_its_word(150)

@@ -1,0 +1,230 @@
+"""The model registry as a source of models: aliases, whole bundles in a cache, a dying store."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from swapping import renamed, until
+
+from experiments import registry
+from experiments.registry import RegistrySource, promote
+from experiments.store import Store
+from experiments.track import Tracker, TrackRules
+from recsys.errors import BundleError, ConfigError
+from serving.host import Host
+from serving.live import Living
+
+
+@pytest.fixture(scope="module")
+def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty store; making one takes seconds, copying it none."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    Store(f"sqlite:///{path}", 5)
+    return path
+
+
+@pytest.fixture
+def out(tmp_path: Path, fresh_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    shutil.copy(fresh_database, folder / "mlflow.db")
+    return folder
+
+
+@pytest.fixture
+def register(out: Path) -> Callable[..., str]:
+    """Give a function that registers a bundle as `recsys train` does, and says its version."""
+
+    def register(bundle: Path | None = None, out: Path = out, **files: str) -> str:
+        with Tracker(TrackRules(model="shop"), out / "run", run_name="run", out=out) as run:
+            path = run.folder / "bundle"
+            shutil.rmtree(path, ignore_errors=True)
+            if bundle is not None:
+                shutil.copytree(bundle, path)
+            else:
+                (path / "text").mkdir(parents=True)
+                (path / "manifest.json").write_text("{}")
+                for name, text in files.items():
+                    (path / "text" / name).write_text(text)
+            run.log_bundle(path)
+        assert run.model_version is not None
+        return run.model_version.rpartition("/")[2]
+
+    return register
+
+
+def test_an_alias_names_a_version_which_is_downloaded_once(
+    out: Path, register: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = register(weights="1"), register(weights="2")
+    promote("shop", first, out=out)
+    source = RegistrySource("models:/shop@champion", tmp_path / "cache", out=out, every=0)
+    token, folder = source.latest()
+    assert token.startswith("1-") and (folder / "text" / "weights").read_text() == "1"
+    promote("shop", second, out=out)
+    token, folder = source.latest()
+    assert token.startswith("2-") and (folder / "text" / "weights").read_text() == "2"
+    fixed = RegistrySource("models:/shop/1", tmp_path / "cache", out=out)
+    monkeypatch.setattr(Store, "download", lambda *_: pytest.fail("it is there already"))
+    assert (fixed.latest()[1] / "text" / "weights").read_text() == "1"
+    assert source.latest() == (token, folder)
+    # Nothing half-made lies about.
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_the_store_is_asked_now_and_then_only(
+    out: Path, register: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(weights="1")
+    asked = []
+    version_of = Store.version_of
+
+    def counted(self: Store, *args: Any) -> tuple[str, str]:
+        asked.append(time.monotonic())
+        return version_of(self, *args)
+
+    monkeypatch.setattr(Store, "version_of", counted)
+    source = RegistrySource("models:/shop@candidate", tmp_path / "cache", out=out, every=0.3)
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        source.latest()
+        time.sleep(0.01)
+    assert 2 <= len(asked) <= 4
+
+
+def test_a_store_that_goes_away_raises_until_it_is_back(
+    out: Path, register: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(weights="1")
+    source = RegistrySource("models:/shop@candidate", tmp_path / "cache", out=out, every=0)
+    found = source.latest()
+    with monkeypatch.context() as broken:
+        broken.setattr(Store, "version_of", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        with pytest.raises(BundleError, match=r"does not give models:/shop@candidate: gone"):
+            source.latest()
+    assert source.latest() == found
+
+
+def test_a_download_that_breaks_off_leaves_nothing_and_is_made_again(
+    out: Path, register: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(weights="1")
+    source = RegistrySource("models:/shop@candidate", tmp_path / "cache", out=out, every=0)
+
+    def half(self: Store, place: str, folder: Path) -> None:
+        (folder / "manifest.json").write_text("{}")
+        raise ConnectionError("broken off")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Store, "download", half)
+        with pytest.raises(BundleError, match="broken off"):
+            source.latest()
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert (source.latest()[1] / "text" / "weights").read_text() == "1"
+
+
+def test_the_cache_keeps_a_few_bundles_of_each_model(
+    out: Path, register: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "KEPT", 2)
+    cache = tmp_path / "cache"
+    (cache / "shop window-1-00000000").mkdir(parents=True)  # of another model
+    for number in range(4):
+        register(weights=str(number))
+        source = RegistrySource("models:/shop@candidate", cache, out=out)
+        folder = source.latest()[1]
+    kept = sorted(path.name.partition("-")[0] for path in cache.iterdir())
+    assert kept == ["shop", "shop", "shop window"] and folder.is_dir()
+
+
+def test_a_version_number_of_a_store_that_was_made_anew_is_another_bundle(
+    out: Path, register: Callable[..., str], tmp_path: Path, fresh_database: Path
+) -> None:
+    register(weights="old")
+    RegistrySource("models:/shop/1", tmp_path / "cache", out=out).latest()
+    anew = tmp_path / "anew"  # another path, since SQLAlchemy keeps files open
+    anew.mkdir()
+    shutil.copy(fresh_database, anew / "mlflow.db")
+    register(out=anew, weights="new")
+    folder = RegistrySource("models:/shop/1", tmp_path / "cache", out=anew).latest()[1]
+    assert (folder / "text" / "weights").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    "uri", ["models:/shop", "models:/shop@", "models:/a/b/1", "models:/shop/latest", "runs:/x", ""]
+)
+def test_a_uri_of_another_form_is_refused(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"models:/NAME@champion or models:/NAME/3"):
+        RegistrySource(uri, tmp_path)
+
+
+def test_what_is_not_registered_is_said(
+    out: Path, register: Callable[..., str], tmp_path: Path
+) -> None:
+    with pytest.raises(BundleError, match="There is no database"):
+        RegistrySource("models:/shop/1", tmp_path, out=tmp_path / "none").latest()
+    with pytest.raises(BundleError, match="shop"):
+        RegistrySource("models:/shop@champion", tmp_path / "cache", out=out).latest()
+    register(weights="1")
+    with pytest.raises(BundleError, match="champion"):
+        RegistrySource("models:/shop@champion", tmp_path / "cache", out=out).latest()
+    with pytest.raises(BundleError, match="does not make shop/7 champion"):
+        promote("shop", 7, out=out)
+
+
+def test_a_server_that_is_down_costs_seconds_and_no_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name in ("TIMEOUT", "MAX_RETRIES", "BACKOFF_FACTOR"):
+        monkeypatch.delenv(f"MLFLOW_HTTP_REQUEST_{name}", raising=False)
+    uri = f"http://me:secret@127.0.0.1:{port}"
+    source = RegistrySource("models:/shop@champion", tmp_path, tracking=uri, timeout=1)
+    begin = time.monotonic()
+    with pytest.raises(BundleError, match="does not give models:/shop@champion") as caught:
+        source.latest()
+    assert "secret" not in str(caught.value)
+    with pytest.raises(BundleError):
+        source.latest()  # at once, the store is not asked again
+    assert time.monotonic() - begin < 10
+
+
+def test_the_service_follows_the_champion_and_survives_the_store(
+    out: Path,
+    register: Callable[..., str],
+    tmp_path: Path,
+    plain: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = register(renamed(plain.bundle, tmp_path / "a", "a-"))
+    second = register(renamed(plain.bundle, tmp_path / "b", "b-"))
+    promote("shop", first, out=out)
+    source = RegistrySource("models:/shop@champion", tmp_path / "cache", out=out, every=0.1)
+    host = Host({"main": source}, Living(None), every=0.05)
+    host.start()
+    try:
+
+        def begins(prefix: str) -> bool:
+            return host.choose(None)[1].served.bundle.items.ids[0].startswith(prefix)
+
+        assert begins("a-")
+        with monkeypatch.context() as broken:
+            broken.setattr(Store, "version_of", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+            until(lambda: host.facts()[0]["last_error"])
+            assert "gone" in host.facts()[0]["last_error"] and begins("a-")
+        promote("shop", second, out=out)
+        until(lambda: begins("b-"))
+        assert host.facts()[0]["last_error"] is None
+        assert host.facts()[0]["token"].startswith("2-")
+    finally:
+        host.stop()

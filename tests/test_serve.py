@@ -1,0 +1,276 @@
+"""`recsys serve`: what it refuses to do, the whole of it over a real bundle, and its end."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from service_cases import FakeEngine, FakeExposures, FakeHost, raw, served
+from typer.testing import CliRunner
+
+from experiments import cli
+from experiments.serve import MAIN, Plan, service
+from recsys.errors import ConfigError
+from serving.client import Client, ServiceError
+from serving.keys import Keys
+from serving.logs import json_logs
+from serving.running import bind, is_local, own_names
+from serving.service import make_app
+
+OPEN = Keys(open_writes=True)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "Name a SOURCE"),
+        (["bundle", "--host", "0.0.0.0"], "there are no keys"),
+        (["bundle", "--keys", "/nothing/there"], "cannot be read"),
+        (["bundle", "--log-level", "loud"], "none of debug"),
+        (["bundle", "--variant", "b=models/b"], "of the form NAME=SOURCE:SHARE"),
+        (["bundle", "--variant", "b=models/b:2"], "of the form NAME=SOURCE:SHARE"),
+        (["bundle", "--variant", "main=models/b:0.5"], "two variants 'main'"),
+        (["bundle", "--variant", "a=x:0.5", "--variant", "b=x:0.5"], "leave 0 for 'main'"),
+        (["/no/bundle/there", "--port", "0"], "/no/bundle/there"),
+        (["--make-key", "admin"], "no role"),
+    ],
+)
+def test_mistakes_end_with_2_and_say_the_way_out(arguments: list[str], said: str) -> None:
+    ended = CliRunner().invoke(cli.app, ["serve", *arguments])
+    assert ended.exit_code == 2, ended.output
+    assert said in ended.stderr
+    assert "Traceback" not in ended.output
+
+
+def test_a_key_is_made_once_and_its_line_opens_the_service(tmp_path: Path) -> None:
+    ended = CliRunner().invoke(cli.app, ["serve", "--make-key", "write"])
+    key, line = ended.stdout.splitlines()
+    (tmp_path / "keys").write_text(f"# ours\n{line}\n")
+    assert Keys.load(tmp_path / "keys").role(key.encode()) == "write"
+    assert key not in line
+
+
+def test_variants_take_their_share_from_main() -> None:
+    plan = Plan({MAIN: "x"}, OPEN).with_variants(["b=models:/shop@next:0.25", "c=runs/c:0.25"])
+    assert plan.sources == {MAIN: "x", "b": "models:/shop@next", "c": "runs/c"}
+    assert plan.shares == {"b": 0.25, "c": 0.25, MAIN: 0.5}
+
+
+def test_a_taken_port_is_said_before_a_model_is_loaded() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        with pytest.raises(ConfigError, match="cannot be listened on"):
+            bind("127.0.0.1", taken.getsockname()[1])
+
+
+def test_local_addresses() -> None:
+    assert all(is_local(host) for host in ("127.0.0.1", "127.0.0.2", "localhost", "::1"))
+    assert not any(is_local(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"))
+    assert b"[::1]" in own_names("::1")
+
+
+def test_logs_are_json_lines_with_what_a_record_carries() -> None:
+    to = io.StringIO()
+    with json_logs("info", to):
+        logging.getLogger("recsys.serve.requests").info("request", extra={"data": {"ms": 1.5}})
+        logging.getLogger("x").debug("not this")
+        try:
+            raise ValueError("broken")
+        except ValueError:
+            logging.getLogger("recsys.serve").exception("request %s failed", "r1")
+    one, two = (json.loads(line) for line in to.getvalue().splitlines())
+    assert (one["level"], one["message"], one["ms"]) == ("info", "request", 1.5)
+    assert (two["message"], "ValueError: broken" in two["exception"]) == ("request r1 failed", True)
+
+
+# --- the end --------------------------------------------------------------------------------------
+
+
+def test_what_runs_is_finished_before_the_end(tmp_path: Path) -> None:
+    engine, exposures = FakeEngine(), FakeExposures()
+    app = make_app(FakeHost({"a": engine}), exposures=exposures)
+    answers: list[bytes] = []
+    body = b'{"text":"slow"}'
+    head = b"POST /v1/search HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    with served(app) as port:
+        idle = socket.create_connection(("127.0.0.1", port))
+        ask = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+        thread = threading.Thread(target=lambda: answers.append(raw(port, ask)))
+        thread.start()
+        raw(port, b"GET /v1/items/i1/similar HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        time.sleep(0.1)
+    thread.join()
+    idle.close()
+    assert answers[0].startswith(b"HTTP/1.1 200")
+    assert {row[1] for row in exposures.rows} == {None}
+    assert len(exposures.rows) == 2
+    with pytest.raises(ConnectionError):
+        socket.create_connection(("127.0.0.1", port), 1).close()
+
+
+# --- the whole of it ------------------------------------------------------------------------------
+
+
+@contextmanager
+def running(bundle: Path, folder: Path) -> Iterator[tuple[Client, int]]:
+    plan = Plan(
+        {MAIN: str(bundle)}, OPEN, journal=folder / "journal", exposures=folder / "shown",
+        deadline=20,
+    )  # fmt: skip
+    with service(plan) as app, served(app) as port, Client(f"http://127.0.0.1:{port}") as client:
+        yield client, port
+
+
+def test_a_shop_from_end_to_end(tiny: Any, tmp_path: Path) -> None:
+    with running(tiny.bundle, tmp_path) as (shop, port):
+        assert shop.live()
+        assert shop.ready()
+        (model,) = shop.model()
+        version, columns = model["version"], model["engine"]["fields"]
+        assert "category" in columns
+
+        # A known item: hot and general way agree, and `k` is what it says.
+        known = shop.search("lamp", k=5, fields=["*"]).ids
+        hot = raw(
+            port,
+            b"GET /v1/items/%s/similar?k=4 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+            % known[0].encode(),
+        )
+        said = json.loads(hot.split(b"\r\n\r\n", 1)[1])
+        general = shop.similar(known[0], k=4)
+        assert [item["id"] for item in said["items"]] == general.ids
+        assert [item["score"] for item in said["items"]] == pytest.approx(
+            [item.score for item in general], abs=2e-6
+        )
+        assert said["model"] == general.model == version
+
+        # Histories, users, filters, pages, explanations.
+        for_history = shop.recommend(history=known[:3], k=5, context={"device": "phone"})
+        assert len(for_history) == 5
+        assert not set(for_history.ids) & set(known[:3])
+        category = shop.item(known[0])["fields"]["category"]
+        tea = {"equals": {"category": [category]}}
+        only = shop.similar(known[1], k=3, filter=tea, fields=["category"])
+        assert {item.fields["category"] for item in only if item.fields} == {category}
+        first = shop.similar(known[0], k=3, paged=True)
+        second = shop.similar(known[0], k=3, paged=True, cursor=first.next)
+        assert not set(first.ids) & set(second.ids)
+        assert first.ids + second.ids == shop.similar(known[0], k=6, exact=True).ids
+        assert shop.similar(known[0], k=2, explain=True).items[0].explanation
+        assert shop.recommend(user="nobody at all").fallback
+
+        now = time.time_ns() // 1000
+        # An item that comes is found, counts in a history, and goes again.
+        lamp = shop.item(known[0])["fields"]
+        shop.put_item("new/1", {"title": "A brass desk lamp", "category": lamp["category"]})
+        assert shop.item("new/1")["live"] is True
+        assert len(shop.similar("new/1", k=3)) == 3
+        assert "new/1" in shop.similar(known[0], k=1000).ids
+        events = [{"user": "newcomer", "item": id, "time": now} for id in ("new/1", known[0])]
+        assert shop.post_events(events) == 2
+        assert [one["id"] for one in shop.user("newcomer")["events"]] == ["new/1", known[0]]
+        assert shop.recommend(user="newcomer", k=3).fallback is None
+        shop.delete_item("new/1")
+        with pytest.raises(ServiceError, match="new/1") as refused:
+            shop.item("new/1")
+        assert (refused.value.code, refused.value.status) == ("unknown_item", 404)
+
+        # What is wrong is said in its place.
+        with pytest.raises(ServiceError, match="color") as refused:
+            shop.put_item("x", {"color": "red"})
+        assert refused.value.code == "bad_query"
+        with pytest.raises(ServiceError) as refused:
+            shop.vector([1.0])
+        assert refused.value.code == "bad_query"
+        one, two = shop.batch([{"kind": "similar", "items": [known[0]], "k": 2},
+                               {"kind": "vector", "vector": [1.0]}])  # fmt: skip
+        assert not isinstance(one, ServiceError)
+        assert len(one) == 2
+        assert isinstance(two, ServiceError)
+        metrics = raw(
+            port, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        )
+        assert f'model="{version}"'.encode() in metrics
+        assert b"recsys_live_users 1.0" in metrics
+
+    shown = pl.read_parquet(tmp_path / "shown" / "**" / "*.parquet")
+    assert {"shown", "click"} <= set(shown["event"])
+    assert set(shown["model"].drop_nulls()) >= {version}
+    assert said["request_id"] in set(shown["request"])  # a hot answer
+
+    # What was acknowledged is there after a start.
+    with running(tiny.bundle, tmp_path) as (shop, _):
+        user = shop.user("newcomer")
+        assert (user["known"], [one["id"] for one in user["events"]]) == (True, [known[0]])
+
+
+def test_without_a_journal_nothing_is_written(plain: Any) -> None:
+    with service(Plan({MAIN: str(plain.bundle)}, OPEN, deadline=20)) as app, served(app) as port:
+        with Client(f"http://127.0.0.1:{port}") as shop, pytest.raises(ServiceError) as refused:
+            shop.post_events([{"user": "u", "item": "i01"}])
+        assert refused.value.code == "forbidden"
+        other = raw(
+            port, b"GET /v1/live HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
+        )
+        assert other.startswith(b"HTTP/1.1 403")
+
+
+@pytest.mark.slow
+def test_sigterm_drains_flushes_and_exits_with_0(tiny: Any, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "recsys", "serve", str(tiny.bundle), "--port", "0", "--open-writes",
+        "--journal", str(tmp_path / "journal"), "--exposures", str(tmp_path / "shown"),
+        "--deadline", "20",
+    ]  # fmt: skip
+    with started(command) as (process, shop):
+        shop.put_item("kept", {"title": "A brass desk lamp"})
+        answers: list[Any] = []
+        requests: list[Any] = [{"kind": "search", "text": f"lamp {n}"} for n in range(256)]
+        thread = threading.Thread(target=lambda: answers.append(shop.batch(requests)))
+        thread.start()
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        thread.join(30)
+        assert len(answers[0]) == 256
+    with started(command) as (process, shop):
+        assert shop.item("kept")["live"] is True
+        process.send_signal(signal.SIGINT)
+    shown = pl.read_parquet(tmp_path / "shown" / "**" / "*.parquet")
+    assert len(shown.filter(event="shown")) == 2560
+
+
+@contextmanager
+def started(command: list[str]) -> Iterator[tuple[subprocess.Popen[str], Client]]:
+    """The service as a process, which must end in order."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        assert url.startswith("http://127.0.0.1:"), process.communicate()
+        with Client(url, timeout=20) as shop:
+            yield process, shop
+        out, err = process.communicate(timeout=30)
+        assert (process.returncode, out) == (0, ""), err
+        assert json.loads(err.splitlines()[-1])["message"] == "stopped"
+    finally:
+        process.kill()

@@ -1,0 +1,167 @@
+"""A bundle made ready: ids to rows and to JSON, fields as JSON takes them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recsys.errors import BundleError, QueryError
+from serving import bundle as bundles
+from serving.served import IdTable, Served, json_rows
+
+NASTY = ["b", "a", 'say "x"', "back\\slash", "é\n", "\x7f", "\u2028", "日本語", "\x00", "b ", "𝄞"]
+IDS = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=4), unique=True)
+
+
+@pytest.fixture(scope="module")
+def served(tiny: Any) -> Served:
+    return Served.load(tiny.bundle)
+
+
+def test_awkward_ids_by_hand() -> None:
+    table = IdTable(pl.Series(NASTY))
+    assert [table.row_of(name) for name in NASTY] == list(range(1, len(NASTY) + 1))
+    assert [table.row_of(name) for name in ("c", "", "ab", "b  ", "\ud800")] == [0] * 5
+    assert [json.loads(table.fragment(row)) for row in range(1, len(NASTY) + 1)] == NASTY
+    assert table.fragment(1) == b'"b"' and table.fragment(0) == b"null"
+    assert table.decode([3, 3, 1]) == ['say "x"', 'say "x"', "b"]
+
+
+@given(IDS, st.lists(st.text(max_size=4)))
+def test_the_table_is_a_dictionary_with_zero_for_the_unknown(
+    ids: list[str], asked: list[str]
+) -> None:
+    table = IdTable(pl.Series(ids, dtype=pl.String))
+    known = {name: row for row, name in enumerate(ids, 1)}
+    for name in [*ids, *asked]:
+        assert table.row_of(name) == known.get(name, 0)
+    assert [json.loads(f) for f in table.fragments(range(1, len(ids) + 1))] == ids
+
+
+def test_ids_whose_hashes_collide_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    import builtins
+
+    from serving import served
+
+    for same in (0, -1, 2**62):  # all in one place, the last one before the table's end too
+        monkeypatch.setattr(served, "hash", lambda _, same=same: same, raising=False)
+        names = [f"i{i}" for i in range(50)]
+        table = IdTable(pl.Series(names))
+        assert [table.row_of(name) for name in names] == list(range(1, 51))
+        assert table.row_of("i50") == 0
+    assert builtins.hash is not served.hash  # type: ignore[attr-defined]
+
+
+def test_what_is_ready_is_what_the_bundle_says(served: Served, tiny: Any) -> None:
+    bundle = served.bundle
+    rows = np.arange(1, bundle.items.size)
+    assert [served.row_of(name) for name in bundle.items.ids] == rows.tolist()
+    assert [json.loads(served.fragment(r)) for r in rows] == bundle.items.ids.to_list()
+    assert served.position.dtype == np.int32 and served.position[0] == -1
+    assert served.position[bundle.rows].tolist() == list(range(len(bundle.rows)))
+    assert (served.position >= 0).sum() == len(bundle.rows)
+    assert served.version == bundles.read_manifest(tiny.bundle)["content"][:12]
+    assert served.neighbours is not None
+    assert Served(bundle, None, version="mine").version == "mine"
+
+
+def test_fields_are_those_of_the_catalogue(served: Served) -> None:
+    assert served.field_names == ["title", "category", "price"]
+    rows = np.array([5, 2, 5])
+    said = served.fields(rows)
+    assert said == [
+        {k: v for k, v in served.bundle.catalog.row(r - 1, named=True).items() if k != "item"}
+        for r in rows
+    ]
+    assert served.fields(rows, ["price"]) == [{"price": one["price"]} for one in said]
+    assert served.fields(rows, []) == [{}, {}, {}]
+    assert served.fields(np.array([], np.int64)) == []
+    with pytest.raises(
+        QueryError, match=r"no field 'colour'. Known fields: title, category, price"
+    ):
+        served.fields(rows, ["colour"])
+    with pytest.raises(QueryError, match="no field 'item'"):
+        served.fields(rows, ["item"])
+
+
+def test_every_kind_of_field_becomes_json() -> None:
+    frame = pl.DataFrame(
+        {
+            "number": [1.5, float("nan"), float("inf"), None],
+            "small": pl.Series([1.5, float("-inf"), 0.0, None], dtype=pl.Float32),
+            "whole": [1, 2**60, -1, None],
+            "yes": [True, False, None, True],
+            "day": [date(2024, 2, 29), None, None, None],
+            "moment": [datetime(2024, 2, 29, 12, 30, 0, 250000), None, None, None],
+            "hour": [time(12, 30), None, None, None],
+            "lasts": [timedelta(minutes=1), None, None, None],
+            "money": pl.Series([Decimal("1.25"), None, None, None], dtype=pl.Decimal(10, 2)),
+            "kind": pl.Series(["a", "b", None, "a"], dtype=pl.Categorical),
+            "many": [[1.0, float("nan")], [], None, None],
+            "of": [{"x": float("nan"), "y": [date(2024, 1, 1)]}] * 4,
+            "bytes": [b"\x00\xff", None, None, None],
+        }
+    )
+    rows = json_rows(frame)
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    assert rows[0] == {
+        "number": 1.5,
+        "small": 1.5,
+        "whole": 1,
+        "yes": True,
+        "day": "2024-02-29",
+        "moment": "2024-02-29T12:30:00.250000",
+        "hour": "12:30:00",
+        "lasts": 60.0,
+        "money": 1.25,
+        "kind": "a",
+        "many": [1.0, None],
+        "of": {"x": None, "y": ["2024-01-01"]},
+        "bytes": "00ff",
+    }
+    assert rows[1]["number"] is rows[2]["number"] is rows[1]["small"] is None
+
+
+def test_an_unverified_load_reads_no_digest_and_a_verified_one_refuses(
+    tiny: Any, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(tiny.bundle, tmp_path / "bundle"))
+    table = copy / "neighbours.scores.npy"
+    data = bytearray(table.read_bytes())
+    data[-1] ^= 1
+    table.write_bytes(bytes(data))
+    with pytest.raises(BundleError, match=r"neighbours\.scores\.npy has the SHA-256"):
+        Served.load(copy)
+    assert Served.load(copy, verify=False).recommender.similar(item="i00001", k=3).ids
+
+
+def test_a_bundle_is_read_without_drawing_weights_or_copying_vectors(tiny: Any) -> None:
+    import torch
+
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    with bundles._Unfilled():
+        torch.nn.Embedding(50, 4)
+        torch.nn.Linear(4, 4)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.nn.Linear(4, 4).weight.abs().sum() > 0  # outside all is as ever
+    one, two = bundles.load(tiny.bundle), bundles.load(tiny.bundle)
+    assert isinstance(one.model.item_tower.inputs.ids.weight, torch.nn.Parameter)
+    again = two.model.state_dict()
+    for name, tensor in one.model.state_dict().items():
+        torch.testing.assert_close(tensor, again[name], rtol=0, atol=0)
+    assert not one.vectors.flags.owndata and not one.model.training
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert f"{tiny.bundle}/vectors.safetensors" in maps.read_text()
+        assert f"{tiny.bundle}/towers.safetensors" in maps.read_text()

@@ -1,0 +1,613 @@
+"""Every route of the service, over a host that needs no towers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+import pytest
+from service_cases import FakeEngine, FakeExposures, FakeHost, FakeLiving, ask, asked
+
+from serving.batcher import BatchRules
+from serving.front import Front
+from serving.keys import Keys, make_key
+from serving.service import ServiceRules, make_app
+
+ITEM = {"id": "i0", "score": 1.0}
+OPEN = Keys(open_writes=True)
+
+
+@pytest.fixture
+def host() -> FakeHost:
+    return FakeHost()
+
+
+@pytest.fixture
+def living() -> FakeLiving:
+    return FakeLiving()
+
+
+@pytest.fixture
+def exposures() -> FakeExposures:
+    return FakeExposures()
+
+
+@pytest.fixture
+def app(host: FakeHost, living: FakeLiving, exposures: FakeExposures) -> Any:
+    app = make_app(host, living, exposures, keys=OPEN)
+    yield app
+    app.close()
+
+
+# --- questions ------------------------------------------------------------------------------------
+
+
+def test_an_answer_says_who_answered_in_a_fixed_order(app: Front) -> None:
+    got = ask(app, "POST", "/v1/similar", {"items": ["i7"], "k": 2}, headers={"x-request-id": "r1"})
+    assert got.status == 200
+    assert got.body == (
+        b'{"request_id":"r1","model":"abc123abc123","variant":"a","fallback":null,'
+        b'"items":[{"id":"i0","score":1.0},{"id":"i1","score":0.1}],"next":null}'
+    )
+    assert got.headers["x-request-id"] == "r1"
+
+
+def test_the_hot_path_answers_in_the_same_form(app: Front) -> None:
+    hot = ask(app, "GET", "/v1/items/i7/similar?k=3")
+    general = ask(app, "GET", "/v1/items/i7/similar?k=3&exact=false")
+    assert hot.status == general.status == 200
+    assert list(hot.json()) == list(general.json())
+    assert list(hot.headers) == ["content-type", "content-length", "x-request-id"]
+    assert [item["id"] for item in hot.json()["items"]] == ["i0", "i1", "i2"]
+    assert app.operations.host.engines["a"].sizes == [1]  # the hot one did not wait in the queue
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/v1/items/i7/similar?k=51",  # more than the table has
+        "/v1/items/nothing/similar",  # unknown there
+        "/v1/items/i7/similar?fields=title",
+        "/v1/items/i7/similar?exact=true&explain=true&diversity=0.5&popularity=-0.5",
+    ],
+)
+def test_what_the_table_cannot_answer_goes_the_general_way(app: Front, target: str) -> None:
+    assert ask(app, "GET", target).status == 200
+    assert app.operations.host.engines["a"].sizes == [1]
+
+
+def test_everything_a_question_may_say_reaches_the_engine(app: Front, host: FakeHost) -> None:
+    body = {
+        "items": ["a", "b"], "k": 7, "exact": True, "fields": ["*"], "paged": True,
+        "diversity": 0.25, "popularity": -1, "explain": True, "drop_seen": False,
+        "filter": {
+            "equals": {"category": ["tea", "coffee"], "sold": True},
+            "ranges": {"price": [None, 5]}, "allow": ["x"], "deny": ["y", "z"],
+        },
+    }  # fmt: skip
+    got = ask(app, "POST", "/v1/similar", body).json()
+    assert got["items"][0] == {**ITEM, "fields": {"title": "i0"}, "explanation": {"text": 0.25}}
+    assert got["next"] == "more"
+    (one,) = host.engines["a"].asks
+    assert (one.kind, one.items, one.k, one.exact, one.fields) == (
+        "similar", ("a", "b"), 7, True, ("*",),
+    )  # fmt: skip
+    assert one.filter.equals == {"category": ("tea", "coffee"), "sold": (True,)}
+    assert one.filter.ranges == {"price": (None, 5.0)}
+    assert (one.filter.allow, one.filter.deny) == (("x",), ("y", "z"))
+    assert (one.paged, one.diversity, one.popularity, one.explain, one.drop_seen) == (
+        True, 0.25, -1.0, True, False,
+    )  # fmt: skip
+
+
+def test_a_query_string_says_the_same(app: Front, host: FakeHost) -> None:
+    target = (
+        "/v1/users/u1/recommendations?k=7&fields=a,b&category=tea&category=coffee&drop_seen=false"
+    )
+    assert ask(app, "GET", target).status == 200
+    (one,) = host.engines["a"].asks
+    assert (one.kind, one.user, one.k, one.fields, one.drop_seen) == (
+        "recommend", "u1", 7, ("a", "b"), False,
+    )  # fmt: skip
+    assert one.filter.equals == {"category": ("tea", "coffee")}
+
+
+def test_recommendations_searches_and_vectors(app: Front, host: FakeHost) -> None:
+    body = {"history": ["i1", "i2"], "context": {"device": "phone", "hour": 3}}
+    assert ask(app, "POST", "/v1/recommendations", body).status == 200
+    assert ask(app, "POST", "/v1/search", {"text": "brass lamp"}).status == 200
+    assert ask(app, "POST", "/v1/vectors", {"vector": [1, 0.5, 0, -1]}).status == 200
+    one, two, three = host.engines["a"].asks
+    assert (one.user, one.history, dict(one.context)) == (
+        None, ("i1", "i2"), {"device": "phone", "hour": 3.0},
+    )  # fmt: skip
+    assert two.text == "brass lamp"
+    assert three.vector is not None
+    assert three.vector.dtype == "float32"
+    assert three.vector.tolist() == [1, 0.5, 0, -1]
+
+
+def test_ids_with_slashes_spaces_and_other_alphabets_are_ids(app: Front, host: FakeHost) -> None:
+    got = ask(app, "GET", "/v1/items/a%2Fb%20%C3%A9%3F/similar?exact=true")
+    assert got.status == 200
+    assert host.engines["a"].asks[0].items == ("a/b é?",)
+    assert ask(app, "GET", "/v1/items/a%2Fb%20%C3%A9/similar").status == 200  # hot
+    assert ask(app, "GET", "/v1/items/a%2Fb").json()["item"]["id"] == "a/b"
+
+
+def test_a_fallback_is_said_and_counted(app: Front) -> None:
+    got = ask(app, "GET", "/v1/users/nobody/recommendations")
+    assert got.json()["fallback"] == "user 'nobody' is unknown"
+    text = ask(app, "GET", "/metrics").body.decode()
+    assert 'recsys_fallbacks_total{route="recommendations_of",variant="a"} 1.0' in text
+
+
+def test_the_user_decides_the_variant(app: Front) -> None:
+    assert ask(app, "GET", "/v1/users/b1/recommendations").json()["variant"] == "b"
+    got = ask(app, "POST", "/v1/similar", {"items": ["i1"], "user": "b1"}).json()
+    assert (got["variant"], got["model"]) == ("b", "def456def456")
+
+
+def test_a_variant_may_be_named(app: Front) -> None:
+    got = ask(app, "GET", "/v1/items/i1/similar", headers={"x-variant": "b"})
+    assert got.json()["variant"] == "b"
+    got = ask(app, "GET", "/v1/items/i1/similar", headers={"x-variant": "none"})
+    assert (got.status, got.code) == (400, "bad_query")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        ({"text": "wrong"}, 400, "bad_query"),
+        ({"text": "x", "cursor": "foreign"}, 400, "bad_cursor"),
+        ({"text": "x", "cursor": "old"}, 410, "stale_cursor"),
+        ({"text": "boom"}, 500, "internal"),
+    ],
+)
+def test_what_an_engine_cannot_answer_has_a_code(
+    app: Front, body: dict[str, Any], status: int, code: str
+) -> None:
+    got = ask(app, "POST", "/v1/search", body)
+    assert (got.status, got.code) == (status, code)
+    assert got.json()["error"]["request_id"] == got.headers["x-request-id"]
+    assert "boom" not in got.body.decode()
+
+
+def test_a_batch_answers_each_or_says_what_is_wrong_with_it(app: Front, host: FakeHost) -> None:
+    requests = [
+        {"kind": "similar", "items": ["i1"], "k": 1},
+        {"kind": "search", "text": "wrong"},
+        {"kind": "recommend", "user": "b1", "k": 1},
+        {"kind": "vector", "vector": [1, 2, 3, 4], "k": 2},
+    ]
+    got = ask(app, "POST", "/v1/batch", {"requests": requests}, headers={"x-request-id": "r"})
+    one, two, three, four = got.json()["answers"]
+    assert (one["request_id"], one["variant"], one["items"]) == ("r.0", "a", [ITEM])
+    assert (two["error"]["code"], two["error"]["request_id"]) == ("bad_query", "r.1")
+    assert (three["variant"], three["model"]) == ("b", "def456def456")
+    assert len(four["items"]) == 2
+
+
+# --- items, users, events -------------------------------------------------------------------------
+
+
+def test_items_are_put_looked_up_and_deleted(app: Front, living: FakeLiving) -> None:
+    got = ask(app, "PUT", "/v1/items/new", {"title": "A lamp", "price": 3.5, "tags": ["a"]})
+    assert (got.status, got.json()["written"]) == (200, 1)
+    assert living.items == {"new": {"title": "A lamp", "price": 3.5, "tags": ["a"]}}
+    assert ask(app, "GET", "/v1/items/new").json()["item"] == {
+        "id": "new",
+        "fields": {"price": None},
+    }
+    assert ask(app, "DELETE", "/v1/items/new").status == 200
+    got = ask(app, "DELETE", "/v1/items/new")
+    assert (got.status, got.code) == (404, "unknown_item")
+    assert ask(app, "GET", "/v1/items/nothing").code == "unknown_item"
+
+
+def test_an_unknown_column_and_a_full_disk_are_told_apart(app: Front) -> None:
+    got = ask(app, "PUT", "/v1/items/a", {"x": 1})
+    assert (got.status, got.code) == (400, "bad_query")
+    assert "Known: title" in got.json()["error"]["message"]
+    got = ask(app, "PUT", "/v1/items/full", {"title": "b"})
+    assert (got.status, got.code, got.headers["retry-after"]) == (503, "not_written", "5")
+
+
+def test_events_are_journalled_and_logged(
+    app: Front, living: FakeLiving, exposures: FakeExposures
+) -> None:
+    events = [{"user": "u1", "item": "i1", "time": 5, "id": "e1"}, {"user": "u1", "item": "i2"}]
+    assert ask(app, "POST", "/v1/events", {"events": events}).json()["written"] == 2
+    assert living.posted == exposures.posted
+    assert (living.posted[0].time, living.posted[0].event, living.posted[0].id) == (
+        5,
+        "click",
+        "e1",
+    )
+    assert living.posted[1].time > 1_700_000_000_000_000
+
+
+def test_users_models_and_health(app: Front, host: FakeHost) -> None:
+    assert ask(app, "GET", "/v1/users/u1").json()["user"]["known"] is True
+    models = ask(app, "GET", "/v1/model").json()["models"]
+    assert [one["name"] for one in models] == ["a", "b"]
+    assert models[0]["engine"] == {"dimension": 4, "items": 100, "recall": 0.99}
+    assert ask(app, "GET", "/v1/live").json() == {"live": True}
+    assert ask(app, "GET", "/v1/ready").json() == {"ready": True}
+    host.ready = False
+    assert ask(app, "GET", "/v1/live").status == 200
+    for target in ("/v1/ready", "/v1/items/i1/similar"):
+        got = ask(app, "GET", target)
+        assert (got.status, got.code, got.headers["retry-after"]) == (503, "not_ready", "1")
+
+
+# --- what was shown -------------------------------------------------------------------------------
+
+
+def test_what_was_shown_is_written_down_hot_answers_too(
+    app: Front, exposures: FakeExposures
+) -> None:
+    ask(app, "GET", "/v1/items/i1/similar?k=2", headers={"x-request-id": "hot"})
+    ask(app, "GET", "/v1/users/b1/recommendations?k=1", headers={"x-request-id": "user"})
+    app.close()
+    assert sorted(exposures.rows) == [
+        ("hot", None, ("i0", "i1"), "a", "abc123abc123"),
+        ("user", "b1", ("i0",), "b", "def456def456"),
+    ]
+
+
+# --- requests that are refused --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "status", "code"),
+    [
+        ("GET", "/v1/nothing", 404, "not_found"),
+        ("GET", "/v1/items//similar", 404, "not_found"),
+        ("POST", "/v1/model", 405, "method_not_allowed"),
+        ("GET", "/v1/items/i1/similar?k=0", 400, "invalid"),
+        ("GET", "/v1/items/i1/similar?k=1001", 400, "invalid"),
+        ("GET", "/v1/items/i1/similar?k=ten", 400, "invalid"),
+        ("GET", "/v1/items/i1/similar?k=1_0", 400, "invalid"),
+        ("GET", "/v1/items/i1/similar?k=1&k=2", 400, "invalid"),
+        ("GET", "/v1/items/i1/similar?diversity=nan", 400, "invalid"),
+        ("GET", "/v1/items/i1/similar?exact=yes", 400, "invalid"),
+        ("GET", "/v1/items/%FF/similar", 400, "bad_request"),
+        ("GET", "/v1/items/%zz/similar", 400, "bad_request"),
+        ("GET", "/v1/items/i1/similar?a=%FF", 400, "bad_request"),
+        ("GET", "/v1/users/u/recommendations?user=v", 400, "invalid"),
+        ("GET", "/v1/users/u?x=1", 400, "invalid"),
+        ("GET", "/v1/items/" + "a" * 257, 400, "invalid"),
+        ("GET", "/v1/items/" + "a" * 9000, 414, "uri_too_long"),
+        (
+            "GET",
+            "/v1/items/i/similar?" + "&".join(f"c{j}=1" for j in range(65)),
+            400,
+            "bad_request",
+        ),
+        ("GET", "/v1/items/i/similar?" + "&".join(f"c{j}=1" for j in range(33)), 400, "invalid"),
+    ],
+)
+def test_wrong_addresses_have_codes(
+    app: Front, method: str, target: str, status: int, code: str
+) -> None:
+    got = ask(app, method, target)
+    assert (got.status, got.code) == (status, code)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "code"),
+    [
+        ("similar", b"{", "bad_json"),
+        ("similar", b"", "bad_json"),
+        ("similar", b"\xff\xfe", "bad_json"),
+        ("similar", b'{"items":["\xff"]}', "bad_json"),
+        ("similar", b'{"items":["\\ud800"]}', "bad_json"),
+        ("similar", b"[" * 100_000, "bad_json"),
+        ("similar", b'{"items":' + b'{"a":' * 5000 + b"}" * 5001, "bad_json"),
+        ("similar", [], "invalid"),
+        ("similar", {}, "invalid"),
+        ("similar", {"items": []}, "invalid"),
+        ("similar", {"items": "i1"}, "invalid"),
+        ("similar", {"items": [1]}, "invalid"),
+        ("similar", {"items": [""]}, "invalid"),
+        ("similar", {"items": ["a" * 257]}, "invalid"),
+        ("similar", {"items": ["a"] * 1001}, "invalid"),
+        ("similar", {"items": ["a"], "k": "10"}, "invalid"),
+        ("similar", {"items": ["a"], "k": 10.5}, "invalid"),
+        ("similar", {"items": ["a"], "k": True}, "invalid"),
+        ("similar", {"items": ["a"], "k": 1001}, "invalid"),
+        ("similar", {"items": ["a"], "kk": 1}, "invalid"),
+        ("similar", b'{"items":["a"],"diversity":NaN}', "invalid"),
+        ("similar", b'{"items":["a"],"popularity":Infinity}', "invalid"),
+        ("similar", {"items": ["a"], "filter": {"ranges": {"p": [1]}}}, "invalid"),
+        ("similar", {"items": ["a"], "filter": {"ranges": {"p": ["1", None]}}}, "invalid"),
+        ("similar", {"items": ["a"], "filter": {"equals": {"c": {}}}}, "invalid"),
+        ("similar", {"items": ["a"], "filter": {"deny": ["x"] * 10_001}}, "invalid"),
+        (
+            "similar",
+            {"items": ["a"], "filter": {"allow": ["x"] * 6000, "deny": ["x"] * 6000}},
+            "invalid",
+        ),
+        (
+            "similar",
+            {
+                "items": ["a"],
+                "filter": {
+                    "equals": {f"c{j}": "x" for j in range(20)},
+                    "ranges": {f"c{j}": [0, 1] for j in range(20)},
+                },
+            },
+            "invalid",
+        ),
+        ("recommendations", {"history": ["a"] * 1001}, "invalid"),
+        ("recommendations", {"context": {"a": None}}, "invalid"),
+        ("search", {"text": "x" * 2001}, "invalid"),
+        ("search", {"text": ""}, "invalid"),
+        ("vectors", b'{"vector":[1e400]}', "invalid"),
+        ("vectors", b'{"vector":[1e39]}', "invalid"),
+        ("vectors", {"vector": []}, "invalid"),
+        ("vectors", {"vector": ["1"]}, "invalid"),
+        ("batch", {"requests": []}, "invalid"),
+        ("batch", {"requests": [{"kind": "search", "text": "x"}] * 257}, "invalid"),
+        ("batch", {"requests": [{"kind": "search", "text": "x", "k": 1000}] * 11}, "invalid"),
+        ("batch", {"requests": [{"kind": "delete", "text": "x"}]}, "invalid"),
+        ("events", {"events": [{"user": "u", "item": "i"}] * 1001}, "invalid"),
+        ("events", {"events": [{"user": "u", "item": "i", "time": -1}]}, "invalid"),
+        ("events", {"events": [{"user": "u", "item": "i", "strength": -1}]}, "invalid"),
+    ],
+)
+def test_wrong_bodies_are_refused_before_any_engine_sees_them(
+    app: Front, host: FakeHost, path: str, body: Any, code: str
+) -> None:
+    got = ask(app, "POST", f"/v1/{path}", body)
+    assert (got.status, got.code) == (400, code)
+    assert len(got.body) < 2000
+    assert host.engines["a"].sizes == []
+
+
+def test_a_refusal_names_the_place(app: Front) -> None:
+    got = ask(app, "POST", "/v1/similar", {"items": ["a", 3], "k": 0})
+    message = got.json()["error"]["message"]
+    assert "items.1: " in message
+    assert "k: Input should be greater than or equal to 1" in message
+
+
+def test_large_bodies_stop_at_the_bound_with_and_without_a_length(app: Front) -> None:
+    big = b" " * ((1 << 20) + 1)
+    got = ask(app, "POST", "/v1/similar", big)
+    assert (got.status, got.code, got.headers["connection"]) == (413, "too_large", "close")
+    got = ask(app, "POST", "/v1/similar", parts=[b" " * 400_000] * 5)
+    assert (got.status, got.code) == (413, "too_large")
+    lies = {"content-length": "9" * 5000}
+    assert ask(app, "POST", "/v1/similar", b"{}", headers=lies).code == "too_large"
+    got = ask(app, "POST", "/v1/similar", parts=[b'{"items"', b':["i1"],"k":1}'])
+    assert got.json()["items"] == [ITEM]
+
+
+def test_bodies_that_are_not_announced_as_json_are_refused(app: Front) -> None:
+    for headers in ({"content-type": "text/plain"}, {"content-encoding": "gzip"}):
+        got = ask(app, "POST", "/v1/events", {"events": []}, headers=headers)
+        assert (got.status, got.code) == (415, "unsupported_media_type")
+
+
+def test_a_slow_body_is_not_waited_for(host: FakeHost) -> None:
+    app = make_app(host, rules=ServiceRules(body_seconds=0.05))
+
+    async def slow() -> Any:
+        async def receive() -> dict[str, Any]:
+            await asyncio.sleep(0.02)
+            return {"type": "http.request", "body": b" ", "more_body": True}
+
+        sent: list[dict[str, Any]] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/search", "raw_path": b"/v1/search",
+            "query_string": b"", "headers": headers, "root_path": "",
+        }  # fmt: skip
+        await app(scope, receive, send)
+        return sent
+
+    start, content = asyncio.run(slow())
+    assert start["status"] == 408
+    assert json.loads(content["body"])["error"]["code"] == "timeout"
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x" * 65, 'a"b', "a\\b", "é"])
+def test_a_request_id_that_is_not_sane_is_replaced(app: Front, given: str) -> None:
+    for target in ("/v1/items/i1/similar", "/v1/model"):
+        got = ask(app, "GET", target, headers={"x-request-id": given})
+        assert got.status == 200
+        assert got.json()["request_id"] == got.headers["x-request-id"] != given
+
+
+def test_request_ids_differ(app: Front) -> None:
+    seen = {ask(app, "GET", "/v1/items/i1/similar").headers["x-request-id"] for _ in range(20)}
+    assert len(seen) == 20
+
+
+def test_too_many_headers_are_refused(app: Front) -> None:
+    headers = {f"x-{j}": "1" for j in range(101)}
+    for target in ("/v1/items/i1/similar", "/v1/live"):
+        got = ask(app, "GET", target, headers=headers)
+        assert (got.status, got.code) == (431, "headers_too_large")
+
+
+def test_other_hosts_are_refused_where_names_are_given(host: FakeHost) -> None:
+    app = make_app(host, rules=ServiceRules(hosts=frozenset({b"localhost", b"[::1]"})))
+    for name in ("localhost", "LOCALHOST:8100", "[::1]:8100"):
+        assert ask(app, "GET", "/v1/items/i1/similar", headers={"host": name}).status == 200
+    for target in ("/v1/items/i1/similar", "/v1/model", "/v1/live"):
+        got = ask(app, "GET", target, headers={"host": "evil.example:8100"})
+        assert (got.status, got.code) == (403, "forbidden")
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+def test_without_keys_reading_is_free_and_writing_is_not(host: FakeHost) -> None:
+    app = make_app(host, FakeLiving())
+    assert ask(app, "GET", "/v1/items/i1/similar").status == 200
+    got = ask(app, "PUT", "/v1/items/a", {"title": "b"})
+    assert (got.status, got.code) == (403, "forbidden")
+    assert "--open-writes" in got.json()["error"]["message"]
+
+
+def test_keys_open_what_their_role_allows(host: FakeHost) -> None:
+    pairs = {role: make_key(role) for role in ("read", "write")}
+    app = make_app(host, FakeLiving(), keys=Keys(tuple(one for _, one in pairs.values())))
+    put = ("PUT", "/v1/items/a", {"title": "b"})
+    gets = ["/v1/items/i1/similar", "/v1/items/i1", "/v1/model", "/metrics", "/v1/users/u"]
+    wrong = {"authorization": "Bearer rk_wrong"}
+    for target in gets:
+        for headers in ({}, wrong, {"x-api-key": ""}):
+            got = ask(app, "GET", target, headers=headers)
+            assert (got.status, got.code) == (401, "no_key")
+            assert got.headers["www-authenticate"] == "Bearer"
+        for role in ("read", "write"):
+            key = pairs[role][0]
+            assert ask(app, "GET", target, headers={"x-api-key": key}).status == 200
+            assert ask(app, "GET", target, headers={"authorization": f"bearer {key}"}).status == 200
+    assert ask(app, *put).code == "no_key"
+    assert ask(app, *put, headers={"x-api-key": pairs["read"][0]}).code == "forbidden"
+    assert ask(app, *put, headers={"x-api-key": pairs["write"][0]}).status == 200
+    for target in ("/v1/live", "/v1/ready", "/openapi.json"):
+        assert ask(app, "GET", target).status == 200
+    forced = {"x-api-key": pairs["read"][0], "x-variant": "b"}
+    assert ask(app, "GET", "/v1/items/i1/similar", headers=forced).code == "forbidden"
+
+
+def test_a_read_only_service_writes_for_nobody(host: FakeHost) -> None:
+    rules = ServiceRules(read_only=True)
+    for app in (make_app(host, keys=OPEN), make_app(host, FakeLiving(), rules=rules, keys=OPEN)):
+        got = ask(app, "DELETE", "/v1/items/a")
+        assert (got.status, got.code) == (403, "forbidden")
+
+
+# --- load -----------------------------------------------------------------------------------------
+
+
+def test_health_answers_while_a_large_batch_runs(host: FakeHost) -> None:
+    app = make_app(host)
+    requests = [{"kind": "search", "text": "slow" if j % 64 == 0 else "x"} for j in range(256)]
+
+    async def both() -> tuple[int, list[float]]:
+        loop = asyncio.get_running_loop()
+        batch = asyncio.create_task(asked(app, "POST", "/v1/batch", {"requests": requests}))
+        await asyncio.sleep(0.05)
+        times = []
+        while not batch.done():
+            start = loop.time()
+            assert (await asked(app, "GET", "/v1/ready")).status == 200
+            assert (await asked(app, "GET", "/v1/items/i1/similar")).status == 200
+            times.append(loop.time() - start)
+            await asyncio.sleep(0.01)
+        return (await batch).status, times
+
+    status, times = asyncio.run(both())
+    assert status == 200
+    assert len(times) > 50
+    assert sorted(times)[len(times) // 2] < 0.02
+    assert max(host.engines["a"].sizes) <= 64
+    app.close()
+
+
+def test_a_deadline_and_a_full_queue_say_try_again(host: FakeHost) -> None:
+    rules = ServiceRules(deadline=0.15, answers=BatchRules(most=1, waiting=2))
+    app = make_app(host, rules=rules)
+
+    async def many() -> list[Any]:
+        slow = [asyncio.create_task(asked(app, "POST", "/v1/search", {"text": "slow"}))]
+        await asyncio.sleep(0.05)
+        slow += [
+            asyncio.create_task(asked(app, "POST", "/v1/search", {"text": f"t{j}"}))
+            for j in range(4)
+        ]
+        return [await one for one in slow]
+
+    got = asyncio.run(many())
+    assert [one.status for one in got] == [503] * 5
+    assert [one.code for one in got] == ["deadline"] * 3 + ["overloaded"] * 2
+    assert all(one.headers["retry-after"] == "1" for one in got)
+    app.close()
+    # What waited too long was never begun.
+    assert [one.text for one in host.engines["a"].asks] == ["slow"]
+    assert app.operations.answers.dropped == 2
+
+
+# --- metrics, logs, page --------------------------------------------------------------------------
+
+
+def test_metrics_tell_of_requests_models_and_queues(app: Front) -> None:
+    for _ in range(3):
+        ask(app, "GET", "/v1/items/i1/similar")
+    ask(app, "GET", "/v1/nothing")
+    ask(app, "POST", "/v1/search", {"text": "boom"})
+    got = ask(app, "GET", "/metrics")
+    assert got.headers["content-type"].startswith("text/plain")
+    text = got.body.decode()
+    for line in (
+        'recsys_request_seconds_count{route="similar",status="200",variant="a"} 3.0',
+        'recsys_request_seconds_count{route="other",status="404",variant=""} 1.0',
+        'recsys_request_seconds_count{route="search",status="500",variant="a"} 1.0',
+        'recsys_errors_total{code="not_found"} 1.0',
+        'recsys_model_info{last_error="",model="abc123abc123",variant="a"} 1.0',
+        'recsys_swaps_total{variant="b"} 1.0',
+        "recsys_answers_waiting 0.0",
+        "recsys_exposures_dropped_total 3.0",
+    ):
+        assert line in text
+    assert float(text.split("\nrecsys_resident_bytes ")[1].split("\n")[0]) > 1e6
+
+
+def test_logs_are_one_line_a_request_without_keys_or_bodies(
+    host: FakeHost, caplog: pytest.LogCaptureFixture
+) -> None:
+    key, hashed = make_key("read")
+    app = make_app(host, rules=ServiceRules(log_every=1), keys=Keys((hashed,)))
+    with caplog.at_level(logging.INFO, "recsys.serve"):
+        headers = {"x-api-key": key, "x-request-id": "r1"}
+        ask(app, "GET", "/v1/items/i1/similar", headers=headers)
+        ask(app, "POST", "/v1/search", {"text": "secret words"}, headers=headers)
+        ask(app, "POST", "/v1/search", {"text": "secret words"}, headers={"x-api-key": "rk_wrong"})
+    data = [record.data for record in caplog.records if hasattr(record, "data")]
+    assert [one["route"] for one in data] == ["similar", "search", "search"]
+    assert [one["status"] for one in data] == [200, 200, 401]
+    assert data[1]["request_id"] == "r1"
+    assert data[2]["code"] == "no_key"
+    assert set(data[1]) == {"request_id", "route", "method", "status", "ms", "variant", "model"}
+    everything = caplog.text + repr(data)
+    assert key not in everything
+    assert "rk_wrong" not in everything
+    assert "secret words" not in everything
+
+
+def test_the_openapi_is_served_with_a_tag(app: Front) -> None:
+    got = ask(app, "GET", "/openapi.json")
+    assert got.status == 200
+    assert set(got.json()["paths"]) > {"/v1/items/{id}/similar", "/v1/live", "/metrics"}
+    assert got.headers["content-security-policy"].startswith("default-src 'self'")
+    assert got.headers["x-content-type-options"] == "nosniff"
+    again = ask(app, "GET", "/openapi.json", headers={"if-none-match": got.headers["etag"]})
+    assert (again.status, again.body) == (304, b"")
+
+
+def test_an_engine_that_was_replaced_is_not_held(host: FakeHost) -> None:
+    import gc
+    import weakref
+
+    app = make_app(host)
+    ask(app, "GET", "/v1/items/i1/similar")
+    ask(app, "POST", "/v1/search", {"text": "x"})
+    old = weakref.ref(host.engines["a"])
+    host.engines["a"] = FakeEngine("new")
+    gc.collect()
+    assert old() is None
+    assert ask(app, "GET", "/v1/items/i1/similar").json()["model"] == "new"
+    app.close()
