@@ -14,8 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
+from experiments.handing import export, promote, publish, rollback
 from experiments.serve import serve
-from experiments.terminal import Verbs, aside, print_json, progress
+from experiments.terminal import BundlePath, Json, Verbs, aside, print_json, progress
 from recsys.errors import QueryError
 
 app = typer.Typer(
@@ -29,12 +30,10 @@ app = typer.Typer(
 )
 
 Run = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's configuration.")]
-BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Another value for a key; TOML."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")]
 K = Annotated[int, typer.Option("-k", "--k", min=1, help="How many answers.")]
 Exact = Annotated[bool, typer.Option("--exact", help="Search every item, not the index.")]
 
@@ -320,80 +319,6 @@ def score(
 
 
 @app.command()
-def export(
-    bundle: BundlePath,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder; written here.")],
-    format: Annotated[str, typer.Option(help="parquet, faiss or qdrant.")] = "parquet",
-    users: Annotated[bool, typer.Option("--users", help="User vectors too.")] = False,
-    hnsw: Annotated[bool, typer.Option("--hnsw", help="faiss: a graph, not exact.")] = False,
-    json: Json = False,
-) -> None:
-    """The vectors, for a vector database.
-
-    Ids and catalogue fields beside them; OUT/export.json says how to search.
-
-    \b
-    Example:
-      recsys export runs/shop/bundle vectors --format qdrant --users
-    """
-    from dataclasses import asdict
-
-    from serving.export import export as export_
-    from serving.recommender import Recommender
-
-    with aside(), progress("rows") as tell:
-        recommender = Recommender.load(bundle)
-        done = export_(recommender, out, format, users=users, graph=hnsw, progress=tell)
-    if json:
-        print_json(asdict(done))
-        return
-    unknown = f" ({done.left_out:,} without a history left out)" if done.left_out else ""
-    counts = f", {done.users:,} users{unknown}" if users else ""
-    print(f"{done.path}: {done.items:,} items{counts}")
-
-
-@app.command()
-def publish(
-    bundle: BundlePath,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What a service watches.")],
-    keep: Annotated[int, typer.Option(min=2, help="Published bundles that stay.")] = 3,
-    copy: Annotated[bool, typer.Option("--copy", help="Copies, not hard links.")] = False,
-    json: Json = False,
-) -> None:
-    """Hand a bundle to the services that watch a folder.
-
-    Its files are checked first; then FOLDER/CURRENT names it. Never half of one.
-
-    \b
-    Example:
-      recsys publish runs/shop/bundle models/shop
-    """
-    from serving.publish import publish as publish_
-
-    with aside():
-        path = publish_(bundle, folder, keep=keep, link=not copy)
-    print_json({"version": path.name, "path": str(path)}) if json else print(path)
-
-
-@app.command()
-def rollback(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What a service watches.")],
-    json: Json = False,
-) -> None:
-    """Serve the bundle before the current one again.
-
-    \b
-    Example:
-      recsys rollback models/shop
-    """
-    from serving.publish import rollback as rollback_
-
-    with aside():
-        path = rollback_(folder)
-    print_json({"version": path.name, "path": str(path)}) if json else print(path)
-
-
-@app.command()
 def doctor(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a bundle's.")],
     json: Json = False,
@@ -481,7 +406,8 @@ def replay(
     print(replay_(folder, uri))
 
 
-app.command()(serve)
+for verb in (serve, publish, rollback, promote, export):
+    app.command()(verb)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -14,6 +15,9 @@ from typer.core import TyperGroup
 from recsys.errors import RecsysError
 
 DONE, OURS, YOURS, STOPPED = 0, 1, 2, 130
+
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")]
 
 
 class Verbs(TyperGroup):

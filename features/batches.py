@@ -98,8 +98,7 @@ class Batches:
         max_history: newest history entries kept.
         window_span: "in_time": microseconds that a window spans at most, or None.
         history_dropout: "by_user": probability that an item is left out of its user's history.
-        ahead: "ahead": examples of a user at most.
-        ahead_within: "ahead": moments are drawn from the last such share of a user's events.
+        ahead: "ahead": examples of a user at most; share of its newest events drawn from.
         elapsed: whether history entries carry the seconds to their query.
         strength: whether history entries carry the strength of their event, where events differ.
         passed: whether queries carry what their user was shown and passed over before.
@@ -139,8 +138,7 @@ class Batches:
         max_history: int = 50,
         window_span: int | None = None,
         history_dropout: float = 0.2,
-        ahead: int = 10,
-        ahead_within: float = 1.0,
+        ahead: tuple[int, float] = (10, 1.0),
         elapsed: bool = False,
         strength: bool = False,
         passed: bool = False,
@@ -197,9 +195,8 @@ class Batches:
         self.skip_correction = skip_correction
         self.statistics, self.seed, self.share = statistics, seed, Share(rank, world)
         self.reading, self._plan = _planned(
-            events, plan, batch_size, max_history, window_span, history_dropout,
-            (ahead, ahead_within), self.share,
-        )  # fmt: skip
+            events, plan, batch_size, max_history, window_span, history_dropout, ahead, self.share
+        )
         self.epoch, self.done = 0, 0
         self._going_on = False
         self.before_epoch: Callable[[int], object] | None = None

@@ -112,7 +112,7 @@ def test_draws_are_corrected_by_how_often_they_come():
 def test_batches_of_the_plan_hold_every_user_once():
     line = timeline([list(range(n)) for n in (3, 5, 8, 2, 1)])
     events = TrainingEvents(line, None, None, None, None, np.arange(1, ITEMS + 1))
-    batches = Batches(events, plan="ahead", batch_size=2, ahead=2, uniform_negatives=3)
+    batches = Batches(events, plan="ahead", batch_size=2, ahead=(2, 1.0), uniform_negatives=3)
     users = [int(user) for batch in batches for user in batch.user.users]
     assert sorted(users) == [1, 2, 3, 4]
     with pytest.raises(ValueError, match="ahead"):

@@ -132,6 +132,19 @@ def test_a_deadline_ends_the_wait_and_what_has_not_begun_is_dropped() -> None:
     asyncio.run(run())
 
 
+def test_what_comes_too_late_is_never_begun() -> None:
+    async def run() -> None:
+        batcher, engine = Batcher(), Gate(open=True)
+        for _ in range(20):
+            with pytest.raises(Refusal, match="no answer in time"):
+                await batcher.answer(engine, asks("late"), time.monotonic() - 0.01)
+        await asyncio.sleep(0.02)
+        assert engine.calls == []
+        batcher.close()
+
+    asyncio.run(run())
+
+
 def test_a_full_queue_refuses_at_once() -> None:
     async def run() -> None:
         batcher, engine = Batcher(BatchRules(waiting=3)), Gate()

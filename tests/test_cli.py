@@ -19,7 +19,17 @@ from experiments import cli, show
 from recsys.errors import BundleError, ConfigError
 
 VERBS = ["init", "prepare", "train", "evaluate", "candidates", "similar", "recommend", "score"]
-VERBS += ["export", "publish", "rollback", "doctor", "simulate", "demo", "replay", "serve"]
+VERBS += [
+    "doctor",
+    "simulate",
+    "demo",
+    "replay",
+    "serve",
+    "publish",
+    "rollback",
+    "promote",
+    "export",
+]
 
 Ended = SimpleNamespace
 

@@ -257,6 +257,26 @@ def test_min_of_k_and_allowed_answers_come_with_any_filter(graph: Served) -> Non
         np.testing.assert_allclose(reply.scores, again.scores, rtol=1e-4, atol=1e-5)
 
 
+def test_a_filter_lets_nothing_through_that_was_deleted(graph: Served) -> None:
+    some = graph.bundle.catalog["item"].to_list()
+    engine = Engine(graph, FakeOverlay(view_of(graph, {}, some[::3])), rules=STILL)
+    left = set(some) - set(some[::3])
+    for filter in (
+        Filter(ranges={"price": (0, None)}),
+        Filter(deny=tuple(some[:200])),
+        Filter(allow=tuple(some[:200])),
+        Filter(ranges={"price": (0, None)}, deny=tuple(some[:9])),
+    ):
+        may = left - set(filter.deny) & left if filter.allow is None else left & set(filter.allow)
+        for ask in (
+            Ask("vector", vector=graph.bundle.vectors[9], k=5000, filter=filter),
+            Ask("vector", vector=graph.bundle.vectors[9], k=50, filter=filter),
+            Ask("recommend", user="nobody", k=5000, filter=filter),
+        ):
+            ids = _one(engine, ask).ids
+            assert set(ids) <= may and len(ids) == min(ask.k, len(may))
+
+
 def test_dials_reorder_a_pool_and_leave_scores_alone(graph: Served) -> None:
     engine = _engine(graph)
     plain = _one(engine, Ask("similar", items=("i0000100",), k=100, exact=True))
@@ -356,7 +376,7 @@ def test_posted_events_count_at_once_and_are_not_recommended_again(
 
 def test_a_history_may_name_live_items(graph: Served) -> None:
     vector = graph.bundle.vectors[7]  # what histories read of an item is its id vector here
-    overlay = FakeOverlay(view_of(graph, {"twin": vector}))
+    overlay = FakeOverlay(view_of(graph, {"other": graph.bundle.vectors[300], "twin": vector}))
     engine = Engine(graph, overlay, rules=STILL)
     by_twin = _one(engine, Ask("recommend", history=("twin",), k=9, drop_seen=False))
     by_item = _one(engine, Ask("recommend", history=("i0000006",), k=9, drop_seen=False))

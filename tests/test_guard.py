@@ -106,6 +106,10 @@ def test_slow_heads_are_closed_and_others_are_served_meanwhile(
             assert status(one.recv(4096)) == 408
             one.close()
         assert time.monotonic() - start < 3
+        # Also after a request that was complete.
+        keep = LIVE.replace(b"Connection: close\r\n", b"")
+        again = raw(port, keep + b"GET /v1/live", wait=2)
+        assert again.count(b"HTTP/1.1 200") == again.count(b"HTTP/1.1 408") == 1
         # A head in pieces that comes in time is one head.
         assert status(raw(port, LIVE[:20], LIVE[20:], pause=0.1)) == 200
 

@@ -211,6 +211,42 @@ def test_nothing_repeats_and_nothing_that_stayed_is_lost(
     assert set(together) <= set(first.ids)
 
 
+def test_an_item_that_sinks_between_two_pages_does_not_stand_on_both(served: Served) -> None:
+    query = served.bundle.vectors[6]
+    live, since = {"mine": query}, {"mine": 1}
+    overlay = FakeOverlay(view_of(served, live, since=since))
+    engine = Engine(served, overlay)
+    ask = Ask("vector", vector=query, k=3, paged=True)
+    (first,) = engine.answer([ask])
+    assert isinstance(first, Reply) and "mine" in first.ids
+    overlay.view = view_of(
+        served, {"mine": -query, "new": 0.5 * query}, since={"mine": 2, "new": 3}
+    )
+    later: list[str] = []
+    reply = first
+    while reply.next:
+        (reply,) = engine.answer([replace(ask, k=100, cursor=reply.next)])  # type: ignore[assignment]
+        assert isinstance(reply, Reply)
+        later += reply.ids
+    assert not {"mine", "new"} & set(later) and len(later) == 600 + 1 - 3
+
+
+def test_a_click_between_two_pages_does_not_shuffle_them(served: Served) -> None:
+    overlay = FakeOverlay(no_view(served))
+    engine = Engine(served, overlay)
+    ask = Ask("recommend", user="u00003", k=20, paged=True)
+    whole = engine.answer([replace(ask, k=40)])[0]
+    (first,) = engine.answer([ask])
+    assert isinstance(first, Reply) and isinstance(whole, Reply) and first.next
+    clicked = (("i0000500", 2 * 10**15, 1.0),) * 9
+    overlay.view = view_of(served, {}, events={"u00003": clicked})
+    (second,) = engine.answer([replace(ask, cursor=first.next)])
+    assert isinstance(second, Reply)
+    assert second.ids == [id for id in whole.ids[20:] if id != "i0000500"]
+    (anew,) = engine.answer([ask])
+    assert isinstance(anew, Reply) and anew.ids != first.ids
+
+
 def test_a_page_costs_one_pass_whichever_it_is(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,105 @@
+"""Verbs that hand a bundle on: to services that watch for it, to vector databases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from experiments.terminal import BundlePath, Json, aside, print_json, progress
+from recsys.errors import QueryError
+
+
+def export(
+    bundle: BundlePath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder; written here.")],
+    format: Annotated[str, typer.Option(help="parquet, faiss or qdrant.")] = "parquet",
+    users: Annotated[bool, typer.Option("--users", help="User vectors too.")] = False,
+    hnsw: Annotated[bool, typer.Option("--hnsw", help="faiss: a graph, not exact.")] = False,
+    json: Json = False,
+) -> None:
+    """The vectors, for a vector database.
+
+    Ids and catalogue fields beside them; OUT/export.json says how to search.
+
+    \b
+    Example:
+      recsys export runs/shop/bundle vectors --format qdrant --users
+    """
+    from dataclasses import asdict
+
+    from serving.export import export as export_
+    from serving.recommender import Recommender
+
+    with aside(), progress("rows") as tell:
+        recommender = Recommender.load(bundle)
+        done = export_(recommender, out, format, users=users, graph=hnsw, progress=tell)
+    if json:
+        print_json(asdict(done))
+        return
+    unknown = f" ({done.left_out:,} without a history left out)" if done.left_out else ""
+    counts = f", {done.users:,} users{unknown}" if users else ""
+    print(f"{done.path}: {done.items:,} items{counts}")
+
+
+def publish(
+    bundle: BundlePath,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What a service watches.")],
+    keep: Annotated[int, typer.Option(min=2, help="Published bundles that stay.")] = 3,
+    copy: Annotated[bool, typer.Option("--copy", help="Copies, not hard links.")] = False,
+    json: Json = False,
+) -> None:
+    """Hand a bundle to the services that watch a folder.
+
+    Its files are checked first; then FOLDER/CURRENT names it. Never half of one.
+
+    \b
+    Example:
+      recsys publish runs/shop/bundle models/shop
+    """
+    from serving.publish import publish as publish_
+
+    with aside():
+        path = publish_(bundle, folder, keep=keep, link=not copy)
+    print_json({"version": path.name, "path": str(path)}) if json else print(path)
+
+
+def rollback(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What a service watches.")],
+    json: Json = False,
+) -> None:
+    """Serve the bundle before the current one again.
+
+    \b
+    Example:
+      recsys rollback models/shop
+    """
+    from serving.publish import rollback as rollback_
+
+    with aside():
+        path = rollback_(folder)
+    print_json({"version": path.name, "path": str(path)}) if json else print(path)
+
+
+def promote(
+    model: Annotated[str, typer.Argument(metavar="NAME/VERSION", help="Of a registered model.")],
+    alias: Annotated[str, typer.Option(help="The name that services watch.")] = "champion",
+    tracking: Annotated[str, typer.Option(help="The store; empty: as in training.")] = "",
+) -> None:
+    """Let an alias of a registered model name a version.
+
+    Services that watch models:/NAME@ALIAS swap to it.
+
+    \b
+    Example:
+      recsys promote shop/3
+    """
+    from experiments.registry import promote as promote_
+
+    name, _, version = model.rpartition("/")
+    if not name or not version:
+        raise QueryError(f"{model!r} is no NAME/VERSION; write for example shop/3.")
+    with aside():
+        promote_(name, version, alias, tracking=tracking)
+    print(f"models:/{name}@{alias} is version {version}")
