@@ -68,6 +68,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        if self._timer is not None:
+            self._disarm()
         if self._hot is not None and self._answer(self._hot):
             self._answered = True
         else:
@@ -129,8 +131,6 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._refuse(Code.HEADERS, f"The head is larger than {MAX_HEADERS:,} bytes.")
             elif self._timer is None:
                 self._arm()
-        elif self._timer is not None:
-            self._disarm()
 
     def pause_writing(self) -> None:
         super().pause_writing()
