@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from time import monotonic
 
 from serving.guard import Receive, Scope, Send, check_head, error_body, sane_id
@@ -15,6 +15,7 @@ from serving.wire import MAX_ID, STATUS, Code, Refusal
 
 log = logging.getLogger("recsys.serve.requests")
 
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 JSON = (b"content-type", b"application/json")
 
 
@@ -24,10 +25,16 @@ class Front:
     Args:
         operations: what is behind the routes.
         rest: the ASGI application for what is not hot.
+        posts: what answers a POST to each of these paths; gives an ASGI application.
     """
 
-    def __init__(self, operations: Operations, rest: Callable[..., Awaitable[None]]) -> None:
-        self.operations, self.rest = operations, rest
+    def __init__(
+        self,
+        operations: Operations,
+        rest: Application,
+        posts: Mapping[bytes, Callable[[Call], Awaitable[Application]]],
+    ) -> None:
+        self.operations, self.rest, self.posts = operations, rest, posts
         self.hot = Hot(operations)
         self._keys, self._rules = operations.keys, operations.rules
         self._metrics = operations.metrics
@@ -79,9 +86,13 @@ class Front:
         except Refusal as refusal:
             await self._refuse(call, refusal, send)
         else:
-            # Routes are matched on the path as it was sent: `/` in an id is %2F, and stays one.
-            path = scope["raw_path"].decode("ascii", "replace")
-            await self.rest({**scope, "path": path, "recsys.call": call}, receive, send)
+            post = self.posts.get(scope["raw_path"]) if scope["method"] == "POST" else None
+            if post is not None:
+                await (await post(call))(scope, receive, send)
+            else:
+                # Routes are matched on the path as it was sent: `/` in an id is %2F, and stays so.
+                path = scope["raw_path"].decode("ascii", "replace")
+                await self.rest({**scope, "path": path, "recsys.call": call}, receive, send)
         self._count(call, monotonic() - start)
 
     def _check_host(self, scope: Scope) -> None:

@@ -33,7 +33,7 @@ from serving.wire import AnyRequest, Id, refusal
 from serving.wire import Strict as Asked
 
 GOLDEN = "golden.json"
-PRODUCTS_AT_MOST = 2e9
+PRODUCTS_AT_MOST = 4e9
 """Multiplications of the exact search that the sample is measured against: a fraction of a second
 on one core."""
 Share = Annotated[float, Field(ge=0, le=1)]

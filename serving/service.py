@@ -53,7 +53,7 @@ def make_app(
     )
     describe(api)
     for operation in OPERATIONS:
-        run = partial(_run, operations, operation)
+        run = partial(_routed, operations, operation)
         if operation.path == "/metrics":
             run = partial(_metrics, operations)
         api.add_api_route(
@@ -63,7 +63,14 @@ def make_app(
     for path in page.paths:
         api.add_route(path, partial(_page, page, path), methods=["GET"])
     api.add_exception_handler(HTTPException, _no_route)
-    front = Front(operations, api)
+    # Questions are posted to fixed paths: no router is needed to tell them apart, and FastAPI's
+    # way to an endpoint costs more than the wait for a place in a batch.
+    posts = {
+        operation.path.encode(): partial(_run, operations, operation)
+        for operation in OPERATIONS
+        if operation.method == "POST"
+    }
+    front = Front(operations, api, posts)
     metrics.more = partial(_more_metrics, operations, front)
     return front
 
@@ -78,13 +85,16 @@ def _endpoint(
     return endpoint
 
 
-async def _run(operations: Operations, operation: Operation, request: Request) -> Response:
-    call: Call = request.scope["recsys.call"]
+async def _routed(operations: Operations, operation: Operation, request: Request) -> Response:
+    return await _run(operations, operation, request.scope["recsys.call"], **request.path_params)
+
+
+async def _run(operations: Operations, operation: Operation, call: Call, **ids: str) -> Response:
     call.route = operation.name
     try:
         if operation.role is not None:
             operations.allow(call, operation.role)
-        content = await getattr(operations, operation.name)(call, **request.path_params)
+        content = await getattr(operations, operation.name)(call, **ids)
     except Refusal as refusal:
         return _error(call, refusal)
     except RecsysError as error:
