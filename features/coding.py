@@ -158,7 +158,7 @@ def read(log: Log, given: bool) -> Coded:
                 "so the given sides do not follow each other in time, and what was shown cannot "
                 'be told apart by side. Give files that do, or set split.kind = "time".'
             )
-        if overlap:
+        if overlap and (log.timed or _overlap(frame, valid=False)):
             timed, notes["users_with_overlapping_sides"] = False, overlap
             frame = _positions(frame)
     if log.catalog is not None:
@@ -168,14 +168,22 @@ def read(log: Log, given: bool) -> Coded:
     return Coded(frame, requests, users, items, timed, notes)
 
 
-def _overlap(frame: pl.DataFrame) -> int:
-    """Number of users whose train side ends after their later sides begin, or valid after test."""
+def _overlap(frame: pl.DataFrame, *, valid: bool = True) -> int:
+    """Number of users whose train side ends after their later sides begin, or valid after test.
+
+    Args:
+        frame: user, time, side.
+        valid: whether the validation side has to follow; a reader that knows positions alone may
+            have laid it between the training items on purpose.
+    """
     time, side = pl.col("time"), pl.col("side")
-    train = time.filter(side == Side.TRAIN).max()
     early = time.filter(side <= Side.VALID).max()
-    late = time.filter(side >= Side.VALID).min()
     test = time.filter(side == Side.TEST).min()
-    bad = (train > late).fill_null(False) | (early > test).fill_null(False)
+    bad = (early > test).fill_null(False)
+    if valid:
+        train = time.filter(side == Side.TRAIN).max()
+        late = time.filter(side >= Side.VALID).min()
+        bad = bad | (train > late).fill_null(False)
     return int(frame.group_by("user").agg(bad.alias("bad"))["bad"].sum())
 
 

@@ -490,3 +490,18 @@ def test_real_news_impressions_are_prepared_with_their_skips(tmp_path, real_data
     # Every skip of the training side belongs to an event of it.
     per_event = np.diff(data.skip_offsets)
     assert per_event[data.event_side == Side.TRAIN].sum() > 100_000
+
+
+def test_validation_items_that_a_reader_laid_between_the_training_items_stay_there(tmp_path):
+    """Adjacency lists: what is learned from both sides together keeps the order of the lists."""
+    from features.logs import read
+    from features.sources.source import DataSource
+
+    lists = {"train": "0 a b c d\n1 a c\n", "valid": "0 v w\n", "test": "0 t\n1 d\n"}
+    for name, text in lists.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    named = {name: str(tmp_path / f"{name}.txt") for name in lists}
+    log = read(DataSource(format="lightgcn", **named))
+    data = prepare(log, SplitRules(), SkipRules(), tmp_path / "p")
+    own = data.event_item[data.event_user == data.users.encode(["0"])[0]]
+    assert data.items.decode(own).to_list() == ["a", "b", "v", "c", "d", "w", "t"]
