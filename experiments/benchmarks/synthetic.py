@@ -51,7 +51,9 @@ def make(
     import polars as pl
     import torch
 
+    from features.coder import ItemCoder
     from features.timeline import Timeline
+    from recsys.tables import CatalogSchema
     from recsys.vocab import Vocab
     from serving import bundle as bundles
     from serving.bundle import Bundle
@@ -102,6 +104,7 @@ def make(
     bundle = Bundle(
         model, Vocab(catalog["item"]), Vocab(f"u{user:05}" for user in range(users)), catalog,
         window, timeline, stored, rows, build_index(stored[rows], index_rules), CUTOFF,
+        coder=ItemCoder(CatalogSchema(title="title", fields=("category", "price")), {}),
         manifest={"warm_items": items, "synthetic": {"items": items, "seed": seed}},
     )  # fmt: skip
     return bundles.save(bundle, path, rules=index_rules, seed=seed)
