@@ -21,7 +21,8 @@ Similar items, recommendations and search over a two-tower model.
 Every error has one form, `{"error": {"code", "message", "request_id"}}`, and its code never changes
 its meaning. An id in a path is percent-encoded, `/` too. `X-Request-ID` (up to 64 visible ASCII
 characters without quotes) is taken over into answer, log and exposures; otherwise one is made.
-`X-Variant` names the variant that answers, for those who may write.
+`X-Variant` names the variant that answers, for those who may write. `X-Exposure: none` says that no
+user is shown the answer, so that it is not written down as shown.
 """
 
 ANY = (Code.BAD_REQUEST, Code.NO_KEY, Code.FORBIDDEN, Code.NOT_FOUND, Code.METHOD, Code.LONG_URL,

@@ -70,14 +70,16 @@ class Front:
         self.hot.close()
 
     async def _general(self, scope: Scope, receive: Receive, send: Send, start: float) -> None:
-        request_id, wanted = None, None
+        request_id, wanted, exposed = None, None, True
         for name, value in scope["headers"]:
             if name == b"x-request-id":
                 request_id = sane_id(value)
             elif name == b"x-variant":
                 wanted = value.decode("latin-1")[:MAX_ID]
+            elif name == b"x-exposure":
+                exposed = value != b"none"
         call = Call(scope, receive, request_id or self.hot.new_id().decode("ascii"), start)
-        call.wanted = wanted
+        call.wanted, call.exposed = wanted, exposed
         if self._keys.needed:
             call.key_role = self._keys.role(given(scope["headers"]))
         try:

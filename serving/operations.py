@@ -86,7 +86,7 @@ class Call:
     """One request on its way, and what is to be said of it afterwards."""
 
     __slots__ = (
-        "code", "fallback", "key_role", "model", "receive", "request_id", "route", "scope",
+        "code", "exposed", "fallback", "key_role", "model", "receive", "request_id", "route", "scope",
         "start", "status", "variant", "wanted",
     )  # fmt: skip
 
@@ -96,6 +96,7 @@ class Call:
         self.status, self.code, self.fallback = 500, "", False
         self.key_role: Role | None = None
         self.wanted: str | None = None  # a variant that the asker names
+        self.exposed = True  # whether anyone is shown the answer
 
 
 class Operations:
@@ -231,7 +232,7 @@ class Operations:
     def _said(
         self, reply: Reply, request: str, user: str | None, variant: str, model: str, call: Call
     ) -> dict[str, Any]:
-        if self.exposures is not None and reply.ids:
+        if self.exposures is not None and call.exposed and reply.ids:
             self.exposures.shown(request, user, now(), reply.ids, variant, model)
         if reply.fallback is not None:
             self.metrics.fallback(call.route, variant)

@@ -34,6 +34,8 @@ class Quick:
         self._row_of, self._fragments = served.row_of, served.ids.fragments
         self._position = served.position.data
         rows = served.bundle.rows
+        self._vectors = served.bundle.vectors
+        self._biased = served.bundle.model.rules.score == "cosine_bias"
         # Rows of positions; where all are indexed in order, that is an addition.
         whole = len(rows) > 0 and rows[0] == 1 and rows[-1] == len(rows)
         self._rows = None if whole else rows
@@ -49,19 +51,20 @@ class Quick:
         if position < 0:
             return None
         mask = stock.open.mask
-        if mask is None and not stock.extra_open:
+        if mask is None and row not in stock.view.hidden:
             width, flat, flat_scores, _ = self._tables[0 if k <= self._narrow else -1]
             start = position * width
             places = flat[start : start + k].tolist()
             if places[-1] < 0:  # the catalogue is smaller than that
                 return None
             # Plain numbers from here on: arrays cost more than ten of them.
-            if self._rows is None:
-                rows = [place + 1 for place in places]
-            else:
-                rows = self._rows[places].tolist()
             scores = flat_scores[start : start + k].tolist()
-            return self._written(self._fragments(rows), scores, k)
+            if not stock.extra_open or self._none_better(row, scores[-1], stock):
+                if self._rows is None:
+                    rows = [place + 1 for place in places]
+                else:
+                    rows = self._rows[places].tolist()
+                return self._written(self._fragments(rows), scores, k)
         if row in stock.view.hidden:
             return None
         for _, _, _, table in self._tables:
@@ -71,6 +74,13 @@ class Quick:
             if len(near) == k:
                 return self._with_extra(position, near, score, k, stock)
         return None  # too much of the table is closed
+
+    def _none_better(self, row: int, last: float, stock: Stock) -> bool:
+        """Whether nothing that came since scores above the last answer of the table."""
+        query = self._vectors[row]
+        if self._biased:
+            query = likeness(query[None], "cosine_bias")[0]
+        return bool((stock.extra @ query).max() <= last)
 
     def _written(self, fragments: list[bytes], scores: Sequence[float], k: int) -> bytes:
         values: list[bytes | float] = [0.0] * (2 * k)

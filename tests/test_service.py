@@ -258,6 +258,14 @@ def test_what_was_shown_is_written_down_hot_answers_too(
     ]
 
 
+def test_what_no_user_is_shown_is_not_written_down(app: Front, exposures: FakeExposures) -> None:
+    unseen = {"x-exposure": "none"}
+    for target in ("/v1/items/i1/similar?k=2", "/v1/users/b1/recommendations?k=1"):
+        assert ask(app, "GET", target, headers=unseen).status == 200
+    app.close()
+    assert not exposures.rows
+
+
 # --- requests that are refused --------------------------------------------------------------------
 
 

@@ -69,7 +69,8 @@
     constructor(code, message, status, request) { super(message); Object.assign(this, { code, status, request }); }
   }
   async function call(method, path, body, signal) {
-    const headers = { Accept: "application/json" };
+    // Who looks at this page is no user: what they are shown must not teach the next model.
+    const headers = { Accept: "application/json", "X-Exposure": "none" };
     if (body) headers["Content-Type"] = "application/json";
     if (key) headers.Authorization = `Bearer ${key}`;
     let response;
