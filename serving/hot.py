@@ -26,7 +26,9 @@ log = logging.getLogger("recsys.serve")
 requests = logging.getLogger("recsys.serve.requests")
 
 MOST_HEADERS = 32
-GENERAL = frozenset({b"x-variant", b"x-exposure", b"content-length", b"transfer-encoding", b"upgrade", b"expect"})
+GENERAL = frozenset(
+    {b"x-variant", b"x-exposure", b"content-length", b"transfer-encoding", b"upgrade", b"expect"}
+)
 """Headers that make a request not hot."""
 
 

@@ -86,8 +86,8 @@ class Call:
     """One request on its way, and what is to be said of it afterwards."""
 
     __slots__ = (
-        "code", "exposed", "fallback", "key_role", "model", "receive", "request_id", "route", "scope",
-        "start", "status", "variant", "wanted",
+        "code", "exposed", "fallback", "key_role", "model", "receive", "request_id", "route",
+        "scope", "start", "status", "variant", "wanted",
     )  # fmt: skip
 
     def __init__(self, scope: Scope, receive: Receive, request_id: str, start: float) -> None:
