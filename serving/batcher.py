@@ -2,6 +2,8 @@
 
 The event loop only puts in and is told; it never waits for a lock that a model holds. Single
 questions go before pieces of big batches, and a piece is small, so that nobody waits long for one.
+A question of a millisecond that comes alone is answered on the loop: handing it to a thread and
+back takes about as long again.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from recsys.errors import QueryError
-from serving.asks import Ask, Reply
+from serving.asks import Ask, Filter, Reply
 from serving.wire import Code, Refusal
 
 log = logging.getLogger("recsys.serve")
@@ -39,12 +41,26 @@ class BatchRules:
         piece: questions of a big batch that go together; what a single one may have to wait for.
         waiting: questions (and other work) that may wait; more are refused.
         threads: that answer.
+        alone: whether a quick question that comes alone is answered on the event loop.
     """
 
     most: int = 64
     piece: int = 16
     waiting: int = 1024
     threads: int = 1
+    alone: bool = True
+
+
+def quick(ask: Ask) -> bool:
+    """Whether a question takes about a millisecond however many items there are."""
+    plain = ask.kind == "vector" or (ask.kind == "recommend" and ask.text is None)
+    return (
+        plain
+        and ask.k <= 100
+        and not (ask.exact or ask.paged or ask.cursor or ask.explain)
+        and not (ask.diversity or ask.popularity)
+        and ask.filter == Filter()
+    )
 
 
 class _Job:
@@ -83,6 +99,8 @@ class Batcher:
         self._ready = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._closed = False
+        self._busy = False  # a thread works; it holds what Python needs, so let it finish
+        self._turn: list[int] | None = None  # questions that came in this turn of the loop
         self.dropped = 0  # work that was given up before it began
 
     @property
@@ -104,9 +122,21 @@ class Batcher:
             Refusal: the queue is full, or the deadline has passed.
         """
         loop = asyncio.get_running_loop()
+        if len(asks) == 1 and self.rules.alone and quick(asks[0]) and await self._alone():
+            return engine.answer(asks)
         jobs = [_Job(loop.create_future(), deadline, engine, ask) for ask in asks]
         self._put(jobs, bulk=len(jobs) > 1)
         return await self._wait(jobs, deadline)
+
+    async def _alone(self) -> bool:
+        """Whether nothing else waits or works, nor comes in this turn of the loop."""
+        if self._turn is None:
+            self._turn = [0]
+        turn = self._turn
+        turn[0] += 1
+        await asyncio.sleep(0)
+        self._turn = None
+        return turn[0] == 1 and not self._busy and not self._size and not self._closed
 
     async def call(self, work: Callable[[], Any], deadline: float) -> Any:
         """What `work` returns, run in a thread of ours.
@@ -182,6 +212,7 @@ class Batcher:
         try:
             self._work(due)
         finally:  # whatever happens, nobody is left waiting
+            self._busy = False
             self._tell(jobs)
             self.dropped += len(jobs) - len(due)
         return True
@@ -197,6 +228,7 @@ class Batcher:
             if self._bulk and len(jobs) < self.rules.most:
                 jobs += self._bulk.popleft()
             self._size -= len(jobs)
+            self._busy = True
             return jobs
 
     def _work(self, jobs: list[_Job]) -> None:
