@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from towers.two_tower import TwoTower
 
 
+POWER = 3
+"""Power iterations of the decomposition. More find the leading vectors more sharply, and rank worse:
+on the end of Gowalla's training lists recall@20 .169, .180, .183, .182, .181 for 1, 2, 3, 4, 6."""
+
+
 @dataclass(frozen=True)
 class Spectral:
     """Start vectors; rows without an event are zero.
@@ -67,7 +72,7 @@ def spectral(timeline: Timeline, dimension: int, seed: int, window: int = 0) -> 
     scaled = sparse.diags(per_row**-0.5) @ had @ sparse.diags(per_item**-0.5)
     scaled = sparse.csr_matrix(scaled, dtype=np.float32)
     rank = min(dimension, *shape)
-    _, _, vt = randomized_svd(scaled, rank, n_iter=4, random_state=seed)
+    _, _, vt = randomized_svd(scaled, rank, n_iter=POWER, random_state=seed)
     v = np.zeros((shape[1], dimension), np.float32)
     v[:, :rank] = vt.T
     item, history = v * np.sqrt(per_item)[:, None], v / np.sqrt(per_item)[:, None]
