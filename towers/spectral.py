@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 POWER = 3
-"""Power iterations of the decomposition. More find the leading vectors more sharply, and rank worse:
+"""Power iterations of the decomposition. More find the leading vectors more sharply and rank worse:
 on the end of Gowalla's training lists recall@20 .169, .180, .183, .182, .181 for 1, 2, 3, 4, 6."""
 
 
