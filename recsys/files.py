@@ -27,9 +27,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         # mkstemp gives 0600; a result is as readable as any other file the user makes.
         os.chmod(temporary, 0o666 & ~_umask())
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -49,8 +49,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync(temporary)
         try:
             if path.exists():
                 os.rename(path, old)
@@ -59,7 +59,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             if old.exists():
                 os.rename(old, path)
             raise
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if path.exists():  # else `old` is all there is
@@ -72,7 +72,8 @@ def _umask() -> int:
     return mask
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -21,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from recsys.errors import BundleError
-from recsys.files import atomic_write
+from recsys.files import atomic_write, sync
 from serving.manifest import MANIFEST, check, read_manifest
 
 CURRENT, HISTORY, VERSIONS = "CURRENT", "HISTORY", "versions"
@@ -216,11 +216,11 @@ def _copy(bundle: Path, target: Path, link: bool) -> None:
             shutil.copymode(file, place)
     check(half, read_manifest(half))  # of the copy: it is what will be served
     for path in (*half.rglob("*"), half):
-        _sync(path)
+        sync(path)
     if target.exists():  # damaged since
         os.rename(target, target.parent / f"{HALF}{target.name}")
     os.rename(half, target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _linked(file: Path, place: Path) -> bool:
@@ -237,11 +237,3 @@ def _prune(folder: Path, history: list[str], keep: int) -> None:
         gone = folder / VERSIONS / f"{HALF}{name}"
         os.rename(folder / VERSIONS / name, gone)
         shutil.rmtree(gone)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
