@@ -85,9 +85,7 @@ def test_it_is_synced_before_it_is_renamed_and_its_folder_after(
     """The order that survives a loss of power: content, then name, then the folder of names."""
     done: list[str] = []
     sync, replace, rename = files.sync, os.replace, os.rename
-    monkeypatch.setattr(
-        files, "sync", lambda path: (done.append(f"sync {kind(path)}"), sync(path))
-    )
+    monkeypatch.setattr(files, "sync", lambda path: (done.append(f"sync {kind(path)}"), sync(path)))
     monkeypatch.setattr(os, "replace", lambda a, b: (done.append("rename"), replace(a, b)))
     monkeypatch.setattr(os, "rename", lambda a, b: (done.append("rename"), rename(a, b)))
 
