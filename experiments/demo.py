@@ -95,6 +95,7 @@ def demo(folder: str | Path = "runs/demo", *, seed: int = 0, epochs: int = 12) -
             "pictures": result.folder / "pictures",
             "all runs": f"mlflow ui --backend-store-uri sqlite:///{config.out}/mlflow.db",
             "any text": f'recsys similar {result.bundle} --text "oak desk lamp"',
+            "over HTTP": f"recsys serve {result.bundle}",
             "every user": f"recsys candidates {result.bundle} --k 100 --out candidates.parquet",
             "your own log": "recsys init LOG ITEMS --out run.toml",
         }
