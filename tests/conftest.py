@@ -242,3 +242,25 @@ def plain(
 ) -> Built:
     """Untrained towers on the market."""
     return build(market_run, tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="session")
+def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow store; making one takes seconds, copying it none."""
+    from experiments.store import Store
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    Store(f"sqlite:///{path}", 5)
+    return path
+
+
+@pytest.fixture
+def out(tmp_path: Path, fresh_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of runs with a store of its own."""
+    import shutil
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    shutil.copy(fresh_database, folder / "mlflow.db")
+    return folder

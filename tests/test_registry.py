@@ -20,23 +20,6 @@ from serving.host import Host
 from serving.live import Living
 
 
-@pytest.fixture(scope="module")
-def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty store; making one takes seconds, copying it none."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    Store(f"sqlite:///{path}", 5)
-    return path
-
-
-@pytest.fixture
-def out(tmp_path: Path, fresh_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    folder = tmp_path / "my runs"
-    folder.mkdir()
-    shutil.copy(fresh_database, folder / "mlflow.db")
-    return folder
-
-
 @pytest.fixture
 def register(out: Path) -> Callable[..., str]:
     """Give a function that registers a bundle as `recsys train` does, and says its version."""

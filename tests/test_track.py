@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import socket
 import subprocess
 import sys
@@ -24,23 +23,6 @@ from experiments.spool import Spool, finite, flatten, valid_name
 from experiments.store import Store
 from experiments.track import Tracker, TrackRules, lightning_logger, replay
 from recsys.errors import DataError, RecsysError
-
-
-@pytest.fixture(scope="session")
-def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty store; making one takes seconds, copying it none."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    Store(f"sqlite:///{path}", 5)
-    return path
-
-
-@pytest.fixture
-def out(tmp_path: Path, fresh_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    folder = tmp_path / "my runs"
-    folder.mkdir()
-    shutil.copy(fresh_database, folder / "mlflow.db")
-    return folder
 
 
 @pytest.fixture
