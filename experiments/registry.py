@@ -22,7 +22,7 @@ KEPT = 5
 
 
 class RegistrySource:
-    """A registered model's alias or version as a `serving.sources.ModelSource`.
+    """A registered model's alias or version as a `serving.hosting.sources.ModelSource`.
 
     Each version is downloaded once, into a folder of its own that is whole or absent. A store that
     is down raises, at most `every` seconds late, and the model that answers goes on.

@@ -15,7 +15,7 @@ import typer
 from recsys.errors import ConfigError
 
 if TYPE_CHECKING:
-    from serving.keys import Keys
+    from serving.http.keys import Keys
 
 MAIN = "main"
 """The variant that SOURCE is."""
@@ -69,7 +69,7 @@ def serve(
       recsys serve --make-key read
     """
     if make_key is not None:
-        from serving.keys import make_key as make
+        from serving.http.keys import make_key as make
 
         key, hashed = make(make_key)
         print(f"{key}\n{hashed.line()}")
@@ -137,7 +137,7 @@ class Plan:
 
 
 def _keys(path: Path | None, open_writes: bool) -> Keys:
-    from serving.keys import Keys
+    from serving.http.keys import Keys
 
     if path is not None:
         return Keys.load(path)
@@ -151,14 +151,14 @@ def _source(name: str, every: float) -> Any:
         from experiments.registry import RegistrySource
 
         return RegistrySource(name, CACHE, every=max(1.0, every))
-    from serving.sources import FolderSource
+    from serving.hosting.sources import FolderSource
 
     return FolderSource(name)
 
 
 def _serve(plan: Plan) -> None:
-    from serving.logs import json_logs
-    from serving.running import bind, is_local, run, url
+    from serving.http.logs import json_logs
+    from serving.http.running import bind, is_local, run, url
 
     if not (plan.keys.needed or plan.insecure or is_local(plan.host)):
         raise ConfigError(
@@ -180,11 +180,11 @@ def service(plan: Plan) -> Iterator[Any]:
     """
     import torch
 
-    from serving.exposures import ExposureLog
-    from serving.host import Host
-    from serving.live import Living
-    from serving.running import is_local, own_names
-    from serving.service import ServiceRules, make_app
+    from serving.hosting.host import Host
+    from serving.http.running import is_local, own_names
+    from serving.http.service import ServiceRules, make_app
+    from serving.living.exposures import ExposureLog
+    from serving.living.live import Living
 
     # One question is too small to share among cores, and the event loop wants one of them.
     torch.set_num_threads(1)

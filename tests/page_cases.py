@@ -20,7 +20,7 @@ import pytest
 import uvicorn
 
 from recsys.errors import QueryError
-from serving.asks import Ask, CursorError, Filter, Reply, UnknownItem
+from serving.answers.asks import Ask, CursorError, Filter, Reply, UnknownItem
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 KINDS = ["lamp", "chair", "rug", "desk"]

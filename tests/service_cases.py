@@ -17,8 +17,8 @@ from urllib.parse import unquote
 import numpy as np
 
 from recsys.errors import QueryError
-from serving.asks import Ask, CursorError, Reply, UnknownItem
-from serving.live import Event
+from serving.answers.asks import Ask, CursorError, Reply, UnknownItem
+from serving.living.live import Event
 
 
 class FakeEngine:
@@ -210,7 +210,7 @@ def ask(app: Any, method: str, target: str, body: Any = None, **more: Any) -> Go
 @contextmanager
 def served(app: Any, **rules: Any) -> Iterator[int]:
     """The application behind a real server in a thread; gives its port."""
-    from serving.running import ServerRules, bind, make_server
+    from serving.http.running import ServerRules, bind, make_server
 
     bound = bind("127.0.0.1", 0)
     started = threading.Event()

@@ -11,9 +11,9 @@ import polars as pl
 
 from experiments.benchmarks import synthetic
 from serving import bundle as bundles
+from serving.answers.served import Served
 from serving.index import HnswIndex, IndexRules
-from serving.live import LiveView
-from serving.served import Served
+from serving.living.live import LiveView
 
 FOREVER = np.iinfo(np.int64).max
 EAGER = IndexRules(kind="hnsw", exact_breadth=0.5, exact_below=0.0, ef=40)

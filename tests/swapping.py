@@ -15,9 +15,9 @@ import polars as pl
 from recsys.files import atomic_write
 from recsys.vocab import Vocab
 from serving import bundle as bundles
-from serving.asks import Ask, Reply
+from serving.answers.asks import Ask, Reply
 from serving.bundle import Bundle
-from serving.host import Host
+from serving.hosting.host import Host
 from serving.index import IndexRules
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from recsys.errors import QueryError
-from serving.asks import Ask, Filter, Reply
-from serving.batcher import Batcher, BatchRules
-from serving.wire import Refusal
+from serving.answers.asks import Ask, Filter, Reply
+from serving.http.batcher import Batcher, BatchRules
+from serving.http.wire import Refusal
 
 
 class Gate:

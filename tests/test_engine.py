@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from recsys.errors import QueryError
-from serving.asks import Ask, Filter, Reply, UnknownItem
-from serving.engine import Engine, EngineRules
-from serving.live import Event, Living
-from serving.served import Served
+from serving.answers.asks import Ask, Filter, Reply, UnknownItem
+from serving.answers.engine import Engine, EngineRules
+from serving.answers.served import Served
+from serving.living.live import Event, Living
 from tests.serving_cases import FakeOverlay, no_view, small, view_of
 
 STILL = EngineRules(clock=None)

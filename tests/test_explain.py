@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from serving.asks import Ask, Reply
-from serving.engine import Engine, EngineRules
-from serving.explain import EXPLAINED
-from serving.served import Served
+from serving.answers.asks import Ask, Reply
+from serving.answers.engine import Engine, EngineRules
+from serving.answers.explain import EXPLAINED
+from serving.answers.served import Served
 from tests.serving_cases import FakeOverlay, no_view, view_of
 
 

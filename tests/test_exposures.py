@@ -17,9 +17,9 @@ from conftest import Built
 from features.skips import Reason
 from recsys.errors import DataError
 from recsys.tables import DAY, SECOND
-from serving.exposures import SCHEMA, ExposureLog
-from serving.journal import Event
-from serving.parts import Parts
+from serving.living.exposures import SCHEMA, ExposureLog
+from serving.living.journal import Event
+from serving.living.parts import Parts
 
 START = 1_704_067_200 * SECOND
 
@@ -169,7 +169,7 @@ def visible(file: Path) -> bool:
 def test_a_killed_process_loses_at_most_the_last_seconds(tmp_path: Path) -> None:
     code = f"""
 import time
-from serving.exposures import ExposureLog
+from serving.living.exposures import ExposureLog
 log = ExposureLog({str(tmp_path)!r}, seconds=0.1)
 n = 0
 while True:
@@ -264,8 +264,8 @@ def test_the_next_bundle_takes_in_what_was_served(
 ) -> None:
     """Serve, train on the log, attach the new model: its overlay holds only what it never saw."""
     from experiments import config
-    from serving.live import Living
-    from serving.served import Served
+    from serving.answers.served import Served
+    from serving.living.live import Living
 
     items, told = [f"i{n}" for n in range(60)], []
     with Living(None) as living, ExposureLog(tmp_path / "log") as log:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys.errors import QueryError
-from serving.asks import Filter
-from serving.filters import Filters, Kept
+from serving.answers.asks import Filter
+from serving.answers.filters import Filters, Kept
 
 CATALOG = pl.DataFrame(
     {

@@ -15,11 +15,11 @@ import pytest
 
 from recsys.errors import DataError
 from recsys.search import ExactIndex
-from serving.asks import Ask, Filter
-from serving.gate import GateRules, check, golden_questions, write_golden
+from serving.answers.asks import Ask, Filter
+from serving.answers.served import Served
+from serving.hosting.gate import GateRules, check, golden_questions, write_golden
 from serving.index import HnswIndex, IndexRules
 from serving.neighbours import Neighbours
-from serving.served import Served
 
 GRAPH = IndexRules(kind="hnsw", exact_breadth=1, exact_below=0)
 

@@ -18,10 +18,10 @@ from malformed_cases import broken, malformed
 from service_cases import FakeHost, FakeLiving, asked, raw, served
 
 from experiments.serve import MAIN, Plan, service
-from serving.guard import sane_id
-from serving.keys import Keys
-from serving.protocol import GuardedProtocol
-from serving.service import make_app
+from serving.http.guard import sane_id
+from serving.http.keys import Keys
+from serving.http.protocol import GuardedProtocol
+from serving.http.service import make_app
 
 LIVE = b"GET /v1/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 

@@ -21,13 +21,13 @@ from swapping import Askers, point, renamed, until
 
 from recsys.errors import BundleError, ConfigError, QueryError
 from recsys.search import ExactIndex
-from serving import host as hosts
-from serving.asks import Ask, Filter, Reply
-from serving.engine import Engine
-from serving.host import FolderSource, GateRules, Host
-from serving.live import Living
+from serving.answers.asks import Ask, Filter, Reply
+from serving.answers.engine import Engine
+from serving.answers.served import Served
+from serving.hosting import host as hosts
+from serving.hosting.host import FolderSource, GateRules, Host
+from serving.living.live import Living
 from serving.manifest import read_manifest
-from serving.served import Served
 
 NAMES = ["a", "b", "c"]
 
@@ -502,7 +502,7 @@ def test_twenty_seconds_of_swaps_and_writes_under_load(
     written = [0]
 
     def write() -> None:
-        from serving.live import Event
+        from serving.living.live import Event
 
         while not done.is_set():
             id = f"live-{written[0] % 50}"

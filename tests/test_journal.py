@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from recsys.errors import QueryError
-from serving.journal import FILE, Change, Event, Journal, JournalError, body_of
-from serving.together import Together
+from serving.living.journal import FILE, Change, Event, Journal, JournalError, body_of
+from serving.living.together import Together
 
 
 @pytest.fixture
@@ -224,8 +224,8 @@ def test_work_that_fails_fails_for_all_who_wait_and_goes_on() -> None:
 
 WRITER = """
 import sys, threading
-from serving.journal import Change, Event, Journal
-from serving.together import Together
+from serving.living.journal import Change, Event, Journal
+from serving.living.together import Together
 
 folder, start = sys.argv[1], int(sys.argv[2])
 journal = Journal(folder)

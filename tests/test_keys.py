@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from recsys.errors import ConfigError
-from serving import keys
-from serving.keys import Keys, given, make_key
+from serving.http import keys
+from serving.http.keys import Keys, given, make_key
 
 
 def test_a_key_opens_its_role_and_two_of_a_role_are_valid_at_once() -> None:

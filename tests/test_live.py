@@ -21,12 +21,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from recsys.errors import QueryError
 from recsys.tables import SECOND
+from serving.answers.served import Served
 from serving.bundle import Bundle
-from serving.journal import Journal, JournalError
-from serving.live import Event, LiveView, Living, Overlay
-from serving.newcomers import encode_described
-from serving.served import Served
-from serving.shards import Shards
+from serving.living.journal import Journal, JournalError
+from serving.living.live import Event, LiveView, Living, Overlay
+from serving.living.newcomers import encode_described
+from serving.living.shards import Shards
 from towers.encode import encode_items
 from towers.two_tower import TowerRules, TwoTower
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from recsys.errors import BundleError
 from recsys.search import ExactIndex
 from serving import bundle as bundles
+from serving.answers.served import Served
 from serving.index import HnswIndex, IndexRules
 from serving.manifest import MANIFEST, write_manifest
 from serving.neighbours import FIRST, Neighbours, likeness, write_neighbours
-from serving.served import Served
 
 RULES = IndexRules(kind="hnsw", exact_breadth=1.0, exact_below=0.0)
 

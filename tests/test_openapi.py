@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from service_cases import FakeHost, FakeLiving, ask
 
-from serving import openapi
-from serving.contract import OPERATIONS
-from serving.keys import Keys
-from serving.operations import PARAMETERS
-from serving.service import make_app
-from serving.wire import STATUS, Code, Options
+from serving.http import openapi
+from serving.http.contract import OPERATIONS
+from serving.http.keys import Keys
+from serving.http.operations import PARAMETERS
+from serving.http.service import make_app
+from serving.http.wire import STATUS, Code, Options
 
 FILE = Path(__file__).parents[1] / "docs" / "openapi.json"
 DESCRIBED = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {"paths": {}}
@@ -24,7 +24,7 @@ DESCRIBED = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {
 
 def test_the_file_is_current() -> None:
     assert FILE.read_text(encoding="utf-8") == openapi.text(), (
-        "Write it again: python -m serving.openapi > docs/openapi.json"
+        "Write it again: python -m serving.http.openapi > docs/openapi.json"
     )
 
 

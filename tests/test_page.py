@@ -14,10 +14,10 @@ from urllib.parse import quote
 import pytest
 from page_cases import EVIL, EVIL_ID, OneModel, Shop, chromium, served
 
-from serving.keys import Keys, make_key
-from serving.service import make_app
+from serving.http.keys import Keys, make_key
+from serving.http.service import make_app
 
-PAGE = Path(__file__).parents[1] / "serving" / "page"
+PAGE = Path(__file__).parents[1] / "serving" / "http" / "page"
 
 
 @pytest.fixture(scope="module")

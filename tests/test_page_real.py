@@ -10,10 +10,10 @@ import pytest
 from page_cases import chromium, served
 
 from experiments.serve import Plan, service
-from serving.asks import Ask, Reply
+from serving.answers.asks import Ask, Reply
+from serving.answers.engine import Engine
 from serving.client import Client, ServiceError
-from serving.engine import Engine
-from serving.keys import Keys
+from serving.http.keys import Keys
 
 K = 5
 

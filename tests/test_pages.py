@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.errors import QueryError
-from serving.asks import Ask, CursorError, Filter, Reply
-from serving.engine import Engine
-from serving.pages import LIVE, Cursor, cut, exact_scores, question_of
-from serving.served import Served
+from serving.answers.asks import Ask, CursorError, Filter, Reply
+from serving.answers.engine import Engine
+from serving.answers.pages import LIVE, Cursor, cut, exact_scores, question_of
+from serving.answers.served import Served
 from tests.serving_cases import FakeOverlay, no_view, small, view_of
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
@@ -250,13 +250,13 @@ def test_a_click_between_two_pages_does_not_shuffle_them(served: Served) -> None
 def test_a_page_costs_one_pass_whichever_it_is(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from serving import pages
+    from serving.answers import pages
 
     engine = Engine(served, FakeOverlay(no_view(served)))
     looked: list[int] = []
     real = pages.exact_scores
     monkeypatch.setattr(
-        "serving.ranking.exact_scores", lambda v, q: looked.append(len(v)) or real(v, q)
+        "serving.answers.ranking.exact_scores", lambda v, q: looked.append(len(v)) or real(v, q)
     )
     _pages(engine, replace(ASKS[0], k=20))
     assert len(looked) == 30 and max(looked) < 40  # closely at little more than a page

@@ -47,7 +47,7 @@ def bundles(tmp_path: Path) -> list[Path]:
 
 
 def test_a_published_bundle_is_current_and_answers(plain: Any, tmp_path: Path) -> None:
-    from serving.served import Served
+    from serving.answers.served import Served
 
     path = publish(plain.bundle, tmp_path / "shop")
     assert path == current(tmp_path / "shop") == tmp_path / "shop" / "versions" / path.name

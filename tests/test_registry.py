@@ -16,8 +16,8 @@ from experiments.registry import RegistrySource, promote
 from experiments.store import Store
 from experiments.track import Tracker, TrackRules
 from recsys.errors import BundleError, ConfigError
-from serving.host import Host
-from serving.live import Living
+from serving.hosting.host import Host
+from serving.living.live import Living
 
 
 @pytest.fixture

@@ -26,10 +26,10 @@ from experiments import cli
 from experiments.serve import MAIN, Plan, service
 from recsys.errors import ConfigError
 from serving.client import Client, ServiceError
-from serving.keys import Keys
-from serving.logs import json_logs
-from serving.running import bind, is_local, own_names
-from serving.service import make_app
+from serving.http.keys import Keys
+from serving.http.logs import json_logs
+from serving.http.running import bind, is_local, own_names
+from serving.http.service import make_app
 
 OPEN = Keys(open_writes=True)
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from recsys.errors import BundleError, QueryError
 from serving import bundle as bundles
-from serving.served import IdTable, Served, json_rows
+from serving.answers.served import IdTable, Served, json_rows
 
 NASTY = ["b", "a", 'say "x"', "back\\slash", "é\n", "\x7f", "\u2028", "日本語", "\x00", "b ", "𝄞"]
 IDS = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=4), unique=True)
@@ -51,7 +51,7 @@ def test_the_table_is_a_dictionary_with_zero_for_the_unknown(
 def test_ids_whose_hashes_collide_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     import builtins
 
-    from serving import served
+    from serving.answers import served
 
     for same in (0, -1, 2**62):  # all in one place, the last one before the table's end too
         monkeypatch.setattr(served, "hash", lambda _, same=same: same, raising=False)

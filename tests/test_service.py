@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from service_cases import FakeEngine, FakeExposures, FakeHost, FakeLiving, ask, asked
 
-from serving.batcher import BatchRules
-from serving.front import Front
-from serving.keys import Keys, make_key
-from serving.service import ServiceRules, make_app
+from serving.http.batcher import BatchRules
+from serving.http.front import Front
+from serving.http.keys import Keys, make_key
+from serving.http.service import ServiceRules, make_app
 
 ITEM = {"id": "i0", "score": 1.0}
 OPEN = Keys(open_writes=True)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys.errors import ConfigError
-from serving.shares import Shares
+from serving.hosting.shares import Shares
 
 UNITS = [f"u{number}" for number in range(20_000)]
 
@@ -86,7 +86,7 @@ def test_any_change_moves_less_than_twice_as_many_as_it_must(
 
 def test_another_process_deals_alike() -> None:
     code = (
-        "from serving.shares import Shares; s = Shares({'a': .5, 'b': .5});"
+        "from serving.hosting.shares import Shares; s = Shares({'a': .5, 'b': .5});"
         "print(''.join(s.variant(f'u{n}') for n in range(64)))"
     )
     other = subprocess.run(

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.ragged import Ragged
-from serving.served import Served
-from serving.stock import Choice, Stock
-from serving.windows import FOREVER, Windows
+from serving.answers.served import Served
+from serving.answers.stock import Choice, Stock
+from serving.answers.windows import FOREVER, Windows
 from tests.serving_cases import EAGER, no_view, small, view_of
 
 

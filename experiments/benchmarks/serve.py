@@ -116,7 +116,7 @@ def questions(bundle: Path, folder: Path) -> tuple[int, Any, Any, Any]:
     """Items of the bundle; histories and vectors to ask with, as files of bodies and as arrays."""
     import numpy as np
 
-    from serving.served import Served
+    from serving.answers.served import Served
 
     served = Served.load(bundle)
     rng = np.random.default_rng(0)

@@ -35,7 +35,7 @@ class Truth:
     """What each model answers for each item, from its table of neighbours."""
 
     def __init__(self, bundle: Path) -> None:
-        from serving.served import Served
+        from serving.answers.served import Served
 
         served = Served.load(bundle)
         assert served.neighbours is not None

@@ -1,0 +1,175 @@
+"""The service as one ASGI application: hot paths in front, FastAPI's routes behind, one OpenAPI.
+
+FastAPI routes and documents. Bodies are read by `wire.py` from their bytes, because JSON as
+Python reads it lets NaN, 1e400 and endless depth through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from prometheus_client.core import Metric
+from starlette.exceptions import HTTPException
+
+from recsys.errors import RecsysError
+from serving.http.contract import OPERATIONS, Operation, describe
+from serving.http.front import Front
+from serving.http.guard import error_body
+from serving.http.keys import Keys
+from serving.http.metrics import Metrics, counter, gauge, of_host
+from serving.http.operations import Call, Exposures, Operations, ServiceRules, log, refused
+from serving.http.page_files import PageFiles
+from serving.http.wire import STATUS, Code, Refusal
+
+__all__ = ["Keys", "ServiceRules", "make_app"]
+
+
+def make_app(
+    host: Any,
+    living: Any = None,
+    exposures: Exposures | None = None,
+    rules: ServiceRules | None = None,
+    keys: Keys | None = None,
+) -> Front:
+    """The service over a host.
+
+    Args:
+        host: gives the engine of each request; see serving/hosting/host.py.
+        living: takes items and events; None: the service is read-only.
+        exposures: writes down what is shown; None: nothing does.
+        rules: bounds.
+        keys: who may do what; none: reading is free, writing is not.
+    """
+    metrics = Metrics()
+    operations = Operations(
+        host, living, exposures, rules or ServiceRules(), keys or Keys(), metrics
+    )
+    api = FastAPI(
+        title="recsys", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
+    describe(api)
+    for operation in OPERATIONS:
+        run = partial(_routed, operations, operation)
+        if operation.path == "/metrics":
+            run = partial(_metrics, operations)
+        api.add_api_route(
+            operation.path, _endpoint(run), methods=[operation.method], **operation.documented()
+        )
+    page = PageFiles(api.openapi)
+    for path in page.paths:
+        api.add_route(path, partial(_page, page, path), methods=["GET"])
+    api.add_exception_handler(HTTPException, _no_route)
+    # Questions are posted to fixed paths: no router is needed to tell them apart, and FastAPI's
+    # way to an endpoint costs more than the wait for a place in a batch.
+    posts = {
+        operation.path.encode(): partial(_run, operations, operation)
+        for operation in OPERATIONS
+        if operation.method == "POST"
+    }
+    front = Front(operations, api, posts)
+    metrics.more = partial(_more_metrics, operations, front)
+    return front
+
+
+def _endpoint(
+    run: Callable[[Request], Awaitable[Response]],
+) -> Callable[[Request], Awaitable[Response]]:
+    # FastAPI reads the parameters of an endpoint; a partial would show it more than the request.
+    async def endpoint(request: Request) -> Response:
+        return await run(request)
+
+    return endpoint
+
+
+async def _routed(operations: Operations, operation: Operation, request: Request) -> Response:
+    return await _run(operations, operation, request.scope["recsys.call"], **request.path_params)
+
+
+async def _run(operations: Operations, operation: Operation, call: Call, **ids: str) -> Response:
+    call.route = operation.name
+    try:
+        if operation.role is not None:
+            operations.allow(call, operation.role)
+        content = await getattr(operations, operation.name)(call, **ids)
+    except Refusal as refusal:
+        return _error(call, refusal)
+    except RecsysError as error:
+        return _error(call, refused(error))
+    except Exception:
+        log.exception("request %s failed", call.request_id)
+        return _error(call, Refusal(Code.INTERNAL, "This is a mistake of ours; it is logged."))
+    return _reply(call, 200, content)
+
+
+def _reply(
+    call: Call, status: int, content: bytes, kind: str = "application/json", **headers: str
+) -> Response:
+    call.status = status
+    given = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Response(content, status, {"x-request-id": call.request_id} | given, kind)
+
+
+def _error(call: Call, refusal: Refusal) -> Response:
+    call.code = refusal.code
+    headers = {}
+    if refusal.retry is not None:
+        headers["retry_after"] = str(refusal.retry)
+    if refusal.close:
+        headers["connection"] = "close"
+    if refusal.code == Code.NO_KEY:
+        headers["www_authenticate"] = "Bearer"
+    content = error_body(refusal.code, refusal.message, call.request_id)
+    return _reply(call, STATUS[refusal.code], content, **headers)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """A path, or a method of a path, that is none."""
+    assert isinstance(error, HTTPException)
+    call: Call = request.scope["recsys.call"]
+    if error.status_code == 405:
+        response = _error(call, Refusal(Code.METHOD, f"{request.method} is none of this path's."))
+        response.headers["allow"] = (error.headers or {}).get("Allow", "")
+        return response
+    return _error(call, Refusal(Code.NOT_FOUND, "There is no such path; see /openapi.json."))
+
+
+async def _page(page: PageFiles, path: str, request: Request) -> Response:
+    call: Call = request.scope["recsys.call"]
+    call.route = "page"
+    status, content, kind, headers = page.get(path, request.headers.get("if-none-match"))
+    call.status = status
+    return Response(content, status, {"x-request-id": call.request_id} | headers, kind)
+
+
+async def _metrics(operations: Operations, request: Request) -> Response:
+    call: Call = request.scope["recsys.call"]
+    call.route = "metrics"
+    try:
+        operations.allow(call, "read")
+    except Refusal as refusal:
+        return _error(call, refusal)
+    # In a thread: the journal's counts wait for its lock, and the loop waits for nothing.
+    loop = asyncio.get_running_loop()
+    content = await loop.run_in_executor(None, operations.metrics.text)
+    return _reply(call, 200, content, "text/plain; version=1.0.0; charset=utf-8")
+
+
+def _more_metrics(operations: Operations, front: Front) -> Iterable[Metric]:
+    """What others count, read at the moment of a scrape."""
+    yield from of_host(operations.host.facts())
+    for name, queue in (("answers", operations.answers), ("writes", operations.writes)):
+        yield gauge(f"recsys_{name}_waiting", "Work that waits for a thread.", queue.depth)
+        yield counter(
+            f"recsys_{name}_given_up", "Work whose deadline passed before it began.", queue.dropped
+        )
+    dropped = front.hot.dropped + int(getattr(operations.exposures, "dropped", 0))
+    yield counter("recsys_exposures_dropped", "Shown answers that were not written down.", dropped)
+    facts = getattr(operations.living, "facts", None)
+    if facts is not None:
+        for name, value in facts().items():
+            if isinstance(value, int | float):
+                yield gauge(f"recsys_live_{name}", "What came since the model was made.", value)
