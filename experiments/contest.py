@@ -15,7 +15,8 @@ from experiments.questions import EvaluateRules, by_moment
 from features.batch import Queries
 from features.examples import Questions
 from features.timeline import Timeline
-from recsys.baselines import CoOccurrence, Popularity, TextSimilarity, newest_first
+from recsys.baselines import Popularity, newest_first
+from recsys.item_based import CoOccurrence, TextSimilarity
 from recsys.ragged import Ragged, slots
 from recsys.split import duration
 from serving.recommender import Recommender

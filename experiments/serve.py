@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from recsys.errors import ConfigError
 
 if TYPE_CHECKING:
     from serving.http.keys import Keys
+    from serving.manifest import Check
 
 MAIN = "main"
 """The variant that SOURCE is."""
@@ -167,13 +168,34 @@ def _serve(plan: Plan) -> None:
         )
     with bind(plan.host, plan.port) as bound, json_logs(plan.log_level):
         where = url(bound)
-        with service(plan) as app:
+        with service(plan, begun_checks(plan)) as app:
             run(app, bound, started=lambda: print(where, flush=True))
 
 
+def begun_checks(plan: Plan) -> dict[Path, Check]:
+    """Digests are compared while libraries are being imported, which takes about as long.
+
+    Raises:
+        BundleError: a folder holds no bundle, or one that lacks a file.
+    """
+    from serving.hosting.sources import FolderSource
+    from serving.manifest import begin
+
+    folders = {
+        FolderSource(said).latest()[1]
+        for said in plan.sources.values()
+        if not said.startswith(REGISTRY)
+    }
+    return {folder: begin(folder) for folder in folders}
+
+
 @contextmanager
-def service(plan: Plan) -> Iterator[Any]:
+def service(plan: Plan, begun: Mapping[Path, Check] | None = None) -> Iterator[Any]:
     """The application with everything behind it, closed in order at the end.
+
+    Args:
+        plan: what it is made of.
+        begun: of `begun_checks`.
 
     Raises:
         RecsysError: a model cannot be loaded, or a folder cannot be written.
@@ -202,7 +224,7 @@ def service(plan: Plan) -> Iterator[Any]:
             log = ExposureLog(plan.exposures)
             stack.callback(log.close)
         sources = {name: _source(said, plan.every) for name, said in plan.sources.items()}
-        host = Host(sources, living, split=plan.shares, every=plan.every)
+        host = Host(sources, living, split=plan.shares, every=plan.every, begun=begun)
         host.start()
         stack.callback(host.stop)
         app = make_app(host, living, log, rules, plan.keys)

@@ -30,8 +30,9 @@ from recsys.files import atomic_folder, read_json, sha256_bytes, write_json
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex, Index
 from recsys.vocab import Vocab
+from serving.id_table import IdTable
 from serving.index import HnswIndex, IndexRules, build_index, recall_against_exact
-from serving.manifest import Check, digests, may_replace, read_manifest, write_manifest
+from serving.manifest import Check, begin, digests, may_replace, write_manifest
 from serving.neighbours import write_neighbours
 from towers.blocks import FeatureSpec, FeatureTable
 from towers.encode import Embeddings
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 
 CODING = "coding.json"
+ITEM_IDS, USER_IDS = "item_ids.safetensors", "user_ids.safetensors"
+"""Tables that lead from ids to rows."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,8 @@ def save(
         indexed = indexed_vectors(bundle)
         bundle.items.save(folder / "item_ids.parquet")
         bundle.users.save(folder / "user_ids.parquet")
+        IdTable.of(bundle.items.ids).save(folder / ITEM_IDS)
+        IdTable.of(bundle.users.ids).save(folder / USER_IDS)
         bundle.catalog.write_parquet(folder / "catalog.parquet", statistics=False)
         if isinstance(bundle.index, HnswIndex):
             bundle.index.save(folder / "index.bin")
@@ -261,22 +266,23 @@ def _timeline_arrays(timeline: Timeline) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-def load(path: str | Path, *, verify: bool = True) -> Bundle:
+def load(path: str | Path, *, verify: bool = True, begun: Check | None = None) -> Bundle:
     """Read a bundle and check it against itself.
 
     Args:
         path: its folder.
         verify: compare the digests of all files with the manifest first.
+        begun: of `serving.manifest.begin`, some time ago; else it begins here.
 
     Raises:
         BundleError: no bundle, a later format, a file that is missing or changed, or parts that do
             not belong together; both values are named.
     """
     path = Path(path)
-    manifest = read_manifest(path)
-    # The order in which the parts are read; the first to be read is then whole at once.
-    first = ("item_ids.parquet", "index.bin", "vectors.safetensors")
-    with Check(path, manifest, first, trusted=not verify) as checked:
+    if begun is None:
+        begun = begin(path, trusted=not verify)
+    manifest = begun.manifest
+    with begun as checked:
         try:
             bundle = _load_parts(path, manifest, checked)
         except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:

@@ -20,6 +20,8 @@ FORMAT = "recsys-bundle"
 FORMAT_VERSION = 1
 LIBRARIES = ("torch", "sentence-transformers", "tokenizers", "hnswlib", "polars", "numpy")
 MANIFEST = "manifest.json"
+FIRST = ("index.bin", "vectors.safetensors")
+"""Large files of a bundle in the order in which they are read."""
 THREADS = 4
 """Files whose digests are made at once."""
 SMALL = 1 << 20
@@ -80,15 +82,29 @@ def check(path: Path, manifest: dict[str, Any]) -> None:
         checked.wait()
 
 
+def begin(path: str | Path, *, trusted: bool = False) -> Check:
+    """Begin to compare the digests of a bundle with its manifest.
+
+    Args:
+        path: its folder.
+        trusted: compare nothing, as when it was done a moment ago.
+
+    Raises:
+        BundleError: no bundle, or one that lacks a file or whose manifest was changed.
+    """
+    return Check(Path(path), read_manifest(path), FIRST, trusted=trusted)
+
+
 class Check:
     """Compares the digests of a bundle's files in threads, while its first parts are read.
 
-    A part may be used as soon as `wait` has returned for its files.
+    A part may be used as soon as `wait` has returned for its files. Small files come first, then
+    those that are wanted first, then the others, the largest last.
 
     Args:
         path: the bundle's folder.
         manifest: what it says.
-        first: files that are wanted first; the others follow in the manifest's order.
+        first: large files in the order in which they are wanted.
         trusted: compare nothing, as when it was done a moment ago.
 
     Raises:
@@ -103,7 +119,8 @@ class Check:
         *,
         trusted: bool = False,
     ) -> None:
-        self._path, self._files = path, manifest.get("files", {})
+        self.path, self.manifest = path, manifest
+        self._files = manifest.get("files", {})
         self._waiting: dict[str, Future[str]] = {}
         self._pool: ThreadPoolExecutor | None = None
         self.trusted = trusted
@@ -116,11 +133,15 @@ class Check:
                 f"{str(manifest.get('self'))[:12]}… of itself. It was changed; copy the bundle "
                 "again."
             )
+        wanted = {name: place for place, name in enumerate(first)}
+        turn: dict[str, tuple[bool, int, int]] = {}
         for name in self._files:
             if not (path / name).is_file():
                 raise BundleError(f"The bundle {path} lacks {name}. Copy it again as a whole.")
+            size = (path / name).stat().st_size
+            turn[name] = size >= SMALL, wanted.get(name, len(wanted)), size
         self._pool = _pool()
-        for name in dict.fromkeys([*(n for n in first if n in self._files), *self._files]):
+        for name in sorted(turn, key=turn.__getitem__):
             self._waiting[name] = self._pool.submit(_digest, path / name)
 
     def wait(self, *names: str) -> None:
@@ -135,7 +156,7 @@ class Check:
             found, digest = self._waiting[name].result(), self._files[name]
             if found != digest:
                 raise BundleError(
-                    f"{self._path / name} has the SHA-256 {found[:12]}…, but the manifest says "
+                    f"{self.path / name} has the SHA-256 {found[:12]}…, but the manifest says "
                     f"{digest[:12]}…. The file was damaged or replaced; copy or make the bundle "
                     "again."
                 )
@@ -150,6 +171,10 @@ class Check:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads; what was not compared yet is not."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 

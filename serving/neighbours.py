@@ -21,9 +21,9 @@ from serving.index import HnswIndex
 
 ROWS, SCORES = "neighbours.rows.npy", "neighbours.scores.npy"
 FIRST_ROWS, FIRST_SCORES = "neighbours.first.rows.npy", "neighbours.first.scores.npy"
-FIRST = 20
+FIRST = 12
 """Neighbours of each item that stand in a table of their own, too: most questions want no more, and
-then only a fifth of the bytes is ever in memory."""
+then only an eighth of the bytes is ever in memory."""
 LEAST_RECALL = 0.99
 """Share of the exact neighbours that a table must hold, of all K and of the first 10."""
 BROADEST = 4096

@@ -79,6 +79,9 @@ class Recommender:
     Args:
         bundle: what is known.
 
+    Attributes:
+        position: (N,) int32 index position of each item row, -1 for those not in the index.
+
     Example:
         >>> from recsys import Recommender                              # doctest: +SKIP
         >>> recommender = Recommender.load("runs/demo/bundle")          # doctest: +SKIP
@@ -88,8 +91,8 @@ class Recommender:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self._moment = bundle.cutoff
-        self._position = np.full(bundle.items.size, -1, np.int64)
-        self._position[bundle.rows] = np.arange(len(bundle.rows))
+        self.position = np.full(bundle.items.size, -1, np.int32)
+        self.position[bundle.rows] = np.arange(len(bundle.rows), dtype=np.int32)
 
     @staticmethod
     def load(path: str | Path) -> Recommender:
@@ -205,7 +208,7 @@ class Recommender:
     @property
     def allowed(self) -> np.ndarray:
         """(N,) bool, the item rows that may be answered: they exist and are available."""
-        return self._position >= 0
+        return self.position >= 0
 
     def seen(self, queries: Queries) -> Ragged:
         """Q ragged item rows that each asker had before, however far back."""
@@ -229,7 +232,7 @@ class Recommender:
         exclude: Ragged | None,
     ) -> tuple[np.ndarray, np.ndarray]:
         if exclude is not None:
-            place = self._position[exclude.values]
+            place = self.position[exclude.values].astype(np.int64)
             exclude = Ragged(exclude.offsets, place).where(place >= 0)
         index = self.exact if exact else self.bundle.index
         found, scores = search_interests(

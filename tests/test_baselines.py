@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys import baselines
-from recsys.baselines import CoOccurrence, Popularity, TextSimilarity, newest_first
+from recsys import baselines, item_based
+from recsys.baselines import Popularity, newest_first
 from recsys.errors import QueryError
+from recsys.item_based import CoOccurrence, TextSimilarity
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex
 
@@ -126,7 +127,7 @@ def naive_co_occurrence(
 
 @pytest.mark.parametrize("at_once", [1, 40, 1 << 22])
 def test_co_occurrence_equals_a_naive_loop_in_blocks_of_any_size(monkeypatch, at_once):
-    monkeypatch.setattr(baselines, "AT_ONCE", at_once)
+    monkeypatch.setattr(item_based, "AT_ONCE", at_once)
     rng = np.random.default_rng(7)
     user, item = np.sort(rng.integers(0, 25, 170)), rng.integers(0, 31, 170)
     popularity = rng.integers(0, 4, 31)

@@ -7,6 +7,7 @@ import shutil
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,10 @@ from hypothesis import strategies as st
 
 from recsys.errors import BundleError, QueryError
 from serving import bundle as bundles
-from serving.answers.served import IdTable, Served, json_rows
+from serving import id_table
+from serving.answers.served import Served, give_back, json_rows
+from serving.id_table import IdTable
+from serving.manifest import read_manifest
 
 NASTY = ["b", "a", 'say "x"', "back\\slash", "é\n", "\x7f", "\u2028", "日本語", "\x00", "b ", "𝄞"]
 IDS = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=4), unique=True)
@@ -29,7 +33,7 @@ def served(tiny: Any) -> Served:
 
 
 def test_awkward_ids_by_hand() -> None:
-    table = IdTable(pl.Series(NASTY))
+    table = IdTable.of(pl.Series(NASTY))
     assert [table.row_of(name) for name in NASTY] == list(range(1, len(NASTY) + 1))
     assert [table.row_of(name) for name in ("c", "", "ab", "b  ", "\ud800")] == [0] * 5
     assert [json.loads(table.fragment(row)) for row in range(1, len(NASTY) + 1)] == NASTY
@@ -41,7 +45,7 @@ def test_awkward_ids_by_hand() -> None:
 def test_the_table_is_a_dictionary_with_zero_for_the_unknown(
     ids: list[str], asked: list[str]
 ) -> None:
-    table = IdTable(pl.Series(ids, dtype=pl.String))
+    table = IdTable.of(pl.Series(ids, dtype=pl.String))
     known = {name: row for row, name in enumerate(ids, 1)}
     for name in [*ids, *asked]:
         assert table.row_of(name) == known.get(name, 0)
@@ -49,17 +53,56 @@ def test_the_table_is_a_dictionary_with_zero_for_the_unknown(
 
 
 def test_ids_whose_hashes_collide_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    import builtins
-
-    from serving.answers import served
-
-    for same in (0, -1, 2**62):  # all in one place, the last one before the table's end too
-        monkeypatch.setattr(served, "hash", lambda _, same=same: same, raising=False)
+    for same in (0, 2**32 - 1):  # all in one slot, the last one before the table's end too
+        monkeypatch.setattr(id_table, "crc32", lambda _, same=same: same)
         names = [f"i{i}" for i in range(50)]
-        table = IdTable(pl.Series(names))
+        table = IdTable.of(pl.Series(names))
         assert [table.row_of(name) for name in names] == list(range(1, 51))
         assert table.row_of("i50") == 0
-    assert builtins.hash is not served.hash  # type: ignore[attr-defined]
+
+
+@given(IDS)
+def test_a_table_that_was_written_reads_as_it_was(ids: list[str]) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "ids"
+        IdTable.of(pl.Series(ids, dtype=pl.String)).save(path)
+        table = IdTable.load(path, len(ids))
+    assert [table.row_of(name) for name in ids] == list(range(1, len(ids) + 1))
+    assert table.row_of("\ud800") == 0 and table.decode(range(1, len(ids) + 1)) == ids
+
+
+def test_a_table_of_other_ids_is_refused(tmp_path: Path) -> None:
+    IdTable.of(pl.Series(NASTY)).save(tmp_path / "ids")
+    with pytest.raises(BundleError, match=rf"has {len(NASTY)} ids, but there are 3"):
+        IdTable.load(tmp_path / "ids", 3)
+
+
+def test_a_bundle_without_tables_of_ids_answers_alike(tiny: Any, tmp_path: Path) -> None:
+    """Bundles made before there were such files are read; what differs is the time it takes."""
+    with_tables = Served.load(tiny.bundle)
+    for name in (bundles.ITEM_IDS, bundles.USER_IDS):
+        assert (tiny.bundle / name).is_file()
+    bundle = with_tables.bundle
+    without = Served(bundle, with_tables.neighbours)
+    rows = range(1, bundle.items.size)
+    assert [without.row_of(id) for id in bundle.items.ids] == list(rows)
+    assert without.ids.fragments(rows) == with_tables.ids.fragments(rows)
+    assert [with_tables.user_ids.row_of(id) for id in bundle.users.ids] == list(
+        range(1, bundle.users.size)
+    )
+
+
+def test_what_is_given_back_is_there_again(tmp_path: Path) -> None:
+    """Of a file it is read again; any other memory is left alone, for it would come as zeros."""
+    rng = np.random.default_rng(0)
+    values = rng.random((300, 64), np.float32)
+    np.save(tmp_path / "a.npy", values)
+    of_a_file = np.load(tmp_path / "a.npy", mmap_mode="r")
+    in_memory = rng.random((100_000, 64), np.float32)
+    before = in_memory.copy()
+    give_back(of_a_file, in_memory, in_memory[:0])
+    np.testing.assert_array_equal(of_a_file, values)
+    np.testing.assert_array_equal(in_memory, before)
 
 
 def test_what_is_ready_is_what_the_bundle_says(served: Served, tiny: Any) -> None:
@@ -70,7 +113,7 @@ def test_what_is_ready_is_what_the_bundle_says(served: Served, tiny: Any) -> Non
     assert served.position.dtype == np.int32 and served.position[0] == -1
     assert served.position[bundle.rows].tolist() == list(range(len(bundle.rows)))
     assert (served.position >= 0).sum() == len(bundle.rows)
-    assert served.version == bundles.read_manifest(tiny.bundle)["content"][:12]
+    assert served.version == read_manifest(tiny.bundle)["content"][:12]
     assert served.neighbours is not None
     assert Served(bundle, None, version="mine").version == "mine"
 

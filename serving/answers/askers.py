@@ -22,7 +22,7 @@ from features.columns import ContextColumn
 from features.passed import PASSED
 from recsys.errors import QueryError, nearest
 from recsys.tables import SECOND
-from serving.answers.served import IdTable, Served
+from serving.answers.served import Served
 from serving.living.live import LiveView
 
 EMBEDDED_AT_ONCE = 16_384
@@ -92,7 +92,7 @@ class Askers:
         self._weighed = (
             self._bundle.timeline.strength is not None and "strength" in rules.history_inputs
         )
-        self.row_of = IdTable(self._bundle.users.ids).row_of
+        self.row_of = served.user_ids.row_of
         self._contexts = {column.name: _coder(column) for column in self._bundle.contexts}
         self._unknown = (0,) * len(self._contexts)
         self._embedded = self._statistics_in() if self._model.uses_statistics else None

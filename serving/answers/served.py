@@ -7,25 +7,26 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
-from collections.abc import Iterable, Sequence
+import mmap
+from collections.abc import Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import polars as pl
 
 from recsys.errors import QueryError
 from serving import bundle as bundles
-from serving.bundle import Bundle
+from serving.bundle import ITEM_IDS, USER_IDS, Bundle
+from serving.id_table import IdTable
+from serving.manifest import Check
 from serving.neighbours import Neighbours
 from serving.recommender import Recommender
 
-ESCAPED = r'[\x00-\x1f"\\]'
-"""Characters that JSON writes otherwise than they are."""
+MAPS = "/proc/self/maps"
+"""What lies where in this process's memory."""
 
 
 class Served:
@@ -35,6 +36,7 @@ class Served:
         bundle: what is known.
         neighbours: the nearest items of every indexed one, or None.
         version: of the model; the first 12 digits of the manifest's content digest when absent.
+        ids, user_ids: tables of the items and users; made here when absent.
 
     Attributes:
         recommender: answers from the bundle.
@@ -45,34 +47,43 @@ class Served:
     """
 
     def __init__(
-        self, bundle: Bundle, neighbours: Neighbours | None = None, *, version: str | None = None
+        self,
+        bundle: Bundle,
+        neighbours: Neighbours | None = None,
+        *,
+        version: str | None = None,
+        ids: IdTable | None = None,
+        user_ids: IdTable | None = None,
     ) -> None:
         self.bundle = bundle
         self.recommender = Recommender(bundle)
         self.neighbours = neighbours
         self.version = version or str(bundle.manifest.get("content", ""))[:12]
-        self.position = np.full(bundle.items.size, -1, np.int32)
-        self.position[bundle.rows] = np.arange(len(bundle.rows), dtype=np.int32)
-        self.ids = IdTable(bundle.items.ids)
+        self.position = self.recommender.position
+        self.ids = IdTable.of(bundle.items.ids) if ids is None else ids
+        self.user_ids = IdTable.of(bundle.users.ids) if user_ids is None else user_ids
         # Asked for every item of every request: a call less each.
         self.row_of, self.fragment = self.ids.row_of, self.ids.fragment
 
     @staticmethod
-    def load(path: str | Path, *, verify: bool = True) -> Served:
-        """Read a bundle and its table of neighbours.
+    def load(path: str | Path, *, verify: bool = True, begun: Check | None = None) -> Served:
+        """Read a bundle, its table of neighbours and its tables of ids.
 
         Args:
             path: the bundle's folder.
             verify: compare the digests of all files with the manifest first.
+            begun: of `serving.manifest.begin`, some time ago; else it begins here.
 
         Raises:
             BundleError: it is damaged, foreign or does not match itself.
         """
         path = Path(path)
-        bundle = bundles.load(path, verify=verify)
-        served = Served(bundle, Neighbours.load(path, bundle.manifest))
-        _give_back()
-        return served
+        bundle = bundles.load(path, verify=verify, begun=begun)
+        ids, user_ids = (
+            IdTable.load(path / name, len(vocab.ids)) if (path / name).is_file() else None
+            for name, vocab in ((ITEM_IDS, bundle.items), (USER_IDS, bundle.users))
+        )
+        return Served(bundle, Neighbours.load(path, bundle.manifest), ids=ids, user_ids=user_ids)
 
     @property
     def field_names(self) -> list[str]:
@@ -104,74 +115,36 @@ class Served:
         return json_rows(self.bundle.catalog.select(wanted)[np.asarray(rows, np.int64) - 1])
 
 
-def _give_back() -> None:
-    """Ask the C library for what was freed on the way: 50 MB of a million items."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:  # glibc
+def give_back(*mapped: np.ndarray) -> None:
+    """Give the system back what was read only to be judged, and what was freed on the way.
+
+    Args:
+        mapped: arrays that were read as a whole, and will be in parts: where they lie in a file,
+            their pages are read again when they are wanted.
+    """
+    if not Path(MAPS).is_file():  # Linux has it
+        return
+    library = ctypes.CDLL(None)
+    page = mmap.PAGESIZE
+    for array in mapped:
+        # Whole pages, so that nothing beside the array is touched.
+        start = -(-array.ctypes.data // page) * page
+        length = (array.ctypes.data + array.nbytes - start) // page * page
+        if length > 0 and _of_a_file(start, length):
+            library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+    if trim := getattr(library, "malloc_trim", None):  # glibc
         trim(0)
 
 
-class IdTable:
-    """External ids → rows and rows → JSON, in about 25 bytes an id beside the id itself.
-
-    A dictionary of strings takes 140. Ids lie in one text of JSON strings; rows are found by open
-    addressing with linear probing. Places of sorted hashes are `max(hash, place before + 1)`, so
-    that all are laid at once, and the table has no end to wrap around.
-
-    Args:
-        ids: distinct, not null; `ids[0]` is row 1.
-    """
-
-    def __init__(self, ids: pl.Series) -> None:
-        names = ids.to_list()
-        lengths = (ids.str.len_bytes() + 2).to_numpy().astype(np.int64)
-        for row in ids.str.contains(ESCAPED).arg_true().to_list() if len(ids) else ():
-            lengths[row] = len(orjson.dumps(names[row]))
-        # A list in JSON is `["a","b"]`: the k-th string begins after k commas and a bracket.
-        self._text = orjson.dumps(names)
-        start = np.ones(len(names) + 2, np.int64)
-        np.cumsum(lengths + 1, out=start[2:])
-        start[2:] += 1
-        dtype = np.int32 if len(self._text) < 2**31 else np.int64
-        self._start = start.astype(dtype).data  # of row r; the next one is a comma later
-
-        self._mask = (1 << max(1, 2 * len(names) - 1).bit_length()) - 1
-        hashes = np.fromiter(map(hash, names), np.int64, len(names)) & self._mask
-        order = np.argsort(hashes, kind="stable")
-        step = np.arange(len(names))
-        place = np.maximum.accumulate(hashes[order] - step) + step
-        table = np.zeros(max(self._mask + 1, int(place[-1]) + 1 if len(place) else 0) + 1, np.int32)
-        table[place] = order + 1
-        self._table = table.data
-
-    def row_of(self, id: str) -> int:
-        """Row of the id; 0: unknown."""
-        try:
-            fragment = orjson.dumps(id)
-        except TypeError:  # a lone surrogate, which no id holds
-            return 0
-        table, start, text = self._table, self._start, self._text
-        place = hash(id) & self._mask
-        while row := table[place]:
-            if text[start[row] : start[row + 1] - 1] == fragment:
-                return row
-            place += 1
-        return 0
-
-    def fragment(self, row: int) -> bytes:
-        """The JSON string of the row's id; `b"null"` of row 0."""
-        if row <= 0:
-            return b"null"
-        return self._text[self._start[row] : self._start[row + 1] - 1]
-
-    def fragments(self, rows: Iterable[int]) -> list[bytes]:
-        """The JSON strings of the ids of rows, none below 1."""
-        text, start = self._text, self._start
-        return [text[start[row] : start[row + 1] - 1] for row in rows]
-
-    def decode(self, rows: Iterable[int]) -> list[str]:
-        """Ids of rows, none below 1; quicker than `Vocab.decode` for a few."""
-        return orjson.loads(b"[" + b",".join(self.fragments(rows)) + b"]")
+def _of_a_file(start: int, length: int) -> bool:
+    """Whether memory mirrors a file; what is given back of any other comes again as zeros."""
+    with open(MAPS, encoding="utf-8", errors="replace") as maps:
+        for line in maps:
+            span, _, _, _, inode = line.split(maxsplit=5)[:5]
+            low, high = (int(edge, 16) for edge in span.split("-"))
+            if low <= start and start + length <= high:
+                return inode != "0"
+    return False
 
 
 def json_rows(frame: pl.DataFrame) -> list[dict[str, Any]]:

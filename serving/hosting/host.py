@@ -19,11 +19,12 @@ from typing import Any
 from recsys.errors import BundleError, ConfigError, QueryError, RecsysError, nearest
 from serving.answers.asks import Ask
 from serving.answers.engine import Engine
-from serving.answers.served import Served
+from serving.answers.served import Served, give_back
 from serving.hosting.gate import GateRules, Verdict, check
 from serving.hosting.shares import Shares
 from serving.hosting.sources import FolderSource, ModelSource
 from serving.living.live import Living, Overlay
+from serving.manifest import Check
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class Host:
             to say, in the watcher's thread.
         salt: names the experiment: another salt deals units to variants independently.
         engine: makes the engine of a model; `functools.partial(Engine, rules=…)` for other rules.
+        begun: folder → the comparison of a bundle's digests that has begun already.
 
     Raises:
         ConfigError: the split names other variants than the sources, or is none.
@@ -113,6 +115,7 @@ class Host:
         on_event: Listener | None = None,
         salt: str = "recsys",
         engine: Callable[[Served, Overlay], Engine] = Engine,
+        begun: Mapping[Path, Check] | None = None,
     ) -> None:
         if split is not None and set(split) != set(sources):
             raise ConfigError(
@@ -126,6 +129,7 @@ class Host:
         self._every = every
         self._on_event = on_event
         self._engine = engine
+        self._begun = dict(begun or {})
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -193,6 +197,9 @@ class Host:
             begin = time.monotonic()
             token, folder = variant.source.latest()
             self._take_over(variant, token, folder, begin)
+        for begun in self._begun.values():  # of a folder that is not wanted any more
+            begun.close()
+        self._begun.clear()
         self._thread = threading.Thread(target=self._watch, name="recsys-host", daemon=True)
         self._thread.start()
 
@@ -260,7 +267,7 @@ class Host:
         self._tell("loaded", variant, version=loaded.served.version, seconds=loaded.seconds)
 
     def _load(self, variant: Variant, token: str, folder: Path, begin: float) -> Loaded:
-        served = Served.load(folder)
+        served = Served.load(folder, begun=self._begun.pop(folder, None))
         previous = variant.loaded
         before = None if previous is None else previous.served
         verdict = check(served, before, self._gate, folder=folder)
@@ -273,6 +280,7 @@ class Host:
         except BaseException:
             self._living.detach(overlay)
             raise
+        give_back(served.bundle.vectors)
         seconds = time.monotonic() - begin
         return Loaded(engine, served, overlay, token, time.time(), seconds, verdict.measured)
 
