@@ -31,9 +31,10 @@ from recsys.ragged import Ragged
 from recsys.search import ExactIndex, Index
 from recsys.vocab import Vocab
 from serving.id_table import IdTable
-from serving.index import HnswIndex, IndexRules, build_index, recall_against_exact
+from serving.index import HnswIndex, IndexRules, build_index
 from serving.manifest import Check, begin, digests, may_replace, write_manifest
 from serving.neighbours import write_neighbours
+from serving.recall import recall_against_exact
 from towers.blocks import FeatureSpec, FeatureTable
 from towers.encode import Embeddings
 from towers.two_tower import TowerRules, TwoTower

@@ -20,7 +20,7 @@ import polars as pl
 
 from recsys.errors import ConfigError, nearest
 from recsys.files import atomic_folder, read_json, write_json
-from serving.index import recall_against_exact
+from serving.recall import recall_against_exact
 from serving.recommender import Recommender
 from towers.encode import encode_users
 

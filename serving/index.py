@@ -10,8 +10,9 @@ Legend: Q queries, N rows, D dimensions, k answers, G distinct vectors (nodes of
 from __future__ import annotations
 
 import copy
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -85,40 +86,6 @@ def build_index(
     if rules.kind == "exact" or (rules.kind == "auto" and never):
         return ExactIndex(vectors)
     return HnswIndex(vectors, rules, progress)
-
-
-def recall_against_exact(
-    index: Index,
-    vectors: np.ndarray,
-    queries: np.ndarray | None = None,
-    *,
-    k: int = 100,
-    sample: int = 1000,
-    seed: int = 0,
-) -> float:
-    """Share of the exact answers that the index finds.
-
-    An answer that scores as high as the exact k-th one counts, whichever of equals it is.
-
-    Args:
-        index: over `vectors`.
-        vectors: (N, D) float32.
-        queries: (Q, D) float32; the vectors themselves when absent.
-        k: answers of each query.
-        sample: queries drawn without replacement.
-        seed: of the draw.
-    """
-    queries = vectors if queries is None else queries
-    if not len(queries) or not len(vectors):
-        return 1.0
-    random = np.random.default_rng(seed)
-    chosen = np.sort(random.choice(len(queries), min(sample, len(queries)), replace=False))
-    queries, k = queries[chosen], min(k, len(vectors))
-    _, best = ExactIndex(vectors).search(queries, k)  # (Q, k)
-    _, found = index.search(queries, k)
-    # Sums of products in another order differ in the last bits of the largest terms.
-    slack = 1e-6 * np.linalg.norm(queries, axis=1) * np.linalg.norm(vectors, axis=1).max()
-    return float((found >= best[:, -1:] - slack[:, None]).mean())
 
 
 class HnswIndex:
@@ -286,6 +253,43 @@ class HnswIndex:
         if rows[:, -1].min() < 0:
             return None
         return self._ranked(queries, rows)
+
+    def nearest(
+        self, query: np.ndarray, k: int, out: Collection[int] = (), room: int = 0
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """One query with nothing but rows to leave out, in half the time of `search`.
+
+        Args:
+            query: (D,) float32, finite.
+            k: answers wanted.
+            out: rows never to answer with.
+            room: how many of those a lookup makes room for.
+
+        Returns:
+            (k,) int64 rows, best first, equals by the smaller, and their (k,) float32 scores.
+            None: something is unusual, or too little was found; `search` sees to it.
+        """
+        breadth = max(2 * (k + room), self.rules.ef)
+        usual = self._graph is not None and self._members is None
+        if not usual or breadth > self.rules.exact_breadth * self.size:
+            return None
+        length = math.sqrt(float(query @ query))
+        if not NOTHING < length < math.inf:
+            return None
+        point = query / np.float32(length)
+        if self._lifted:
+            point = np.append(point, np.float32(0))
+        try:
+            nodes, _ = self._graph.knn_query(point, min(self._nodes, breadth), 1)
+        except RuntimeError:  # fewer nodes within reach than were asked for
+            return None
+        kept = [row for row in nodes[0].tolist() if row not in out][:k]
+        if len(kept) < k:
+            return None
+        rows = np.array(sorted(kept), np.int64)
+        scores = self._vectors[rows] @ query
+        order = (-scores).argsort(kind="stable")
+        return rows[order], scores[order]
 
     def _blocks(self, chosen: np.ndarray, fetch: np.ndarray, marks: bool) -> list[np.ndarray]:
         """The chosen queries in blocks that fetch about alike and fit into little memory."""
@@ -484,4 +488,4 @@ def _first_kept(rows: np.ndarray, keep: np.ndarray, k: int) -> np.ndarray:
     return out
 
 
-__all__ = ["HnswIndex", "IndexRules", "build_index", "recall_against_exact"]
+__all__ = ["HnswIndex", "IndexRules", "build_index"]

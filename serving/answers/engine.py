@@ -187,6 +187,8 @@ class Engine:
         if first.vectors is None:
             places, scores = self._popular.best(stock, first.choice, first.exclude, first.wanted)
             return [(places, scores, True, None)]
+        if len(group) == 1:
+            return [self._alone(first, first.vectors, stock)]
         k = max(question.wanted for question in group)
         exclude = None
         if any(len(question.exclude) for question in group):
@@ -198,12 +200,23 @@ class Engine:
         if vectors.shape[1] == 1:
             vectors = vectors[:, 0]
         found, scores, sure = stock.search(vectors, k, first.choice, exclude, exact=first.ask.exact)
-        results: list[tuple[np.ndarray, np.ndarray, bool, str | None]] = []
-        for question, row, score in zip(group, found, scores, strict=True):
-            wanted = question.wanted
-            end = wanted if row[wanted - 1] >= 0 else int(np.count_nonzero(row[:wanted] >= 0))
-            results.append((row[:end], score[:end], sure, None))
-        return results
+        return [
+            (*_found(row, score, question.wanted), sure, None)
+            for question, row, score in zip(group, found, scores, strict=True)
+        ]
+
+    def _alone(
+        self, question: Question, vectors: np.ndarray, stock: Stock
+    ) -> tuple[np.ndarray, np.ndarray, bool, str | None]:
+        """As `_find`, of one question."""
+        out = question.exclude
+        exclude = Ragged(np.array([0, len(out)]), out) if len(out) else None
+        if len(vectors) > 1:
+            vectors = vectors[None]  # (1, K, D); one interest is (1, D) as it is
+        rows, scores, sure = stock.search(
+            vectors, question.wanted, question.choice, exclude, exact=question.ask.exact
+        )
+        return *_found(rows[0], scores[0], question.wanted), sure, None
 
     # ------------------------------------------------------------------ what is said
 
@@ -383,6 +396,12 @@ def _moment(bundle: Bundle, rules: EngineRules) -> int | None:
     if not bundle.timeline.timed or rules.clock is None:
         return bundle.cutoff
     return rules.clock()
+
+
+def _found(places: np.ndarray, scores: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most so many places and their scores, without padding."""
+    end = wanted if places[wanted - 1] >= 0 else int(np.count_nonzero(places[:wanted] >= 0))
+    return places[:end], scores[:end]
 
 
 def _bare(error: QueryError) -> QueryError:

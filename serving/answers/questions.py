@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -55,7 +56,7 @@ class Question:
     vectors: np.ndarray | None = None
     cursor: Cursor | None = None
 
-    @property
+    @cached_property
     def wanted(self) -> int:
         """Answers, or candidates for them where a dial is turned."""
         ask = self.ask

@@ -66,7 +66,7 @@ class Choice:
         assert self.mask is not None  # or there is nothing to find
         return np.flatnonzero(self.mask)
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Things that may be answered."""
         return self.count + int(np.count_nonzero(self.extra))
@@ -351,6 +351,11 @@ class Stock:
         exclude: Ragged | None,
     ) -> tuple[np.ndarray, np.ndarray, bool]:
         most = int(exclude.lengths.max()) if exclude is not None else 0
+        if len(queries) == 1 and choice.mask is None:
+            out = frozenset() if exclude is None else frozenset(exclude.values.tolist())
+            near = index.nearest(queries[0], k, out, min(most, k + FIRST_TRY))
+            if near is not None:
+                return near[0][None], near[1][None], False
         places = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         todo = np.arange(len(queries))

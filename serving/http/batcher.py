@@ -108,6 +108,12 @@ class Batcher:
         """How much waits now."""
         return self._size
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits, works or has just come, and a lone question may go before."""
+        busy = self._busy or self._size or self._closed
+        return self.rules.alone and not busy and self._turn is None
+
     async def answer(
         self, engine: Answerer, asks: Sequence[Ask], deadline: float
     ) -> list[Reply | QueryError]:

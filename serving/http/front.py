@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from time import monotonic
 
+from serving.http.direct import Direct
 from serving.http.guard import Receive, Scope, Send, check_head, error_body, sane_id
 from serving.http.hot import Hot, host_name
 from serving.http.keys import given
@@ -36,6 +37,7 @@ class Front:
     ) -> None:
         self.operations, self.rest, self.posts = operations, rest, posts
         self.hot = Hot(operations)
+        self.direct = Direct(operations, self.hot)
         self._keys, self._rules = operations.keys, operations.rules
         self._metrics = operations.metrics
         self._seen = 0
@@ -56,7 +58,7 @@ class Front:
                 ]
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
                 await send({"type": "http.response.body", "body": hot.content})
-                self.hot.done(path, hot, monotonic() - start)
+                self.hot.done(hot, monotonic() - start)
                 return
         await self._general(scope, receive, send, start)
 

@@ -38,6 +38,7 @@ class HotAnswer(NamedTuple):
     content: bytes
     request_id: bytes
     counted: Requests
+    route: str
 
 
 class _Known(NamedTuple):
@@ -88,14 +89,14 @@ class Hot:
             content, counted = b'{"ready":true}', self._ready
         else:
             return None
-        request_id = self._head(headers)
-        return None if request_id is None else HotAnswer(content, request_id, counted)
+        request_id = self.request_id(headers)
+        return None if request_id is None else HotAnswer(content, request_id, counted, "health")
 
     def new_id(self) -> bytes:
         """An id for a request that brings none."""
         return self._prefix + b"%x" % next(self._ids)
 
-    def _head(self, headers: Headers) -> bytes | None:
+    def request_id(self, headers: Headers) -> bytes | None:
         """The request's id, or a new one; None: its headers ask for the general way."""
         if len(headers) > MOST_HEADERS:
             return None
@@ -113,7 +114,7 @@ class Hot:
         return request_id or self._prefix + b"%x" % next(self._ids)
 
     def _similar(self, id: bytes, k: int, headers: Headers) -> HotAnswer | None:
-        request_id = self._head(headers)
+        request_id = self.request_id(headers)
         if request_id is None or (self._keys.needed and self._keys.role(given(headers)) is None):
             return None
         try:
@@ -130,7 +131,7 @@ class Hot:
         if self._shown is not None:
             self._shown.add((request_id, now(), items, variant, known.model))
         content = b"".join((b'{"request_id":"', request_id, known.middle, items, b'],"next":null}'))
-        return HotAnswer(content, request_id, known.counted)
+        return HotAnswer(content, request_id, known.counted, "similar")
 
     def _learn(self, variant: str, engine: Any) -> _Known:
         model = version(engine)
@@ -140,7 +141,7 @@ class Hot:
         known = self._known[variant] = _Known(weakref.ref(engine), middle, counted, model)
         return known
 
-    def done(self, path: bytes, answer: HotAnswer, seconds: float) -> None:
+    def done(self, answer: HotAnswer, seconds: float, method: str = "GET") -> None:
         """Count an answer that was sent, and log it now and then."""
         answer.counted.add(seconds)
         self._seen += 1
@@ -149,8 +150,8 @@ class Hot:
         self._seen = 0
         data = {
             "request_id": answer.request_id.decode("ascii"),
-            "route": "similar" if path[-8:] == b"/similar" else "health",
-            "method": "GET",
+            "route": answer.route,
+            "method": method,
             "status": 200,
             "ms": round(seconds * 1000, 3),
         }

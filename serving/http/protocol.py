@@ -11,8 +11,9 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from serving.http.direct import Direct
 from serving.http.guard import MAX_HEADERS, MAX_URL, error_body
-from serving.http.hot import Hot
+from serving.http.hot import Hot, HotAnswer
 from serving.http.wire import STATUS, Code
 
 log = logging.getLogger("recsys.serve.http")
@@ -25,7 +26,7 @@ class GuardedProtocol(HttpToolsProtocol):
     uvicorn waits for ever for the end of a head, and keeps all of it; and it waits for ever for a
     reader that reads nothing.
 
-    Hot answers are written here, in one piece and without a task: asking `hot.py` costs
+    Hot and direct answers are written here, in one piece and without a task: asking `hot.py` costs
     less than starting a request of uvicorn's does.
     """
 
@@ -33,13 +34,14 @@ class GuardedProtocol(HttpToolsProtocol):
     write_seconds = 30.0
     most_connections = 4096
     direct = True
-    """Whether hot answers are written here; otherwise the application gives the same ones."""
+    """Whether answers are written here; otherwise the application gives the same ones."""
 
     _timer: TimerHandle | None = None
     _write_timer: TimerHandle | None = None
     _pending = 0
     _in_head = False
     _answered = False
+    _held: list[bytes] | None = None  # pieces of a body that may be answered directly
     _given: list[tuple[bytes, bytes]] | None = None
     _given_bytes = b""
 
@@ -47,6 +49,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(*given, **named)
         self.on_refused: Callable[[str], None] | None = getattr(self.app, "refused", None)
         self._hot: Hot | None = getattr(self.app, "hot", None) if self.direct else None
+        self._direct: Direct | None = getattr(self.app, "direct", None) if self.direct else None
         self.logger = log  # counted, not logged: anybody can send any number of them
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -70,33 +73,78 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = False
         if self._timer is not None:
             self._disarm()
-        if self._hot is not None and self._answer(self._hot):
+        method = self.parser.get_method()
+        if method == b"GET" and self._hot is not None and self._answer(self._hot):
             self._answered = True
+        elif method == b"POST" and self._direct is not None and self._may(self._direct):
+            self._held = []
         else:
             super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if self._held is None:
+            super().on_body(body)
+        else:
+            self._held.append(body)
 
     def on_message_complete(self) -> None:
         if self._answered:
             self._answered = False
-        else:
+        elif self._held is None or not self._answer_held(b"".join(self._held)):
+            self._give_up_direct()
             super().on_message_complete()
+        else:
+            self._held = None
+
+    def _free(self) -> bool:
+        """Whether nothing is to be written before an answer, and it can be written now."""
+        return (
+            (self.cycle is None or self.cycle.response_complete)
+            and not self.flow.write_paused
+            and not self.transport.is_closing()
+        )
 
     def _answer(self, hot: Hot) -> bool:
         """Answer a hot request; False: it is not, or others are to be answered before it."""
-        parser = self.parser
-        if (
-            parser.get_method() != b"GET"
-            or (self.cycle is not None and not self.cycle.response_complete)
-            or self.flow.write_paused
-            or self.transport.is_closing()
-        ):
+        if not self._free():
             return False
         start = monotonic()
         path, _, query = self.url.partition(b"?")
         answer = hot.answer(path, query, self.headers)
         if answer is None:
             return False
-        keep = parser.get_http_version() != "1.0" and parser.should_keep_alive()
+        self._write(answer)
+        hot.done(answer, monotonic() - start)
+        return True
+
+    def _may(self, direct: Direct) -> bool:
+        """Whether a question may be answered directly once its body is there."""
+        if not direct.turn(id(self)) or not self._free():
+            return False
+        path, _, query = self.url.partition(b"?")
+        return direct.may(path, query, self.headers)
+
+    def _answer_held(self, body: bytes) -> bool:
+        """Answer the question that is held; False: the general way has to."""
+        assert self._direct is not None and self._hot is not None
+        start = monotonic()
+        answer = self._direct.answer(self.url, self.headers, body)
+        if answer is None:
+            return False
+        self._write(answer)
+        self._hot.done(answer, monotonic() - start, "POST")
+        return True
+
+    def _give_up_direct(self) -> None:
+        """The general way takes over what is held, from its head on."""
+        held, self._held = self._held, None
+        if held is not None and not self.transport.is_closing():
+            super().on_headers_complete()
+            for piece in held:
+                super().on_body(piece)
+
+    def _write(self, answer: HotAnswer) -> None:
+        keep = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
         self.transport.write(
             b"%b%bcontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b%b"
             % (
@@ -104,7 +152,6 @@ class GuardedProtocol(HttpToolsProtocol):
                 b"\r\n" if keep else b"connection: close\r\n\r\n", answer.content,
             )
         )  # fmt: skip
-        hot.done(path, answer, monotonic() - start)
         self.server_state.total_requests += 1
         if keep:
             self._unset_keepalive_if_required()  # there is one where requests came in one piece
@@ -113,7 +160,6 @@ class GuardedProtocol(HttpToolsProtocol):
             )
         else:
             self.transport.close()
-        return True
 
     def _defaults(self) -> bytes:
         """The server's own headers (the date), which uvicorn makes anew every second."""
@@ -125,6 +171,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        self._give_up_direct()  # the rest of the body is yet to come, however slowly
         if self._in_head:
             self._pending += len(data)
             if self._pending > MAX_HEADERS + MAX_URL:

@@ -1,0 +1,108 @@
+"""Quick questions with a body, answered where they come in, without a task.
+
+For one asker at a time: where several ask at once, the general way takes their questions together,
+which serves each of them sooner. Whatever is unusual makes a question not direct: the general way
+answers it, or says what is wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+from time import monotonic
+
+import orjson
+
+from recsys.errors import QueryError
+from serving.http.batcher import quick
+from serving.http.guard import Headers
+from serving.http.hot import Hot, HotAnswer
+from serving.http.keys import given
+from serving.http.operations import Operations, answer, now, version
+from serving.http.wire import Options, RecommendRequest, Refusal, VectorRequest, read
+
+log = logging.getLogger("recsys.serve")
+
+QUESTIONS: dict[bytes, tuple[str, type[Options]]] = {
+    b"/v1/recommendations": ("recommend", RecommendRequest),
+    b"/v1/vectors": ("vectors", VectorRequest),
+}
+MOST_BYTES = 64 << 10
+"""Of a body; a larger one is not quick to read."""
+HEADERS = frozenset(
+    {
+        b"host", b"content-type", b"content-length", b"x-request-id", b"user-agent", b"accept",
+        b"accept-encoding", b"connection", b"authorization", b"x-api-key",
+    }
+)  # fmt: skip
+"""Headers that a direct question may have."""
+
+
+class Direct:
+    """The direct way of a service.
+
+    Args:
+        operations: what the general way would ask.
+        hot: knows what makes the head of a request usual.
+    """
+
+    def __init__(self, operations: Operations, hot: Hot) -> None:
+        self._operations, self._hot = operations, hot
+        self._last = 0  # who asked last
+
+    def turn(self, who: int) -> bool:
+        """Whether the same connection asked last, so that nobody else asks just now."""
+        alone, self._last = self._last == who, who
+        return alone
+
+    def may(self, path: bytes, query: bytes, headers: Headers) -> bool:
+        """Whether a question may be answered here once its body is there."""
+        return (
+            path in QUESTIONS
+            and not query
+            and self._operations.answers.idle
+            and all(
+                name in HEADERS
+                and (name != b"content-length" or _small(value))
+                and (name != b"content-type" or value == b"application/json")
+                for name, value in headers
+            )
+            and sum(name == b"content-type" for name, _ in headers) == 1
+        )
+
+    def answer(self, path: bytes, headers: Headers, body: bytes) -> HotAnswer | None:
+        """The answer to a POST that `may` be answered here; None: ask the general way."""
+        try:
+            return self._answer(path, headers, body)
+        except (Refusal, QueryError):
+            return None  # the general way says why
+        except Exception:  # the general way may know better; at worst it says so
+            log.exception("a direct answer failed")
+            return None
+
+    def _answer(self, path: bytes, headers: Headers, body: bytes) -> HotAnswer | None:
+        behind, start = self._operations, monotonic()
+        # The length is that of a body that is here; nothing else of a body makes it unusual.
+        head = [header for header in headers if header[0] != b"content-length"]
+        request_id = self._hot.request_id(head)
+        if request_id is None or (behind.keys.needed and behind.keys.role(given(headers)) is None):
+            return None
+        route, form = QUESTIONS[path]
+        asked = read(form, body)
+        ask = asked.to_ask()
+        if not quick(ask):
+            return None
+        variant, engine = behind.host.choose(asked.user)
+        (reply,) = engine.answer((ask,))
+        if isinstance(reply, QueryError) or monotonic() - start > behind.rules.deadline:
+            return None
+        model, request = version(engine), request_id.decode("ascii")
+        if behind.exposures is not None and reply.ids:
+            behind.exposures.shown(request, asked.user, now(), reply.ids, variant, model)
+        if reply.fallback is not None:
+            behind.metrics.fallback(route, variant)
+        content = orjson.dumps(answer(reply, request, model, variant))
+        return HotAnswer(content, request_id, behind.metrics.of(route, 200, variant), route)
+
+
+def _small(length: bytes) -> bool:
+    return length.isdigit() and len(length) <= 8 and int(length) <= MOST_BYTES
