@@ -27,7 +27,7 @@ from recsys.files import atomic_write, read_json, sha256_bytes, sha256_file, wri
 from recsys.ragged import Ragged, gather
 from recsys.search import ExactIndex, Index, check_filters, check_queries
 from recsys.tables import Strict
-from serving.nodes import NOTHING, distinct, lengths_of, lifts
+from serving.nodes import NOTHING, UNIT_TOLERANCE, distinct, first_kept, lengths_of, lifts
 
 FORMAT = "recsys hnsw 1"
 ANSWERS_AT_ONCE = 1 << 18
@@ -142,6 +142,8 @@ class HnswIndex:
             lengths = lengths[self._first]  # (G,)
         self._longest = float(lengths.max(initial=0.0))
         self._lifted = lifts(lengths, rules.space)
+        if abs(self._longest - 1) <= UNIT_TOLERANCE and not self._lifted:
+            self._longest = 1.0  # unit vectors: the graph holds them as they are
         self._graph = None
 
     def _remember(self, vectors: np.ndarray, rules: IndexRules, about: dict[str, Any]) -> None:
@@ -177,6 +179,11 @@ class HnswIndex:
         if self._lifted:
             points = np.column_stack([points, np.zeros(len(points)) if height is None else height])
         return np.ascontiguousarray(points, np.float32)
+
+    @property
+    def _as_they_are(self) -> bool:
+        """Whether the graph holds the vectors themselves: its distances are then their scores."""
+        return self._longest == 1.0 and not self._lifted and self._members is None
 
     def with_breadth(self, ef: int) -> HnswIndex:
         """The same graph, of which a lookup visits at least `ef` nodes."""
@@ -249,7 +256,17 @@ class HnswIndex:
         lengths = lengths_of(queries)
         if lengths.min() <= NOTHING:
             return None
-        rows = self._from_graph(self._lift(queries / lengths[:, None]), k, k, None, None)
+        points = self._lift(queries / lengths[:, None])
+        if self._as_they_are:
+            try:
+                nodes, distances = self._graph.knn_query(points, breadth, torch.get_num_threads())
+            except RuntimeError:  # fewer nodes within reach than were asked for
+                return None
+            rows = nodes[:, :k].astype(np.int64)
+            scores = ((1 - distances[:, :k]) * lengths[:, None]).astype(np.float32)
+            order = np.lexsort((rows, -scores), axis=1)
+            return np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
+        rows = self._from_graph(points, k, k, None, None)
         if rows[:, -1].min() < 0:
             return None
         return self._ranked(queries, rows)
@@ -280,15 +297,18 @@ class HnswIndex:
         if self._lifted:
             point = np.append(point, np.float32(0))
         try:
-            nodes, _ = self._graph.knn_query(point, min(self._nodes, breadth), 1)
+            nodes, distances = self._graph.knn_query(point, min(self._nodes, breadth), 1)
         except RuntimeError:  # fewer nodes within reach than were asked for
             return None
-        kept = [row for row in nodes[0].tolist() if row not in out][:k]
+        kept = [place for place, row in enumerate(nodes[0].tolist()) if row not in out][:k]
         if len(kept) < k:
             return None
-        rows = np.array(sorted(kept), np.int64)
-        scores = self._vectors[rows] @ query
-        order = (-scores).argsort(kind="stable")
+        rows = nodes[0][kept].astype(np.int64)
+        if self._as_they_are:
+            scores = (1 - distances[0][kept]) * np.float32(length)
+        else:
+            scores = self._vectors[rows] @ query
+        order = np.lexsort((rows, -scores))
         return rows[order], scores[order]
 
     def _blocks(self, chosen: np.ndarray, fetch: np.ndarray, marks: bool) -> list[np.ndarray]:
@@ -339,7 +359,7 @@ class HnswIndex:
             marked = np.zeros((len(points), self.size), bool)
             marked[exclude.row_of(), exclude.values] = True
             keep &= ~np.take_along_axis(marked, found, 1)
-        return _first_kept(found, keep, k)
+        return first_kept(found, keep, k)
 
     def _members_of(self, nodes: np.ndarray, width: int) -> np.ndarray:
         """The first `width` rows of the nodes (b, g), each node's in order; (b, width) with -1."""
@@ -475,17 +495,6 @@ class HnswIndex:
 
 def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
-
-
-def _first_kept(rows: np.ndarray, keep: np.ndarray, k: int) -> np.ndarray:
-    """(b, k) the first k kept rows of each query, padded with -1."""
-    if rows.shape[1] >= k and keep[:, :k].all():
-        return rows[:, :k].copy()
-    place = np.cumsum(keep, 1) - 1  # (b, w)
-    query, column = np.nonzero(keep & (place < k))
-    out = np.full((len(rows), k), -1, np.int64)
-    out[query, place[query, column]] = rows[query, column]
-    return out
 
 
 __all__ = ["HnswIndex", "IndexRules", "build_index"]

@@ -1,6 +1,6 @@
 """What a graph holds of vectors: a node for all that are equal, perhaps lifted onto a sphere.
 
-Legend: N rows, D dimensions, G distinct vectors.
+Legend: N rows, D dimensions, G distinct vectors, b queries, w rows found for each, k answers.
 """
 
 from __future__ import annotations
@@ -67,4 +67,15 @@ def distinct(vectors: np.ndarray) -> tuple[np.ndarray | None, Ragged | None]:
     return first[order], Ragged(offsets, np.argsort(node, kind="stable"))
 
 
-__all__ = ["NOTHING", "distinct", "lengths_of", "lifts"]
+def first_kept(rows: np.ndarray, keep: np.ndarray, k: int) -> np.ndarray:
+    """(b, k) the first k kept rows of each query, padded with -1."""
+    if rows.shape[1] >= k and keep[:, :k].all():
+        return rows[:, :k].copy()
+    place = np.cumsum(keep, 1) - 1  # (b, w)
+    query, column = np.nonzero(keep & (place < k))
+    out = np.full((len(rows), k), -1, np.int64)
+    out[query, place[query, column]] = rows[query, column]
+    return out
+
+
+__all__ = ["NOTHING", "distinct", "first_kept", "lengths_of", "lifts"]

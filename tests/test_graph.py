@@ -327,3 +327,28 @@ def test_a_graph_whose_nodes_stand_for_several_rows_leaves_one_query_to_search()
     vectors = clusters(3000)
     vectors[7] = vectors[8]
     assert HnswIndex(vectors, GRAPH).nearest(vectors[0], 5) is None
+
+
+def test_unit_vectors_are_read_from_the_graph_alone(tmp_path: Path) -> None:
+    vectors, queries = clusters(3000), clusters(8, seed=1) * np.float32(3)
+    made = HnswIndex(vectors, GRAPH)
+    made.save(tmp_path / "index")
+    loaded = HnswIndex.load(tmp_path / "index", vectors.copy(), GRAPH, digest=made.vectors_digest)
+    loaded._vectors[:] = np.nan
+    for index in (made, loaded):
+        rows, scores = index.search(queries, 9)
+        np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, rows, 1), 1e-5)
+        assert (np.diff(scores) <= 0).all()
+        for query, row, score in zip(queries, rows, scores, strict=True):
+            near = index.nearest(query, 9)
+            assert near is not None and near[0].tolist() == row.tolist()
+            np.testing.assert_allclose(near[1], score, 1e-6)
+
+
+def test_vectors_of_other_lengths_have_their_exact_scores() -> None:
+    vectors = clusters(3000) * np.float32(1.7)
+    index = HnswIndex(vectors, GRAPH)
+    query = clusters(1, seed=1)[0]
+    near = index.nearest(query, 9)
+    assert near is not None
+    np.testing.assert_allclose(near[1], vectors[near[0]] @ query, rtol=1e-6)

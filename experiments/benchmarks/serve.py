@@ -226,7 +226,8 @@ def measure(bundle: Path, asked: argparse.Namespace) -> dict[str, Any]:
     loop = _median(loops)
     report = {
         "bundle": str(bundle), "items": items, "body_bytes": size, "loads": middle, "loop": loop,
-        "first_start_s": starts[0], "start_s": statistics.median(starts[1:]), **used, "bytes_an_item": used["rss_mib"] * 2**20 / items,
+        "first_start_s": starts[0], "start_s": statistics.median(starts[1:]), **used,
+        "bytes_an_item": used["rss_mib"] * 2**20 / items,
         "ratios": {
             f"{what} at {c}": value
             for c in asked.connections
