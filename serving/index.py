@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Collection
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -279,12 +280,11 @@ class HnswIndex:
         Args:
             query: (D,) float32, finite.
             k: answers wanted.
-            out: rows never to answer with.
-            room: how many of those a lookup makes room for.
+            out: rows never to answer with, of which a lookup makes room for `room`.
 
         Returns:
-            (k,) int64 rows, best first, equals by the smaller, and their (k,) float32 scores.
-            None: something is unusual, or too little was found; `search` sees to it.
+            (k,) int64 rows, best first, equals by the smaller, and (k,) float32 scores; None: it is
+            unusual, or too little was found, and `search` sees to it.
         """
         breadth = max(2 * (k + room), self.rules.ef)
         usual = self._graph is not None and self._members is None
@@ -300,14 +300,15 @@ class HnswIndex:
             nodes, distances = self._graph.knn_query(point, min(self._nodes, breadth), 1)
         except RuntimeError:  # fewer nodes within reach than were asked for
             return None
-        kept = [place for place, row in enumerate(nodes[0].tolist()) if row not in out][:k]
+        # A few plain numbers are ordered sooner than arrays of them.
+        found = zip(distances[0].tolist(), nodes[0].tolist(), strict=True)
+        kept = sorted(islice((pair for pair in found if pair[1] not in out), k))
         if len(kept) < k:
             return None
-        rows = nodes[0][kept].astype(np.int64)
+        rows = np.array([row for _, row in kept], np.int64)
         if self._as_they_are:
-            scores = (1 - distances[0][kept]) * np.float32(length)
-        else:
-            scores = self._vectors[rows] @ query
+            return rows, np.array([(1 - away) * length for away, _ in kept], np.float32)
+        scores = self._vectors[rows] @ query
         order = np.lexsort((rows, -scores))
         return rows[order], scores[order]
 
