@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,8 @@ import typer
 from recsys.errors import ConfigError
 
 if TYPE_CHECKING:
-    from serving.http.keys import Keys
+    from serving.http.keys import Keys, Role
+    from serving.http.rates import Rate
 
 MAIN = "main"
 """The variant that SOURCE is."""
@@ -44,6 +45,14 @@ def serve(
     keys: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Hashes of API keys; or RECSYS_KEYS.")
     ] = None,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[ROLE=]NUMBER", help="Requests a second of each key; none: any."),
+    ] = None,
+    burst: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[ROLE=]NUMBER", help="Requests at once; else a second's worth."),
+    ] = None,
     make_key: Annotated[
         str | None, typer.Option(metavar="ROLE", help="Print a new key, read or write, and exit.")
     ] = None,
@@ -59,7 +68,8 @@ def serve(
 ) -> None:
     """Answer over HTTP: similar items, recommendations, search.
 
-    A new model at SOURCE is loaded beside the old one and takes over without a pause. SIGTERM
+    A new model at SOURCE is loaded beside the old one and takes over without a pause. The file of
+    keys is read again when it changes. Without keys, --rate bounds all callers together. SIGTERM
     finishes what runs.
 
     \b
@@ -79,10 +89,14 @@ def serve(
         raise ConfigError("Name a SOURCE: a bundle, a folder with CURRENT, or models:/NAME@ALIAS.")
     if log_level not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"--log-level {log_level} is none of debug, info, warning and error.")
+    from serving.http.rates import parse_rates
+
+    who = _keys(keys, open_writes)
     _serve(
         Plan(
             {MAIN: source}, host=host, port=port, journal=journal, exposures=exposures,
-            keys=_keys(keys, open_writes), read_only=read_only, every=every, deadline=deadline,
+            keys=who, rates=parse_rates(rate or (), burst or (), keys=who.needed),
+            read_only=read_only, every=every, deadline=deadline,
             log_every=log_every, log_level=log_level, insecure=insecure,
         ).with_variants(variant or ())
     )  # fmt: skip
@@ -98,6 +112,7 @@ class Plan:
     port: int = 8100
     journal: Path | None = None
     exposures: Path | None = None
+    rates: Mapping[Role | None, Rate] = field(default_factory=dict)
     read_only: bool = False
     insecure: bool = False
     every: float = 1.0
@@ -137,10 +152,10 @@ class Plan:
 
 
 def _keys(path: Path | None, open_writes: bool) -> Keys:
-    from serving.http.keys import Keys
+    from serving.http.keys import KeyFile, Keys
 
     if path is not None:
-        return Keys.load(path)
+        return KeyFile(path)
     if said := os.environ.get("RECSYS_KEYS"):
         return Keys.parse(said, "RECSYS_KEYS")
     return Keys(open_writes=open_writes)
@@ -181,6 +196,7 @@ def service(plan: Plan) -> Iterator[Any]:
     import torch
 
     from serving.hosting.host import Host
+    from serving.http.keys import KeyFile
     from serving.http.running import is_local, own_names
     from serving.http.service import ServiceRules, make_app
     from serving.living.exposures import ExposureLog
@@ -191,6 +207,7 @@ def service(plan: Plan) -> Iterator[Any]:
     rules = ServiceRules(
         deadline=plan.deadline,
         read_only=plan.read_only or plan.journal is None,
+        rates=plan.rates,
         hosts=own_names(plan.host) if is_local(plan.host) and not plan.keys.needed else None,
         log_every=plan.log_every,
     )
@@ -205,6 +222,9 @@ def service(plan: Plan) -> Iterator[Any]:
         host = Host(sources, living, split=plan.shares, every=plan.every)
         host.start()
         stack.callback(host.stop)
+        if isinstance(plan.keys, KeyFile):
+            plan.keys.watch()
+            stack.callback(plan.keys.stop)
         app = make_app(host, living, log, rules, plan.keys)
         stack.callback(app.close)
         yield app

@@ -56,6 +56,8 @@ def test_every_operation_declares_its_errors_in_the_one_form() -> None:
                 (kind,) = response["content"].values()
                 assert kind["schema"] == {"$ref": "#/components/schemas/ErrorBody"}
         assert {"400", "401", "500", "503"} <= set(operation["responses"])
+        public = operation["operationId"] in ("live", "ready", "metrics")
+        assert ("429" in operation["responses"]) != public
 
 
 def test_a_query_string_may_say_all_that_a_body_may_but_the_filter() -> None:
