@@ -173,6 +173,10 @@ def test_a_shop_from_end_to_end(tiny: Any, tmp_path: Path) -> None:
         assert {item.fields["category"] for item in only if item.fields} == {category}
         first = shop.similar(known[0], k=3, paged=True)
         second = shop.similar(known[0], k=3, paged=True, cursor=first.next)
+        third = shop.batch(
+            [{"kind": "similar", "items": [known[0]], "k": 2, "paged": True, "cursor": second.next}]
+        )[0]
+        assert not isinstance(third, ServiceError)
         assert not set(first.ids) & set(second.ids)
         assert first.ids + second.ids == shop.similar(known[0], k=6, exact=True).ids
         assert shop.similar(known[0], k=2, explain=True).items[0].explanation
@@ -216,6 +220,10 @@ def test_a_shop_from_end_to_end(tiny: Any, tmp_path: Path) -> None:
     assert {"shown", "click"} <= set(shown["event"])
     assert set(shown["model"].drop_nulls()) >= {version}
     assert said["request_id"] in set(shown["request"])  # a hot answer
+    # Positions go on from page to page.
+    for page, positions in ((first, [1, 2, 3]), (second, [4, 5, 6]), (third, [7, 8])):
+        rows = shown.filter(request=page.request_id).sort("position")
+        assert rows.select("item", "position").rows() == list(zip(page.ids, positions, strict=True))
 
     # What was acknowledged is there after a start.
     with running(tiny.bundle, tmp_path) as (shop, _):

@@ -232,6 +232,7 @@ class Engine:
             cursor,
             explanations,
             sure,
+            1 if question.cursor is None else 1 + question.cursor.before,
         )
 
     def _dialled(

@@ -49,7 +49,7 @@ class Exposures(Protocol):
 
     def shown(
         self, request: str, user: str | None, time: int, items: Sequence[str], variant: str,
-        model: str,
+        model: str, *, first: int = 1,
     ) -> object: ...  # fmt: skip
 
     def events(self, events: Sequence[Event]) -> object: ...
@@ -252,7 +252,7 @@ class Operations:
         self, reply: Reply, request: str, user: str | None, variant: str, model: str, call: Call
     ) -> dict[str, Any]:
         if self.exposures is not None and call.exposed and reply.ids:
-            self.exposures.shown(request, user, now(), reply.ids, variant, model)
+            self.exposures.shown(request, user, now(), reply.ids, variant, model, first=reply.first)
         if reply.fallback is not None:
             self.metrics.fallback(call.route, variant)
         return answer(reply, request, model, variant)
