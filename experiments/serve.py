@@ -23,6 +23,9 @@ MAIN = "main"
 REGISTRY = "models:/"
 CACHE = Path("runs/registry")
 """Holds the bundles that were downloaded from a registry."""
+LOOK_EVERY, ASK_EVERY = 1.0, 10.0
+"""Seconds between two looks at a folder, which are one `stat`, and between two questions to a
+registry, which many services may share."""
 
 
 def serve(
@@ -61,7 +64,10 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Without keys on an address others reach.")
     ] = False,
-    every: Annotated[float, typer.Option(min=0.05, help="Seconds between looks at SOURCE.")] = 1.0,
+    every: Annotated[
+        float | None,
+        typer.Option(min=0.05, help="Seconds between looks at SOURCE; else 1, a registry: 10."),
+    ] = None,
     deadline: Annotated[float, typer.Option(min=0.01, help="Seconds for a question.")] = 2.0,
     log_every: Annotated[int, typer.Option(min=0, help="Every which request is logged.")] = 100,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
@@ -115,7 +121,7 @@ class Plan:
     rates: Mapping[Role | None, Rate] = field(default_factory=dict)
     read_only: bool = False
     insecure: bool = False
-    every: float = 1.0
+    every: float | None = None
     deadline: float = 2.0
     log_every: int = 100
     log_level: str = "info"
@@ -161,11 +167,11 @@ def _keys(path: Path | None, open_writes: bool) -> Keys:
     return Keys(open_writes=open_writes)
 
 
-def _source(name: str, every: float) -> Any:
+def _source(name: str, every: float | None) -> Any:
     if name.startswith(REGISTRY):
         from experiments.registry import RegistrySource
 
-        return RegistrySource(name, CACHE, every=max(1.0, every))
+        return RegistrySource(name, CACHE, every=ASK_EVERY if every is None else every)
     from serving.hosting.sources import FolderSource
 
     return FolderSource(name)
@@ -219,7 +225,8 @@ def service(plan: Plan) -> Iterator[Any]:
             log = ExposureLog(plan.exposures)
             stack.callback(log.close)
         sources = {name: _source(said, plan.every) for name, said in plan.sources.items()}
-        host = Host(sources, living, split=plan.shares, every=plan.every)
+        every = LOOK_EVERY if plan.every is None else plan.every
+        host = Host(sources, living, split=plan.shares, every=every)
         host.start()
         stack.callback(host.stop)
         if isinstance(plan.keys, KeyFile):
