@@ -118,6 +118,8 @@ class KeyFile(Keys):
     even while a large model is being loaded. A file that cannot be read changes nothing: the keys
     that were valid stay valid, and the log and `facts` say so.
 
+    Write the file aside and rename it: of one that is written in place, a look may find a half.
+
     Args:
         path: of the file.
         every: seconds between two looks.
