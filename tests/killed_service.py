@@ -14,6 +14,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,8 @@ class Killed:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         if self.pid is not None:
-            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended by itself, which was told already
+                os.kill(self.pid, signal.SIGKILL)
         self._process.communicate()
 
     def start(self) -> None:
