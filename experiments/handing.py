@@ -82,6 +82,50 @@ def rollback(
     print_json({"version": path.name, "path": str(path)}) if json else print(path)
 
 
+def golden(
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="A bundle, or a folder with CURRENT.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to; else beside it, or CURRENT.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, max=10_000, help="How many.")] = 20,
+    k: Annotated[int, typer.Option("-k", "--k", min=1, max=1000, help="Answers of each.")] = 10,
+    min_overlap: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of them that a later model must give.")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file.")] = False,
+    json: Json = False,
+) -> None:
+    """Keep a good model's answers as a test of later ones.
+
+    Half ask for items like one, half for a user's. A service finds golden.json in a bundle, beside
+    it and beside CURRENT, and refuses models that answer otherwise; add "must_include": [ITEM, …]
+    to a question by hand.
+
+    \b
+    Example:
+      recsys golden runs/shop/bundle --out models/shop/golden.json
+    """
+    from recsys.errors import ConfigError
+    from serving.answers.served import Served
+    from serving.hosting.gate import GOLDEN, write_golden
+    from serving.hosting.sources import CURRENT, FolderSource
+
+    if out is None:
+        out = (bundle if (bundle / CURRENT).exists() else bundle.resolve().parent) / GOLDEN
+    if out.exists() and not force:
+        raise ConfigError(f"{out} is there already. Name another --out, or give --force.")
+    with aside():
+        served = Served.load(FolderSource(bundle).latest()[1])
+        count = write_golden(
+            served, out, questions=questions, k=k, min_overlap=min_overlap, seed=seed
+        )
+    said = {"path": str(out), "questions": count, "model": served.version}
+    print_json(said) if json else print(f"{out}: {count} questions, answered by {served.version}")
+
+
 def promote(
     model: Annotated[str, typer.Argument(metavar="NAME/VERSION", help="Of a registered model.")],
     alias: Annotated[str, typer.Option(help="The name that services watch.")] = "champion",

@@ -15,7 +15,8 @@ import typer
 from recsys.errors import ConfigError
 
 if TYPE_CHECKING:
-    from serving.http.keys import Keys
+    from serving.http.keys import Keys, Role
+    from serving.http.rates import Rate
     from serving.manifest import Check
 
 MAIN = "main"
@@ -23,6 +24,9 @@ MAIN = "main"
 REGISTRY = "models:/"
 CACHE = Path("runs/registry")
 """Holds the bundles that were downloaded from a registry."""
+LOOK_EVERY, ASK_EVERY = 1.0, 10.0
+"""Seconds between two looks at a folder, which are one `stat`, and between two questions to a
+registry, which many services may share."""
 
 
 def serve(
@@ -45,6 +49,14 @@ def serve(
     keys: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Hashes of API keys; or RECSYS_KEYS.")
     ] = None,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[ROLE=]NUMBER", help="Requests a second of each key; none: any."),
+    ] = None,
+    burst: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[ROLE=]NUMBER", help="Requests at once; else a second's worth."),
+    ] = None,
     make_key: Annotated[
         str | None, typer.Option(metavar="ROLE", help="Print a new key, read or write, and exit.")
     ] = None,
@@ -53,14 +65,18 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Without keys on an address others reach.")
     ] = False,
-    every: Annotated[float, typer.Option(min=0.05, help="Seconds between looks at SOURCE.")] = 1.0,
+    every: Annotated[
+        float | None,
+        typer.Option(min=0.05, help="Seconds between looks at SOURCE; else 1, a registry: 10."),
+    ] = None,
     deadline: Annotated[float, typer.Option(min=0.01, help="Seconds for a question.")] = 2.0,
     log_every: Annotated[int, typer.Option(min=0, help="Every which request is logged.")] = 100,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Answer over HTTP: similar items, recommendations, search.
 
-    A new model at SOURCE is loaded beside the old one and takes over without a pause. SIGTERM
+    A new model at SOURCE is loaded beside the old one and takes over without a pause. The file of
+    keys is read again when it changes. Without keys, --rate bounds all callers together. SIGTERM
     finishes what runs.
 
     \b
@@ -80,10 +96,14 @@ def serve(
         raise ConfigError("Name a SOURCE: a bundle, a folder with CURRENT, or models:/NAME@ALIAS.")
     if log_level not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"--log-level {log_level} is none of debug, info, warning and error.")
+    from serving.http.rates import parse_rates
+
+    who = _keys(keys, open_writes)
     _serve(
         Plan(
             {MAIN: source}, host=host, port=port, journal=journal, exposures=exposures,
-            keys=_keys(keys, open_writes), read_only=read_only, every=every, deadline=deadline,
+            keys=who, rates=parse_rates(rate or (), burst or (), keys=who.needed),
+            read_only=read_only, every=every, deadline=deadline,
             log_every=log_every, log_level=log_level, insecure=insecure,
         ).with_variants(variant or ())
     )  # fmt: skip
@@ -99,9 +119,10 @@ class Plan:
     port: int = 8100
     journal: Path | None = None
     exposures: Path | None = None
+    rates: Mapping[Role | None, Rate] = field(default_factory=dict)
     read_only: bool = False
     insecure: bool = False
-    every: float = 1.0
+    every: float | None = None
     deadline: float = 2.0
     log_every: int = 100
     log_level: str = "info"
@@ -138,20 +159,20 @@ class Plan:
 
 
 def _keys(path: Path | None, open_writes: bool) -> Keys:
-    from serving.http.keys import Keys
+    from serving.http.keys import KeyFile, Keys
 
     if path is not None:
-        return Keys.load(path)
+        return KeyFile(path)
     if said := os.environ.get("RECSYS_KEYS"):
         return Keys.parse(said, "RECSYS_KEYS")
     return Keys(open_writes=open_writes)
 
 
-def _source(name: str, every: float) -> Any:
+def _source(name: str, every: float | None) -> Any:
     if name.startswith(REGISTRY):
         from experiments.registry import RegistrySource
 
-        return RegistrySource(name, CACHE, every=max(1.0, every))
+        return RegistrySource(name, CACHE, every=ASK_EVERY if every is None else every)
     from serving.hosting.sources import FolderSource
 
     return FolderSource(name)
@@ -203,6 +224,7 @@ def service(plan: Plan, begun: Mapping[Path, Check] | None = None) -> Iterator[A
     import torch
 
     from serving.hosting.host import Host
+    from serving.http.keys import KeyFile
     from serving.http.running import is_local, own_names
     from serving.http.service import ServiceRules, make_app
     from serving.living.exposures import ExposureLog
@@ -213,6 +235,7 @@ def service(plan: Plan, begun: Mapping[Path, Check] | None = None) -> Iterator[A
     rules = ServiceRules(
         deadline=plan.deadline,
         read_only=plan.read_only or plan.journal is None,
+        rates=plan.rates,
         hosts=own_names(plan.host) if is_local(plan.host) and not plan.keys.needed else None,
         log_every=plan.log_every,
     )
@@ -224,9 +247,13 @@ def service(plan: Plan, begun: Mapping[Path, Check] | None = None) -> Iterator[A
             log = ExposureLog(plan.exposures)
             stack.callback(log.close)
         sources = {name: _source(said, plan.every) for name, said in plan.sources.items()}
-        host = Host(sources, living, split=plan.shares, every=plan.every, begun=begun)
+        every = LOOK_EVERY if plan.every is None else plan.every
+        host = Host(sources, living, split=plan.shares, every=every, begun=begun)
         host.start()
         stack.callback(host.stop)
+        if isinstance(plan.keys, KeyFile):
+            plan.keys.watch()
+            stack.callback(plan.keys.stop)
         app = make_app(host, living, log, rules, plan.keys)
         stack.callback(app.close)
         yield app

@@ -26,8 +26,8 @@ class ServiceError(RecsysError):
     """The service refused, or did not answer.
 
     Args:
-        code: the service's own ("unknown_item", …); "unreachable", "timeout" or "bad_answer" when
-            nothing that the service said can be told.
+        code: the service's own ("unknown_item", "rate_limited", …); "unreachable", "timeout" or
+            "bad_answer" when nothing that the service said can be told.
         message: a sentence for people.
         status: of HTTP; None: no answer came.
         request_id: finds the request in the service's log.
@@ -158,9 +158,9 @@ class Event(TypedDict, total=False):
 
 
 class _Retry(urllib3.Retry):
-    """Asks again what surely was not done: no connection, or a 503 that says when."""
+    """Asks again what surely was not done: no connection, or a 429 or 503 that says when."""
 
-    RETRY_AFTER_STATUS_CODES = frozenset([503])
+    RETRY_AFTER_STATUS_CODES = frozenset([429, 503])
 
 
 class Client:
@@ -171,7 +171,7 @@ class Client:
         key: API key, where the service wants one.
         timeout: seconds for connecting and for each wait for an answer.
         retries: how often a request is sent again when no connection could be made, or when the
-            service said 503 with Retry-After (of which at most `timeout` is waited for).
+            service said 429 or 503 with Retry-After (of which at most `timeout` is waited for).
         connections: kept open.
         variant: forces one of the models side by side; the service may want a write key for that.
 

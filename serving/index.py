@@ -3,8 +3,7 @@
 hnswlib reads past its arrays, loads damaged files and fails to save without a word, so everything
 is checked before native code and read back after it. Around the graph stands a planner: what a
 graph answers badly (small catalogues, narrow filters, long exclusions) the exact product answers.
-
-Legend: Q queries, N rows, D dimensions, k answers, G distinct vectors (nodes of the graph).
+Legend: N rows, D dimensions, Q queries, k answers, G distinct vectors (nodes of the graph).
 """
 
 from __future__ import annotations
@@ -377,10 +376,9 @@ class HnswIndex:
     def _ranked(self, queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rows (b, k) best first, equals by the smaller, and their exact scores."""
         rows = np.sort(rows, axis=1)
-        missing = rows < 0
-        vectors = self._vectors[np.where(missing, 0, rows)]  # (b, k, D)
+        vectors = self._vectors[np.maximum(rows, 0)]  # (b, k, D)
         scores = np.matmul(vectors, queries[:, :, None])[:, :, 0]
-        scores[missing] = -np.inf
+        scores[rows < 0] = -np.inf
         order = (-scores).argsort(axis=1, kind="stable")
         line = np.arange(len(rows))[:, None]
         return rows[line, order], scores[line, order]

@@ -135,7 +135,7 @@ class FakeExposures:
 
     def shown(
         self, request: str, user: str | None, time: int, items: Sequence[str], variant: str,
-        model: str, propensity: Sequence[float] | None = None,
+        model: str, propensity: Sequence[float] | None = None, *, first: int = 1,
     ) -> None:  # fmt: skip
         self.rows.append((request, user, tuple(items), variant, model))
 

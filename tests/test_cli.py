@@ -27,6 +27,7 @@ VERBS += [
     "serve",
     "publish",
     "rollback",
+    "golden",
     "promote",
     "export",
 ]

@@ -17,6 +17,7 @@ from recsys.errors import QueryError
 from serving.http.direct import MOST_BYTES, Direct
 from serving.http.keys import Keys, make_key
 from serving.http.protocol import GuardedProtocol
+from serving.http.rates import Rate
 from serving.http.service import ServiceRules, make_app
 
 HISTORY = {"history": ["i1", "i2"], "k": 3}
@@ -219,3 +220,11 @@ def test_keys_and_host_names_hold_for_direct_questions(direct: list[bool]) -> No
         assert one.ask(sent.replace(b"localhost", b"elsewhere"))[0] == 403
         one.socket.close()
     assert direct == [True, False, False, False]
+
+
+def test_rates_hold_for_direct_questions(direct: list[bool]) -> None:
+    rules = ServiceRules(rates={None: Rate(0.001, 3)})
+    with line(make_app(FakeHost(), rules=rules)) as one:
+        found = [one.ask(post("/v1/vectors", VECTOR))[0] for _ in range(4)]
+    assert found == [200, 200, 429, 429]  # the line has asked once before
+    assert direct == [True, True, False, False]

@@ -309,6 +309,10 @@ def test_a_live_item_is_found_by_text_filter_and_likeness_and_gone_when_deleted(
     found = _one(engine, Ask("search", text=title, k=3, filter=cheap, fields=("title", "price")))
     assert "new" in found.ids and found.fields is not None
     assert found.fields[found.ids.index("new")] == {"title": title, "price": 31.94}
+    for fields, said in (((), {}), (("title", "title"), {"title": title})):
+        again = _one(engine, Ask("search", text=title, k=3, filter=cheap, fields=fields))
+        assert again.fields is not None and len(again.fields) == len(again.ids) > 1
+        assert again.fields[again.ids.index("new")] == said
     alike = _one(engine, Ask("similar", items=("new",), k=5))
     assert alike.fallback is None and "new" not in alike.ids
     assert "new" in _one(engine, Ask("recommend", user="nobody", k=1000)).ids

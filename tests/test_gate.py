@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from swapping import renamed
 
 from recsys.errors import DataError
 from recsys.search import ExactIndex
@@ -20,6 +21,7 @@ from serving.answers.served import Served
 from serving.hosting.gate import GateRules, check, golden_questions, write_golden
 from serving.index import HnswIndex, IndexRules
 from serving.neighbours import Neighbours
+from serving.publish import publish
 
 GRAPH = IndexRules(kind="hnsw", exact_breadth=1, exact_below=0)
 
@@ -248,3 +250,39 @@ def test_the_gate_takes_less_than_a_second_at_a_hundred_thousand_items(good: Ser
     verdict = check(served, None, GateRules())
     assert not verdict.passed
     assert verdict.measured["seconds"] < 1.0
+
+
+def test_the_command_writes_questions_that_the_gate_asks(
+    plain: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the gate looks for them: beside a bundle, and beside CURRENT."""
+    from experiments import cli
+
+    def run(*arguments: object) -> tuple[int | None, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["golden", *(str(argument) for argument in arguments)])
+        return (ended.value.code, *capsys.readouterr())  # type: ignore[return-value]
+
+    bundle = renamed(plain.bundle, tmp_path / "run" / "bundle", "")
+    folder = tmp_path / "shop"
+    published = publish(bundle, folder)
+    code, out, _ = run(bundle, "--questions", 6, "-k", 4, "--min-overlap", 1, "--json")
+    told = json.loads(out)
+    assert (code, told["questions"]) == (0, 6)
+    assert Path(told["path"]) == bundle.parent / "golden.json"
+    code, out, _ = run(folder)
+    assert (code, out) == (0, f"{folder}/golden.json: 20 questions, answered by {published.name}\n")
+    for path, count in ((bundle, 6), (published, 20)):
+        verdict = check(Served.load(path), None, GateRules(), folder=path)
+        assert verdict.passed and verdict.measured["golden"] == count
+    # A model with other items does not pass.
+    foreign = Served.load(renamed(plain.bundle, tmp_path / "foreign", "x"))
+    assert not check(foreign, None, GateRules(), folder=bundle).passed
+    # What somebody may have written by hand is not written over unasked.
+    before = (folder / "golden.json").read_text()
+    code, _, err = run(bundle, "--out", folder / "golden.json")
+    assert code == 2 and "is there already" in err
+    assert (folder / "golden.json").read_text() == before
+    assert run(bundle, "--out", folder / "golden.json", "--force", "--seed", 1)[0] == 0
+    assert (folder / "golden.json").read_text() != before
+    assert run(tmp_path / "nowhere")[0] == 2

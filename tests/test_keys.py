@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hmac
+import logging
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+from service_cases import FakeHost, FakeLiving, served
+from swapping import until
 
 from recsys.errors import ConfigError
+from serving.client import Client, ServiceError
 from serving.http import keys
-from serving.http.keys import Keys, given, make_key
+from serving.http.keys import KeyFile, Keys, given, make_key
+from serving.http.service import make_app
 
 
 def test_a_key_opens_its_role_and_two_of_a_role_are_valid_at_once() -> None:
@@ -74,3 +81,95 @@ def test_a_key_is_found_in_either_header() -> None:
     assert given([(b"host", b"x"), (b"x-api-key", b"abc")]) == b"abc"
     assert given([(b"authorization", b"Basic abc")]) is None
     assert given([]) is None
+
+
+# --- a file that changes --------------------------------------------------------------------------
+
+
+def test_keys_are_rotated_while_the_service_runs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (old, one), (new, two), (write, three) = (make_key(r) for r in ("read", "read", "write"))
+    path = tmp_path / "keys"
+
+    def write_down(*lines: str) -> None:
+        """At once: a look in between would find half a file."""
+        (tmp_path / "aside").write_text("\n".join(lines))
+        (tmp_path / "aside").rename(path)
+
+    write_down(one.line())
+    kept = KeyFile(path, every=0.02)
+    app = make_app(FakeHost(), FakeLiving(), keys=kept)
+    kept.watch()
+    try:
+        with served(app) as port:
+
+            def may(key: str, hot: bool = True) -> bool:
+                with Client(f"http://127.0.0.1:{port}", key) as client:
+                    try:
+                        if hot:  # the client posts its questions; this is the other way
+                            got = client._pool.request(
+                                "GET", f"{client.url}/v1/items/i1/similar", headers=client._headers
+                            )
+                            return bool(got.status == 200)
+                        client.put_item("a", {"title": "b"})
+                    except ServiceError as error:
+                        assert error.code in ("no_key", "forbidden")
+                        return False
+                    return True
+
+            def counted(name: str) -> float:
+                with Client(f"http://127.0.0.1:{port}", old) as client:
+                    text = client._pool.request(
+                        "GET", f"{client.url}/metrics", headers=client._headers
+                    ).data.decode()
+                (line,) = [
+                    one for one in text.splitlines() if one.startswith(f"recsys_keys_{name} ")
+                ]
+                return float(line.split()[-1])
+
+            assert may(old) and not may(new)
+            write_down(one.line(), two.line(), three.line())
+            until(lambda: may(new))
+            assert may(old) and may(write, hot=False) and not may(new, hot=False)
+            assert counted("valid") == 3 and counted("broken") == 0
+
+            # A broken file, and none at all, change nothing, and it is said once.
+            caplog.clear()
+            write_down("rk_put_here_by_mistake")
+            until(lambda: counted("broken") == 1)
+            time.sleep(0.1)
+            assert may(old) and may(new) and may(write, hot=False)
+            assert counted("failures_total") == 1
+            (said,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+            assert "Line 1 of" in said.getMessage() and "rk_put" not in said.getMessage()
+            path.unlink()
+            until(lambda: counted("failures_total") == 2)
+            assert may(old) and may(new)
+
+            reads = counted("reads_total")
+            write_down(two.line(), one.line())
+            until(lambda: counted("broken") == 0)
+            assert counted("reads_total") == reads + 1 and not may(write, hot=False)
+            write_down(two.line())
+            until(lambda: not may(old))
+            assert may(new)
+    finally:
+        kept.stop()
+
+
+def test_a_file_that_stays_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "keys"
+    path.write_text(make_key("read")[1].line())
+    kept = KeyFile(path)
+    kept.look()
+    read = []
+    monkeypatch.setattr(Keys, "load", staticmethod(lambda path: read.append(path)))
+    for _ in range(3):
+        kept.look()
+    assert not read and kept.facts()["reads"] == 1
+
+
+def test_a_file_of_keys_must_be_there_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        KeyFile(tmp_path / "none")

@@ -26,7 +26,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 # --- the cursor -----------------------------------------------------------------------------------
 
-CURSOR = Cursor("one", b"8 bytes.", 7, 0.1, (LIVE, 0, "ä/b"), np.ones((2, 3), np.float32))
+CURSOR = Cursor("one", b"8 bytes.", 7, 0.1, (LIVE, 0, "ä/b"), np.ones((2, 3), np.float32), 30)
 
 
 def _decode(
@@ -40,6 +40,7 @@ def test_a_cursor_is_read_back_and_may_stand_in_a_url() -> None:
     assert set(text) <= set(LETTERS)
     again = _decode(text)
     assert (again.generation, again.score, again.key) == (7, 0.1, (LIVE, 0, "ä/b"))
+    assert again.before == 30
     np.testing.assert_array_equal(again.vectors, CURSOR.vectors)
 
 
@@ -70,6 +71,8 @@ def test_a_cursor_of_another_model_is_gone_and_of_another_question_wrong() -> No
         _decode(CURSOR.encode(), dimension=4)
     with pytest.raises(CursorError, match="does not fit"):
         _decode(replace(CURSOR, score=float("nan")).encode())
+    with pytest.raises(CursorError, match="does not fit"):  # no position that could be written down
+        _decode(replace(CURSOR, before=2**32 - 1).encode())
 
 
 def test_what_may_change_between_pages_and_what_may_not() -> None:
@@ -134,6 +137,7 @@ def _pages(engine: Engine, ask: Ask, between: object = None) -> list[list[str]]:
         reply = engine.answer([replace(ask, cursor=cursor)])[0]
         assert isinstance(reply, Reply), reply
         assert reply.exact and (np.diff(reply.scores) <= 0).all()
+        assert reply.first == 1 + sum(len(page) for page in pages)
         pages.append(reply.ids)
         cursor = reply.next
         if cursor is None:

@@ -6,10 +6,12 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from swapping import renamed, until
+from tracking_server import TrackingServer
 
 from experiments import registry
 from experiments.registry import RegistrySource, promote
@@ -24,8 +26,9 @@ from serving.living.live import Living
 def register(out: Path) -> Callable[..., str]:
     """Give a function that registers a bundle as `recsys train` does, and says its version."""
 
-    def register(bundle: Path | None = None, out: Path = out, **files: str) -> str:
-        with Tracker(TrackRules(model="shop"), out / "run", run_name="run", out=out) as run:
+    def register(bundle: Path | None = None, out: Path = out, uri: str = "", **files: str) -> str:
+        rules = TrackRules(model="shop", uri=uri)
+        with Tracker(rules, out / "run", run_name="run", out=out) as run:
             path = run.folder / "bundle"
             shutil.rmtree(path, ignore_errors=True)
             if bundle is not None:
@@ -211,3 +214,78 @@ def test_the_service_follows_the_champion_and_survives_the_store(
         assert host.facts()[0]["token"].startswith("2-")
     finally:
         host.stop()
+
+
+# --- a registry over HTTP -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_service_follows_a_registry_over_http(
+    out: Path,
+    register: Callable[..., str],
+    tmp_path: Path,
+    plain: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bundles go up and come down through the server alone; it goes away and comes back."""
+    for name in ("TIMEOUT", "MAX_RETRIES", "BACKOFF_FACTOR"):
+        monkeypatch.delenv(f"MLFLOW_HTTP_REQUEST_{name}", raising=False)
+    kept, cache = tmp_path / "kept", tmp_path / "cache"
+    with TrackingServer(out / "mlflow.db", kept) as server:
+        made = {name: renamed(plain.bundle, tmp_path / name, f"{name}-") for name in "ab"}
+        first, second = (register(made[name], uri=server.address) for name in "ab")
+        promote("shop", first, tracking=server.address)
+        # Only the server knows where the artifacts lie.
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+        source = RegistrySource("models:/shop@champion", cache, every=0.2, timeout=2)
+        assert source._ask()[1].is_relative_to(cache) and len(list(cache.iterdir())) == 1
+        assert source._store is not None
+        place = source._store.version_of("shop", None, "champion")[1]
+        assert place.startswith("mlflow-artifacts:")
+        found = RegistrySource(f"models:/shop/{second}", cache).latest()[1]
+        for file in (path for path in made["b"].rglob("*") if path.is_file()):
+            assert (found / file.relative_to(made["b"])).read_bytes() == file.read_bytes()
+        shutil.rmtree(found)
+
+        host = Host({"main": source}, Living(None), every=0.05)
+        host.start()
+        try:
+
+            def begins(prefix: str) -> bool:
+                return host.choose(None)[1].served.bundle.items.ids[0].startswith(prefix)
+
+            assert begins("a-")
+            promote("shop", second, tracking=server.address)
+            until(lambda: begins("b-"), 60)
+            assert host.facts()[0]["last_error"] is None
+            server.stop()
+            until(lambda: host.facts()[0]["last_error"], 60)
+            assert begins("b-") and "shop@champion" in host.facts()[0]["last_error"]
+            server.start()
+            promote("shop", first, tracking=server.address)
+            until(lambda: begins("a-"), 90)
+        finally:
+            host.stop()
+
+
+def test_a_registry_is_asked_every_ten_seconds_unless_the_plan_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from experiments.serve import _source
+
+    asked: list[float] = []
+
+    def ask(self: RegistrySource) -> tuple[str, Path]:
+        asked.append(clock[0])
+        return "1-x", tmp_path
+
+    clock = [1000.0]
+    monkeypatch.setattr(RegistrySource, "_ask", ask)
+    monkeypatch.setattr(registry, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for every, gaps in ((None, 10), (0.5, 1), (30.0, 30)):
+        source = _source("models:/shop@champion", every)
+        asked.clear()
+        for second in range(91):  # as a host does that looks every second
+            clock[0] = 2000.0 + second
+            source.latest()
+        assert [later - asked[0] for later in asked] == list(range(0, 91, gaps))

@@ -20,14 +20,16 @@ from typing import Any
 import polars as pl
 import pytest
 from service_cases import FakeEngine, FakeExposures, FakeHost, raw, served
+from swapping import until
 from typer.testing import CliRunner
 
 from experiments import cli
-from experiments.serve import MAIN, Plan, service
+from experiments.serve import MAIN, Plan, _keys, service
 from recsys.errors import ConfigError
 from serving.client import Client, ServiceError
-from serving.http.keys import Keys
+from serving.http.keys import Keys, make_key
 from serving.http.logs import json_logs
+from serving.http.rates import parse_rates
 from serving.http.running import bind, is_local, own_names
 from serving.http.service import make_app
 
@@ -171,6 +173,10 @@ def test_a_shop_from_end_to_end(tiny: Any, tmp_path: Path) -> None:
         assert {item.fields["category"] for item in only if item.fields} == {category}
         first = shop.similar(known[0], k=3, paged=True)
         second = shop.similar(known[0], k=3, paged=True, cursor=first.next)
+        third = shop.batch(
+            [{"kind": "similar", "items": [known[0]], "k": 2, "paged": True, "cursor": second.next}]
+        )[0]
+        assert not isinstance(third, ServiceError)
         assert not set(first.ids) & set(second.ids)
         assert first.ids + second.ids == shop.similar(known[0], k=6, exact=True).ids
         assert shop.similar(known[0], k=2, explain=True).items[0].explanation
@@ -214,6 +220,10 @@ def test_a_shop_from_end_to_end(tiny: Any, tmp_path: Path) -> None:
     assert {"shown", "click"} <= set(shown["event"])
     assert set(shown["model"].drop_nulls()) >= {version}
     assert said["request_id"] in set(shown["request"])  # a hot answer
+    # Positions go on from page to page.
+    for page, positions in ((first, [1, 2, 3]), (second, [4, 5, 6]), (third, [7, 8])):
+        rows = shown.filter(request=page.request_id).sort("position")
+        assert rows.select("item", "position").rows() == list(zip(page.ids, positions, strict=True))
 
     # What was acknowledged is there after a start.
     with running(tiny.bundle, tmp_path) as (shop, _):
@@ -230,6 +240,32 @@ def test_without_a_journal_nothing_is_written(plain: Any) -> None:
             port, b"GET /v1/live HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
         )
         assert other.startswith(b"HTTP/1.1 403")
+
+
+def test_the_plan_bounds_callers_and_follows_the_file_of_keys(plain: Any, tmp_path: Path) -> None:
+    (first, one), (second, two) = make_key("read"), make_key("read")
+    path = tmp_path / "keys"
+    path.write_text(one.line())
+    keys = _keys(path, open_writes=False)
+    rates = parse_rates(["0.01"], ["3"], keys=keys.needed)
+    plan = Plan({MAIN: str(plain.bundle)}, keys, rates=rates, deadline=20)
+    with service(plan) as app, served(app) as port:
+        url = f"http://127.0.0.1:{port}"
+
+        def code(key: str) -> str:
+            with Client(url, key, retries=0, timeout=20) as shop:
+                try:
+                    shop.item("i01")
+                except ServiceError as error:
+                    return error.code
+                return "well"
+
+        assert [code(first) for _ in range(4)] == ["well", "well", "well", "rate_limited"]
+        assert code(second) == "no_key"
+        (tmp_path / "aside").write_text(two.line())
+        (tmp_path / "aside").rename(path)
+        until(lambda: code(first) == "no_key")
+        assert [code(second) for _ in range(4)] == ["well", "well", "well", "rate_limited"]
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from tracking_server import TrackingServer, free_port
 
 from experiments import track
 from experiments.spool import Spool, finite, flatten, valid_name
@@ -184,9 +185,7 @@ def test_without_tracking_the_spool_has_the_run(
 
 
 def dead_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 def test_a_server_that_is_down_costs_seconds_and_the_run_is_sent_later(
@@ -308,42 +307,21 @@ def test_a_tracking_server_keeps_the_run(out: Path, tmp_path: Path) -> None:
     """Over HTTP, through the artifact proxy; the server dies and comes back."""
     from mlflow.tracking import MlflowClient
 
-    address = dead_address()
-    port = address.rpartition(":")[2]
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", port]
-    command += ["--backend-store-uri", f"sqlite:///{out / 'mlflow.db'}"]
-    command += ["--artifacts-destination", str(tmp_path / "kept")]
-
-    def serve() -> subprocess.Popen[bytes]:
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until = time.monotonic() + 90
-        while time.monotonic() < until:
-            try:
-                socket.create_connection(("127.0.0.1", int(port)), 1).close()
-                return server
-            except OSError:
-                time.sleep(0.2)
-        raise AssertionError("mlflow server does not start")
-
-    server = serve()
-    try:
+    with TrackingServer(out / "mlflow.db", tmp_path / "kept") as server:
+        address = server.address
         run = Tracker(TrackRules(uri=address), out / "far", run_name="far")
         run.log_metrics({"loss": 1.0}, 1)
-        server.terminate()
-        server.wait(30)
+        server.stop()
         run.log_metrics({"loss": 0.5}, 2)
         run.log_bundle(bundle_in(run))
         run.finish()
-        server = serve()
+        server.start()
         assert replay(run.folder) == run.run_id
         client = MlflowClient(address, address)
         assert history(client, run.run_id, "loss") == [(1, 1.0), (2, 0.5)]
         assert client.get_model_version_by_alias("far", "candidate").run_id == run.run_id
         paths = [a.path for a in client.list_artifacts(run.run_id, "bundle")]
         assert "bundle/manifest.json" in paths
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 def test_a_torn_last_line_of_the_curves_is_passed_over(open_run: Callable[..., Tracker]) -> None:

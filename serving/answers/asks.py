@@ -134,6 +134,7 @@ class Reply:
         next: cursor of the next page; None: the last page, or none was asked for.
         explanations: one an answer, see serving/answers/explain.py, where they were asked for.
         exact: whether the search was exact, so that no better item can have been missed.
+        first: position of the first item, counted from 1; more on a later page.
     """
 
     ids: list[str]
@@ -143,6 +144,7 @@ class Reply:
     next: str | None = None
     explanations: list[dict[str, Any]] | None = None
     exact: bool = False
+    first: int = 1
 
 
 __all__ = ["Ask", "CursorError", "Filter", "Kind", "Reply", "UnknownItem", "Value"]

@@ -245,6 +245,7 @@ class Engine:
             cursor,
             explanations,
             sure,
+            1 if question.cursor is None else 1 + question.cursor.before,
         )
 
     def _dialled(
@@ -273,7 +274,9 @@ class Engine:
             return self.served.fields(stock.rows_of(places), wanted)
         rows = stock.rows_of(places)
         said = iter(self.served.fields(rows[rows > 0], wanted))
-        columns = self.served.field_names if wanted is None else list(wanted)
+        columns = self.served.field_names if wanted is None else list(dict.fromkeys(wanted))
+        if not columns:
+            return [{} for _ in places]
         live = iter(json_rows(stock.view.fields[places[rows == 0] - stock.n].select(columns)))
         return [next(said) if row else next(live) for row in rows.tolist()]
 

@@ -1,9 +1,9 @@
 """Pages: the exact ranking, cut after any answer, and the cursor that says where.
 
-A cursor holds what the next page needs: the last answer's score and place, and the vectors that
-ask, because a click between two pages moves those and would shuffle everything. It holds no
-secret and grants nothing: whoever forges one asks by a vector, which anybody may. Its digest tells
-damage from what we gave.
+A cursor holds what the next page needs: the last answer's score and place, how many came before,
+and the vectors that ask, because a click between two pages moves those and would shuffle
+everything. It holds no secret and grants nothing: whoever forges one asks by a vector, which
+anybody may. Its digest tells damage from what we gave.
 
 Scores of a product of matrices differ in their last bits with the number of rows. The order is
 therefore by sums in float64 of each row alone, which only the candidates near a cut are given.
@@ -27,9 +27,12 @@ import torch
 from recsys.errors import QueryError
 from serving.answers.asks import Ask, CursorError
 
-FORMAT = 1
-_HEAD = struct.Struct("<B6s8sqdqBHI")
-"""Format, version, question, generation, score, place and its kind, bytes of id, interests."""
+FORMAT = 2
+_HEAD = struct.Struct("<B6s8sqdIqBHI")
+"""Format, version, question, generation, score, answers before, place and its kind, bytes of id,
+interests."""
+MOST_BEFORE = 1 << 30
+"""Answers before; positions of what was shown are written down as int32."""
 DIGEST = 8
 AT_ONCE = 1 << 16
 """Rows whose exact scores are made at once."""
@@ -52,6 +55,7 @@ class Cursor:
         score: of the last answer, exactly.
         key: of the last answer; orders equal scores.
         vectors: (K, D) float32 that ask; none: the most popular items answer.
+        before: answers on this page and those before it.
     """
 
     version: str
@@ -60,6 +64,7 @@ class Cursor:
     score: float
     key: Key
     vectors: np.ndarray
+    before: int = 0
 
     def encode(self) -> str:
         """Letters that may stand in a URL."""
@@ -70,8 +75,8 @@ class Cursor:
                 "The id of the last answer is too long for a cursor; ask by k instead."
             )
         body = _HEAD.pack(
-            FORMAT, _version(self.version), self.question, self.generation, self.score, number,
-            kind, len(name), len(vectors),
+            FORMAT, _version(self.version), self.question, self.generation, self.score,
+            self.before, number, kind, len(name), len(vectors),
         )  # fmt: skip
         body += name + vectors.astype("<f4").tobytes()
         return base64.urlsafe_b64encode(body + _digest(body)).decode().rstrip("=")
@@ -96,7 +101,7 @@ class Cursor:
                 raise ValueError("bits beyond the end")
             if digest != _digest(body):
                 raise ValueError("another digest")
-            form, said, asked, generation, score, number, kind, length, interests = (
+            form, said, asked, generation, score, before, number, kind, length, interests = (
                 _HEAD.unpack_from(body)
             )
             rest = body[_HEAD.size :]
@@ -118,11 +123,11 @@ class Cursor:
                 "only k and fields may differ; or begin with the first page, without a cursor."
             )
         if len(values) != interests * dimension or not (
-            np.isfinite(values).all() and np.isfinite(score)
+            np.isfinite(values).all() and np.isfinite(score) and before < MOST_BEFORE
         ):
             raise CursorError("The cursor does not fit this model. Begin without a cursor.")
         vectors = values.reshape(interests, dimension).astype(np.float32)
-        return Cursor(version, question, generation, score, (kind, number, name), vectors)
+        return Cursor(version, question, generation, score, (kind, number, name), vectors, before)
 
 
 def _version(version: str) -> bytes:

@@ -85,9 +85,10 @@ class Ranking:
         found, following = at(found), None
         if more:
             asking = np.empty((0, stock.extra.shape[1]), np.float32) if vectors is None else vectors
+            before = len(found) + (0 if cursor is None else cursor.before)
             following = Cursor(
                 self._served.version, question_of(question.ask), newest, float(exact[-1]),
-                stock.key_of(int(found[-1])), asking,
+                stock.key_of(int(found[-1])), asking, before,
             ).encode()  # fmt: skip
         return found, exact.astype(np.float32), True, following
 

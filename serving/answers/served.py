@@ -105,7 +105,7 @@ class Served:
             QueryError: a column that the catalogue has not.
         """
         known = self.field_names
-        wanted = known if names is None else list(names)
+        wanted = known if names is None else list(dict.fromkeys(names))  # each named once
         if missing := [name for name in wanted if name not in known]:
             raise QueryError(
                 f"There is no field {missing[0]!r}. Known fields: {', '.join(known) or 'none'}."

@@ -259,8 +259,8 @@ def read_golden(path: str | Path) -> list[Golden]:
         raise DataError(f"There is no file {path} of golden questions.") from None
     except ValidationError as error:
         raise DataError(
-            f"{path} is no file of golden questions: {refusal(error).message}. Write one with "
-            "serving.hosting.gate.write_golden."
+            f"{path} is no file of golden questions: {refusal(error).message}. Write one: "
+            "recsys golden BUNDLE"
         ) from None
 
 

@@ -60,6 +60,8 @@ class Operation:
     def documented(self) -> dict[str, Any]:
         """What FastAPI is told of the route."""
         codes = set(self.codes) | set(ANY) | (set(BODY) if self.body else set())
+        if self.role is not None and self.name != "metrics":  # whoever watches is not bounded
+            codes.add(Code.RATE)
         by_status: dict[int, list[str]] = {}
         for code in sorted(codes):
             by_status.setdefault(STATUS[code], []).append(code.value)
@@ -67,9 +69,10 @@ class Operation:
             status: _holds(wire.ErrorBody, " or ".join(names))
             for status, names in sorted(by_status.items())
         }
-        responses[503]["headers"] = {
-            "Retry-After": {"schema": {"type": "string"}, "description": "Seconds."}
-        }
+        for status in responses.keys() & {429, 503}:
+            responses[status]["headers"] = {
+                "Retry-After": {"schema": {"type": "string"}, "description": "Seconds."}
+            }
         responses[200] = {
             "description": "Done.",
             "content": {"text/plain": {"schema": {"type": "string"}}},

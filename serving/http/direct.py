@@ -84,12 +84,17 @@ class Direct:
         # The length is that of a body that is here; nothing else of a body makes it unusual.
         head = [header for header in headers if header[0] != b"content-length"]
         request_id = self._hot.request_id(head)
-        if request_id is None or (behind.keys.needed and behind.keys.role(given(headers)) is None):
+        if request_id is None:
             return None
+        key = None
+        if behind.keys.needed:
+            key = behind.keys.find(given(headers))
+            if key is None:
+                return None
         route, form = QUESTIONS[path]
         asked = read(form, body)
         ask = asked.to_ask()
-        if not quick(ask):
+        if not quick(ask) or (behind.rates is not None and behind.rates.take(key)):
             return None
         variant, engine = behind.host.choose(asked.user)
         (reply,) = engine.answer((ask,))

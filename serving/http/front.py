@@ -83,7 +83,7 @@ class Front:
         call = Call(scope, receive, request_id or self.hot.new_id().decode("ascii"), start)
         call.wanted, call.exposed = wanted, exposed
         if self._keys.needed:
-            call.key_role = self._keys.role(given(scope["headers"]))
+            call.key = self._keys.find(given(scope["headers"]))
         try:
             check_head(scope)
             self._check_host(scope)

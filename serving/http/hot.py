@@ -58,7 +58,7 @@ class Hot:
 
     def __init__(self, operations: Operations) -> None:
         self._host, self._keys, self._rules = operations.host, operations.keys, operations.rules
-        self._metrics = operations.metrics
+        self._metrics, self._rates = operations.metrics, operations.rates
         self._prefix = secrets.token_hex(4).encode() + b"-"
         self._ids = count(1)
         self._seen = 0
@@ -115,15 +115,20 @@ class Hot:
 
     def _similar(self, id: bytes, k: int, headers: Headers) -> HotAnswer | None:
         request_id = self.request_id(headers)
-        if request_id is None or (self._keys.needed and self._keys.role(given(headers)) is None):
+        if request_id is None:
             return None
+        key = None
+        if self._keys.needed:
+            key = self._keys.find(given(headers))
+            if key is None:
+                return None
         try:
             text = segment(id.decode("ascii")) if b"%" in id else id.decode("ascii")
             variant, engine = self._host.choose(None)
         except (Refusal, UnicodeDecodeError, QueryError):
             return None  # the general way says why
         items = engine.similar_fast(text, k)
-        if items is None:
+        if items is None or (self._rates is not None and self._rates.take(key)):
             return None
         known = self._known.get(variant)
         if known is None or known.engine() is not engine:

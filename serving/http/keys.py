@@ -2,20 +2,26 @@
 
 A key is 32 random bytes, so a fast hash is enough: there is nothing to guess. A file of keys has
 one line a key, `ROLE sha256 SALT HASH`; several of a role are valid at once, so that a new key can
-be given out before the old one is taken out.
+be given out before the old one is taken out. A running service reads its file again when it
+changes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
+import os
 import secrets
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from recsys.errors import ConfigError
+
+log = logging.getLogger("recsys.serve")
 
 Role = Literal["read", "write"]
 ROLES: tuple[Role, ...] = ("read", "write")
@@ -38,12 +44,12 @@ class Hashed:
         return f"{self.role} sha256 {self.salt.hex()} {self.digest.hex()}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Keys:
     """Who may do what.
 
     Args:
-        hashed: the keys that are valid; none: reading is free.
+        hashed: the keys that are valid; none: reading is free. Replaced as a whole.
         open_writes: without keys: whether writing is free too.
 
     A write key may read too.
@@ -57,16 +63,21 @@ class Keys:
         """Whether a key must be sent."""
         return bool(self.hashed)
 
-    def role(self, key: bytes | None) -> Role | None:
-        """The strongest role of a key; None: it is not valid."""
+    def find(self, key: bytes | None) -> Hashed | None:
+        """What is kept of a key, with the strongest role it has; None: it is not valid."""
         if key is None or len(key) > LONGEST:
             return None
-        found: Role | None = None
+        found: Hashed | None = None
         for one in self.hashed:  # all of them, whatever the first says: time tells nothing
             same = hmac.compare_digest(_digest(one.salt, key), one.digest)
-            if same and found != "write":
-                found = one.role
+            if same and (found is None or found.role != "write"):
+                found = one
         return found
+
+    def role(self, key: bytes | None) -> Role | None:
+        """The strongest role of a key; None: it is not valid."""
+        found = self.find(key)
+        return None if found is None else found.role
 
     @staticmethod
     def parse(text: str, name: str = "the keys") -> Keys:
@@ -98,6 +109,79 @@ class Keys:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"The file of keys {path} cannot be read: {error}.") from None
         return Keys.parse(text, str(path))
+
+
+class KeyFile(Keys):
+    """The keys of a file, read again when it changes.
+
+    A thread of its own looks, so that a key taken out of the file is refused within `every` seconds
+    even while a large model is being loaded. A file that cannot be read changes nothing: the keys
+    that were valid stay valid, and the log and `facts` say so.
+
+    Write the file aside and rename it: of one that is written in place, a look may find a half.
+
+    Args:
+        path: of the file.
+        every: seconds between two looks.
+
+    Raises:
+        ConfigError: the file cannot be read to begin with.
+    """
+
+    def __init__(self, path: str | Path, every: float = 1.0) -> None:
+        super().__init__(Keys.load(path).hashed)
+        self.path, self.every = Path(path), every
+        self._mark: object = None
+        self._broken, self._reads, self._failures = False, 0, 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def look(self) -> None:
+        """Read the file if it is another one than at the last look."""
+        try:
+            stat = os.stat(self.path)
+            mark: object = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        except OSError as error:
+            mark = error.errno  # said once, as anything else about the file
+        if mark == self._mark:
+            return
+        first, self._mark = self._mark is None, mark
+        try:
+            hashed = Keys.load(self.path).hashed
+        except ConfigError as error:
+            self._broken, self._failures = True, self._failures + 1
+            log.error("The keys that were valid stay valid: %s", error)
+            return
+        changed, self.hashed = hashed != self.hashed, hashed
+        self._broken, self._reads = False, self._reads + 1
+        if changed or not first:
+            log.warning("The keys were read again: %d are valid.", len(hashed))
+
+    def watch(self) -> None:
+        """Look now and then, until `stop`."""
+        self._thread = threading.Thread(target=self._run, name="keys", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def facts(self) -> dict[str, int]:
+        """Counts for metrics: valid keys, whether the file cannot be read, reads and failures."""
+        return {
+            "valid": len(self.hashed),
+            "broken": int(self._broken),
+            "reads": self._reads,
+            "failures": self._failures,
+        }
+
+    def _run(self) -> None:
+        while True:
+            self.look()
+            if self._stop.wait(self.every):
+                return
 
 
 def make_key(role: str) -> tuple[str, Hashed]:

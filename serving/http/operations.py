@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,8 +21,9 @@ from recsys.errors import QueryError, RecsysError
 from serving.answers.asks import Ask, CursorError, Reply, UnknownItem
 from serving.http.batcher import Batcher, BatchRules
 from serving.http.guard import Receive, Scope, body, parameters, segment
-from serving.http.keys import Keys, Role
+from serving.http.keys import Hashed, Keys, Role
 from serving.http.metrics import Metrics
+from serving.http.rates import Rate, Rates
 from serving.http.wire import (
     BatchRequest,
     Code,
@@ -47,7 +49,7 @@ class Exposures(Protocol):
 
     def shown(
         self, request: str, user: str | None, time: int, items: Sequence[str], variant: str,
-        model: str,
+        model: str, *, first: int = 1,
     ) -> object: ...  # fmt: skip
 
     def events(self, events: Sequence[Event]) -> object: ...
@@ -64,6 +66,7 @@ class ServiceRules:
         body_seconds: for a body to arrive.
         answers, writes: how they wait.
         read_only: nothing may be written.
+        rates: how often each may ask, see `Rates`; none: nobody is bounded.
         hosts: names that the Host header may have; None: any. Without keys, a page in a browser
             could otherwise reach a local service by a name of its own (DNS rebinding).
         log_every: every which request is logged; 0: none. Failures of ours and slow ones always.
@@ -77,6 +80,7 @@ class ServiceRules:
     answers: BatchRules = field(default_factory=BatchRules)
     writes: BatchRules = field(default_factory=lambda: BatchRules(1, 1, 256, 4))
     read_only: bool = False
+    rates: Mapping[Role | None, Rate] = field(default_factory=dict)
     hosts: frozenset[bytes] | None = None
     log_every: int = 100
     log_slow: float = 1.0
@@ -86,7 +90,7 @@ class Call:
     """One request on its way, and what is to be said of it afterwards."""
 
     __slots__ = (
-        "code", "exposed", "fallback", "key_role", "model", "receive", "request_id", "route",
+        "code", "exposed", "fallback", "key", "model", "receive", "request_id", "route",
         "scope", "start", "status", "variant", "wanted",
     )  # fmt: skip
 
@@ -94,9 +98,14 @@ class Call:
         self.scope, self.receive, self.request_id, self.start = scope, receive, request_id, start
         self.route, self.variant, self.model = "other", "", ""
         self.status, self.code, self.fallback = 500, "", False
-        self.key_role: Role | None = None
+        self.key: Hashed | None = None  # a valid one
         self.wanted: str | None = None  # a variant that the asker names
         self.exposed = True  # whether anyone is shown the answer
+
+    @property
+    def key_role(self) -> Role | None:
+        """The role of the key that came with it."""
+        return None if self.key is None else self.key.role
 
 
 class Operations:
@@ -121,6 +130,7 @@ class Operations:
     ) -> None:
         self.host, self.living, self.exposures = host, living, exposures
         self.rules, self.keys, self.metrics = rules, keys, metrics
+        self.rates = Rates(rules.rates) if rules.rates else None
         self.answers = Batcher(rules.answers, name="answers")
         self.writes = Batcher(rules.writes, name="writes")
 
@@ -130,6 +140,15 @@ class Operations:
         self.writes.close()
 
     # ------------------------------------------------------------------ who may
+
+    def limit(self, call: Call) -> None:
+        """Raise a Refusal where the caller asks too often."""
+        if self.rates is not None and (wait := self.rates.take(call.key)):
+            raise Refusal(
+                Code.RATE,
+                f"Too many requests; nothing was done. Ask again in {wait:.3f} s.",
+                retry=math.ceil(wait),
+            )
 
     def allow(self, call: Call, role: Role) -> None:
         """Raise a Refusal unless the key of the call allows it."""
@@ -233,7 +252,7 @@ class Operations:
         self, reply: Reply, request: str, user: str | None, variant: str, model: str, call: Call
     ) -> dict[str, Any]:
         if self.exposures is not None and call.exposed and reply.ids:
-            self.exposures.shown(request, user, now(), reply.ids, variant, model)
+            self.exposures.shown(request, user, now(), reply.ids, variant, model, first=reply.first)
         if reply.fallback is not None:
             self.metrics.fallback(call.route, variant)
         return answer(reply, request, model, variant)

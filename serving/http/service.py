@@ -19,7 +19,7 @@ from recsys.errors import RecsysError
 from serving.http.contract import OPERATIONS, Operation, describe
 from serving.http.front import Front
 from serving.http.guard import error_body
-from serving.http.keys import Keys
+from serving.http.keys import KeyFile, Keys
 from serving.http.metrics import Metrics, counter, gauge, of_host
 from serving.http.operations import Call, Exposures, Operations, ServiceRules, log, refused
 from serving.http.page_files import PageFiles
@@ -93,6 +93,7 @@ async def _run(operations: Operations, operation: Operation, call: Call, **ids: 
     call.route = operation.name
     try:
         if operation.role is not None:
+            operations.limit(call)
             operations.allow(call, operation.role)
         content = await getattr(operations, operation.name)(call, **ids)
     except Refusal as refusal:
@@ -168,6 +169,12 @@ def _more_metrics(operations: Operations, front: Front) -> Iterable[Metric]:
         )
     dropped = front.hot.dropped + int(getattr(operations.exposures, "dropped", 0))
     yield counter("recsys_exposures_dropped", "Shown answers that were not written down.", dropped)
+    if isinstance(operations.keys, KeyFile):
+        keys = operations.keys.facts()
+        yield gauge("recsys_keys_valid", "Keys that are valid.", keys["valid"])
+        yield gauge("recsys_keys_broken", "1: their file cannot be read.", keys["broken"])
+        yield counter("recsys_keys_reads", "Times that their file was read.", keys["reads"])
+        yield counter("recsys_keys_failures", "Times that it could not be.", keys["failures"])
     facts = getattr(operations.living, "facts", None)
     if facts is not None:
         for name, value in facts().items():

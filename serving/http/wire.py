@@ -46,6 +46,7 @@ class Code(StrEnum):
     TOO_LARGE = "too_large"  # 413
     LONG_URL = "uri_too_long"  # 414
     MEDIA = "unsupported_media_type"  # 415
+    RATE = "rate_limited"  # 429 this caller asks too often; nothing was done
     HEADERS = "headers_too_large"  # 431
     INTERNAL = "internal"  # 500 our mistake
     OVERLOADED = "overloaded"  # 503 the queue is full
@@ -58,9 +59,9 @@ STATUS: dict[Code, int] = {
     Code.BAD_REQUEST: 400, Code.BAD_JSON: 400, Code.INVALID: 400, Code.BAD_QUERY: 400,
     Code.BAD_CURSOR: 400, Code.NO_KEY: 401, Code.FORBIDDEN: 403, Code.UNKNOWN_ITEM: 404,
     Code.NOT_FOUND: 404, Code.METHOD: 405, Code.TIMEOUT: 408, Code.STALE_CURSOR: 410,
-    Code.TOO_LARGE: 413, Code.LONG_URL: 414, Code.MEDIA: 415, Code.HEADERS: 431,
-    Code.INTERNAL: 500, Code.OVERLOADED: 503, Code.DEADLINE: 503, Code.NOT_READY: 503,
-    Code.NOT_WRITTEN: 503,
+    Code.TOO_LARGE: 413, Code.LONG_URL: 414, Code.MEDIA: 415, Code.RATE: 429,
+    Code.HEADERS: 431, Code.INTERNAL: 500, Code.OVERLOADED: 503, Code.DEADLINE: 503,
+    Code.NOT_READY: 503, Code.NOT_WRITTEN: 503,
 }  # fmt: skip
 
 
