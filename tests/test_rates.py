@@ -40,6 +40,25 @@ def test_a_bucket_by_hand() -> None:
     assert [bool(rates.take(None)) for _ in range(4)] == [False, False, False, True]
 
 
+def test_what_is_charged_may_be_owed() -> None:
+    clock = Clock()
+    rates = Rates({None: Rate(per_second=2, burst=3)}, clock)
+    assert rates.take(None) == 0
+    rates.charge(None, 6)  # four more than there are
+    assert rates.take(None) == 2.5
+    clock.now += 2.5
+    assert rates.take(None) == 0 and rates.take(None) == 0.5
+    Rates({}, clock).charge(None, 5)
+
+
+def test_a_batch_costs_a_token_for_each_of_its_questions() -> None:
+    app = make_app(FakeHost(), rules=ServiceRules(rates={None: Rate(0.01, 4)}))
+    batch = {"requests": [{"kind": "search", "text": "tea"}] * 3}
+    assert ask(app, "POST", "/v1/batch", batch).status == 200
+    assert ask(app, "GET", "/v1/items/i1/similar").status == 200
+    assert ask(app, "GET", "/v1/items/i1/similar").status == 429
+
+
 def test_each_key_has_a_bucket_and_each_role_a_rate() -> None:
     (_, one), (_, two), (_, write) = make_key("read"), make_key("read"), make_key("write")
     rates = Rates({"read": Rate(1, 1)}, Clock())

@@ -16,7 +16,6 @@ from recsys.errors import QueryError
 from serving.http.batcher import quick
 from serving.http.guard import Headers
 from serving.http.hot import Hot, HotAnswer
-from serving.http.keys import given
 from serving.http.operations import Operations, answer, now, version
 from serving.http.wire import Options, RecommendRequest, Refusal, VectorRequest, read
 
@@ -82,15 +81,10 @@ class Direct:
     def _answer(self, path: bytes, headers: Headers, body: bytes) -> HotAnswer | None:
         behind, start = self._operations, monotonic()
         # The length is that of a body that is here; nothing else of a body makes it unusual.
-        head = [header for header in headers if header[0] != b"content-length"]
-        request_id = self._hot.request_id(head)
-        if request_id is None:
+        head = self._hot.head([header for header in headers if header[0] != b"content-length"])
+        if head is None:
             return None
-        key = None
-        if behind.keys.needed:
-            key = behind.keys.find(given(headers))
-            if key is None:
-                return None
+        request_id, key = head
         route, form = QUESTIONS[path]
         asked = read(form, body)
         ask = asked.to_ask()

@@ -16,7 +16,7 @@ import orjson
 
 from recsys.errors import QueryError
 from serving.http.guard import Headers, sane_id, segment
-from serving.http.keys import given
+from serving.http.keys import Hashed, given
 from serving.http.metrics import Requests
 from serving.http.operations import Operations, now, version
 from serving.http.shown import Shown
@@ -113,15 +113,20 @@ class Hot:
                 return None
         return request_id or self._prefix + b"%x" % next(self._ids)
 
-    def _similar(self, id: bytes, k: int, headers: Headers) -> HotAnswer | None:
-        request_id = self.request_id(headers)
-        if request_id is None:
-            return None
-        key = None
+    def head(self, headers: Headers) -> tuple[bytes, Hashed | None] | None:
+        """The request's id and the key that it is sent with; None: ask the general way."""
+        request_id, key = self.request_id(headers), None
         if self._keys.needed:
             key = self._keys.find(given(headers))
             if key is None:
                 return None
+        return None if request_id is None else (request_id, key)
+
+    def _similar(self, id: bytes, k: int, headers: Headers) -> HotAnswer | None:
+        head = self.head(headers)
+        if head is None:
+            return None
+        request_id, key = head
         try:
             text = segment(id.decode("ascii")) if b"%" in id else id.decode("ascii")
             variant, engine = self._host.choose(None)

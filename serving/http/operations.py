@@ -202,6 +202,8 @@ class Operations:
 
     async def batch(self, call: Call) -> bytes:
         requests = read(BatchRequest, await self._body(call)).requests
+        if self.rates is not None:
+            self.rates.charge(call.key, len(requests) - 1)
         groups: dict[str, tuple[Any, list[int]]] = {}
         for place, one in enumerate(requests):
             variant, engine = self._engine(call, one.user)

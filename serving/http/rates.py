@@ -1,6 +1,7 @@
 """How often a caller may ask: a bucket of tokens for each key, kept as one number.
 
-A bucket holds `burst` tokens and gets `per_second` of them back; a request takes one. What is kept
+A bucket holds `burst` tokens and gets `per_second` of them back; a request takes one, a batch one
+for each of its questions. What is kept
 of it is the moment at which it will be full again (the generic cell rate algorithm), so nothing has
 to be filled while nobody asks.
 """
@@ -53,14 +54,27 @@ class Rates:
         rate = self._rules.get(None if key is None else key.role)
         if rate is None:
             return 0.0
-        caller = b"" if key is None else key.digest
-        now = self._clock()
+        now, caller = self._clock(), _caller(key)
         full_at = max(self._full_at.get(caller, now), now)
         wait = full_at - now - (rate.burst - 1.0) / rate.per_second
         if wait > 1e-9:  # rounding of the clock is no reason to refuse
             return wait
         self._full_at[caller] = full_at + 1.0 / rate.per_second
         return 0.0
+
+    def charge(self, key: Hashed | None, tokens: int) -> None:
+        """Take tokens for what a request turned out to be beside its first question; where there
+        are not so many, the caller owes them, and waits the longer for the next.
+        """
+        rate = self._rules.get(None if key is None else key.role)
+        if rate is not None and tokens > 0:
+            now, caller = self._clock(), _caller(key)
+            full_at = max(self._full_at.get(caller, now), now)
+            self._full_at[caller] = full_at + tokens / rate.per_second
+
+
+def _caller(key: Hashed | None) -> bytes:
+    return b"" if key is None else key.digest
 
 
 def parse_rates(
