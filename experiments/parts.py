@@ -180,7 +180,9 @@ def impressions(
     if not each_event:
         times = np.full(len(mixed), extended.bundle.cutoff)
     timed = extended.bundle.timeline.timed
-    moments = moments_of(times, duration(rules.refresh)) if timed else None
+    moments = (
+        moments_of(times, duration(rules.refresh), cutoff=extended.bundle.cutoff) if timed else None
+    )
     if timed and not each_event:
         moments = times
     scores = score_shown(extended, baselines, users, times, context, moments, items)

@@ -146,7 +146,9 @@ def questions_of(
         return questions, None
     if not each_event:
         return questions, np.full(len(questions.queries), bundle.cutoff)
-    return questions, moments_of(questions.queries.times, duration(rules.refresh))
+    return questions, moments_of(
+        questions.queries.times, duration(rules.refresh), cutoff=bundle.cutoff
+    )
 
 
 def by_moment(moments: np.ndarray | None, size: int) -> Iterator[tuple[int | None, np.ndarray]]:

@@ -231,6 +231,9 @@ class Recommender:
         allowed: np.ndarray | None,
         exclude: Ragged | None,
     ) -> tuple[np.ndarray, np.ndarray]:
+        if not len(self.bundle.rows):  # nothing exists yet at this moment
+            shape = len(vectors), k
+            return np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)
         if exclude is not None:
             place = self.position[exclude.values].astype(np.int64)
             exclude = Ragged(exclude.offsets, place).where(place >= 0)

@@ -88,7 +88,11 @@ def write_scores(
     scores = np.zeros(len(items.values), np.float32)
     moments = None
     if times is not None:
-        moments = moments_of(times, refresh) if bundle.model.uses_statistics else None
+        moments = (
+            moments_of(times, refresh, cutoff=bundle.cutoff)
+            if bundle.model.uses_statistics
+            else None
+        )
     groups = [(None, np.arange(len(frame)))]
     if moments is not None:
         order = np.argsort(moments, kind="stable")

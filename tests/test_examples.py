@@ -132,6 +132,11 @@ def test_moments_are_never_later_than_their_queries_and_not_too_many(
     assert moments.tolist() == [t // step * step for t in times]
 
 
+def test_what_the_model_was_made_of_is_known_to_every_query_after_it() -> None:
+    times = np.array([3, 12, 13, 19, 24])
+    assert moments_of(times, 10, cutoff=13).tolist() == [0, 10, 13, 13, 20]
+
+
 def test_without_times_there_are_no_moments() -> None:
     assert moments_of(None, 5) is None
     assert moments_of(np.empty(0, np.int64), 5) is None

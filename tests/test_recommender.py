@@ -344,3 +344,10 @@ def test_times_and_strengths_of_a_history_reach_the_towers_and_survive_the_bundl
     typed = encode_users(bundle.model, Queries(users, queries.history))
     assert (np.abs(typed - found).max(1) > 1e-4).all()
     assert again.recommend(history=["i01", "i02"], k=3).fallback is None
+
+
+def test_before_anything_exists_nothing_is_answered(shopkeeper: Recommender) -> None:
+    early = shopkeeper.as_of(0)
+    assert not early.allowed.any()
+    rows, scores = early.recommend_rows(early.queries(np.array([1, 2])), 3)
+    assert (rows == -1).all() and np.isneginf(scores).all() and rows.shape == (2, 3)

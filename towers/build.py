@@ -152,18 +152,24 @@ def standardise(model: TwoTower, events: TrainingEvents, seed: int) -> None:
     )
 
 
-def moments_of(times: np.ndarray | None, refresh: int, most: int = 500) -> np.ndarray | None:
+def moments_of(
+    times: np.ndarray | None, refresh: int, most: int = 500, *, cutoff: int | None = None
+) -> np.ndarray | None:
     """(Q,) moment at which items stood for each query: its time, rounded down to the refresh.
 
     Args:
         times: (Q,) microseconds, or None.
         refresh: microseconds between two refreshes; doubled until at most `most` are needed.
+        cutoff: of the model that answers; what it was made of is known to every query after it.
     """
     if times is None or len(times) == 0:
         return None
     while len(np.unique(times // refresh)) > most:
         refresh *= 2
-    return times // refresh * refresh
+    moments = times // refresh * refresh
+    if cutoff is None:
+        return moments
+    return np.where(times >= cutoff, np.maximum(moments, cutoff), moments)
 
 
 def validation_side(
