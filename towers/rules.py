@@ -94,6 +94,11 @@ class TrainingRules(Strict):
     """How often each item is drawn: counted beforehand, or estimated from the stream as it goes."""
     known: Literal["all", "past", "none"] = "all"
     """Items of the user that are never its negatives: all learned from, or those before."""
+    past_weight: float = Field(0.0, ge=0)
+    """How many items each of the newest `max_history` items that the user had before counts as, as
+    a negative of the example, whatever `known` says. For logs in which nobody has the same twice,
+    where seen items may be answered (evaluate.drop_seen = false): each drawn negative stands for
+    many items, so that weights far above 1 are needed to be felt. 0: none."""
     skips: Literal["apart", "in_softmax"] = "apart"
     """apart: a softmax of the positive against the skips of its own request, beside the main one.
     in_softmax: skips stand among the drawn negatives; each of those stands for many items, so that
