@@ -214,7 +214,9 @@ def _learn(
     )
     standardise(model, events, config.seed)
     if rules.start != "random":
-        start_tables(model, events.timeline, rules.start, config.seed, rules.start_window)
+        start_tables(
+            model, events.timeline, rules.start, config.seed, rules.start_window, rules.start_code
+        )
     module = TwoTowerModule(model, rules, audits=folder.parent / "audit")
     if epochs == 0:
         return module.eval(), 0

@@ -24,6 +24,7 @@ class Source(IntEnum):
     SKIPPED = 0
     MINED = 1
     GIVEN = 2
+    PAST = 3
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from features.batch import Batch, Source, UserSide, context_codes, tensor
 from features.distinct import Distinct
 from features.frequency import StreamingFrequency
 from features.inclusion import Asking, Drawn, Inclusion
-from features.negatives import Known, OwnNegatives, UserNegatives, is_target
+from features.negatives import Known, OwnNegatives, UserNegatives, is_target, past_of, skips_of
 from features.parts import (
     Ahead,
     Asked,
@@ -32,11 +32,7 @@ from features.parts import (
 )
 from features.plans import Plan, Share, Shuffled, Windows
 from features.timeline import Timeline
-from recsys.ragged import Ragged, gather
-from recsys.tables import DAY
-
-SHOWN_WITHIN = 2 * DAY
-"""How far back it is counted how often an item was shown, where skips are corrected for it."""
+from recsys.ragged import Ragged
 
 PlanName = Literal["random", "in_time", "by_user", "ahead", "sequences"]
 
@@ -110,6 +106,8 @@ class Batches:
         queue_after: batches, counted from the first epoch on, before the queue is used.
         known: which other items of a user are never its negatives: "all" of the training side,
             those of the "past" of the event, or "none".
+        past_weight: how many items each of the newest `max_history` items that the user had before
+            counts as, as a negative of the query, whatever `known` says; 0 leaves them out.
         skip_weight: multiplies every skip's weight; 0 leaves skips out.
         skip_correction: how far skips are corrected for having been drawn by who made the list: a
             skip's weight is multiplied by (times the chosen item was shown in `SHOWN_WITHIN`
@@ -148,6 +146,7 @@ class Batches:
         queue: int = 0,
         queue_after: int = 0,
         known: str = "all",
+        past_weight: float = 0.0,
         skip_weight: float = 1.0,
         skip_correction: float = 0.0,
         given: UserNegatives | None = None,
@@ -176,6 +175,11 @@ class Batches:
                 'The plan "by_user" asks once for everything a user chose, and what was passed '
                 "over beside it would tell it: leave passed at False, or take another plan."
             )
+        if past_weight and plan == "by_user":
+            raise ValueError(
+                'The plan "by_user" asks once for everything a user had, and nothing lies before '
+                "it: leave past_weight at 0, or take another plan."
+            )
         if events.learned is not None and plan not in ("random", "in_time"):
             raise ValueError(
                 f'The plan "{plan}" takes whole users; leave `learned` out, or take "random" or '
@@ -191,7 +195,7 @@ class Batches:
         self.passed = passed
         self.negatives, self.uniform_negatives = negatives, uniform_negatives
         self.queue, self.queue_after = queue, queue_after
-        self.skip_weight, self.per_query = skip_weight, per_query
+        self.skip_weight, self.past_weight, self.per_query = skip_weight, past_weight, per_query
         self.skip_correction = skip_correction
         self.statistics, self.seed, self.share = statistics, seed, Share(rank, world)
         self.reading, self._plan = _planned(
@@ -422,10 +426,19 @@ class Batches:
     def _own(
         self, asked: Asked, targets: np.ndarray, moment: int | None, rng: np.random.Generator
     ) -> OwnNegatives:
-        """Skips of the examples' requests, and what was mined or given for the users."""
+        """Skips of the examples' requests, what the users had, and what was mined or given."""
         found = []
+        if self.past_weight:
+            found.append(past_of(asked, self.events.timeline, self.max_history, self.past_weight))
         if self.events.skips is not None and self.skip_weight:
-            found.append(self._skips_of(asked))
+            weight = self.events.skip_weight
+            assert weight is not None  # they come together
+            found.append(
+                skips_of(
+                    asked, self.events.skips, weight, self.events.timeline,
+                    strength=self.skip_weight, correction=self.skip_correction,
+                )
+            )  # fmt: skip
         for table, source, most in (
             (self._mined, Source.MINED, None),
             (self._given, Source.GIVEN, self.per_query),
@@ -439,33 +452,6 @@ class Batches:
         own = OwnNegatives.joined(found)
         # An item may be passed over now and chosen as the user's next: it is no negative of itself.
         return own.where(~is_target(asked, targets, own, self.events.timeline.n_items))
-
-    def _skips_of(self, asked: Asked) -> OwnNegatives:
-        skips, weight = self.events.skips, self.events.skip_weight
-        assert skips is not None and weight is not None  # they come together
-        start = np.asarray(skips.offsets)[asked.events]
-        end = np.asarray(skips.offsets)[asked.events + 1]
-        passed = gather(skips.values, start, end)
-        weights = gather(weight, start, end).values * self.skip_weight
-        if self.skip_correction:
-            weights = weights * self._as_drawn(asked.events[passed.row_of()], passed.values)
-        return OwnNegatives.of(
-            asked.query_of(passed.row_of()), passed.values, weights, Source.SKIPPED
-        )
-
-    def _as_drawn(self, events: np.ndarray, skipped: np.ndarray) -> np.ndarray:
-        """(S,) what the weight of each skip is multiplied by.
-
-        Where a score says how often an item is chosen at all, it holds how often it is shown, and
-        in a list, which it has got into already, item i is chosen with odds e^s_i / shown_i.
-        """
-        timeline = self.events.timeline
-        times = np.asarray(timeline.time)[events]
-        chosen, other = (
-            timeline.shown_before(rows.astype(np.int64), times, SHOWN_WITHIN)
-            for rows in (timeline.item[events], skipped)
-        )
-        return ((chosen + 1.0) / (other + 1.0)) ** self.skip_correction
 
 
 def _planned(

@@ -15,6 +15,10 @@ from features.distinct import Distinct
 from features.parts import Asked
 from features.timeline import Timeline
 from recsys.ragged import Ragged, gather
+from recsys.tables import DAY
+
+SHOWN_WITHIN = 2 * DAY
+"""How far back it is counted how often an item was shown, where skips are corrected for it."""
 
 
 @dataclass(frozen=True)
@@ -194,3 +198,61 @@ def is_target(asked: Asked, targets: np.ndarray, own: OwnNegatives, n_items: int
         return targets[own.query] == own.item
     chosen = asked.owner * n_items + targets
     return np.isin(own.query * n_items + own.item, chosen)
+
+
+def skips_of(
+    asked: Asked,
+    skips: Ragged,
+    weight: np.ndarray,
+    timeline: Timeline,
+    *,
+    strength: float = 1.0,
+    correction: float = 0.0,
+) -> OwnNegatives:
+    """What was passed over in the requests of the examples.
+
+    Where a score says how often an item is chosen at all, it holds how often it is shown, and in a
+    list, which it has got into already, item i is chosen with odds e^s_i / shown_i: see
+    `skip_correction` of `Batches`.
+
+    Args:
+        asked: the queries.
+        skips: skipped item rows of each event of the training side.
+        weight: of each value of `skips`.
+        timeline: the training side.
+        strength: multiplies every weight.
+        correction: in [0, 1], how far weights are corrected for how often items are shown.
+    """
+    start = np.asarray(skips.offsets)[asked.events]
+    end = np.asarray(skips.offsets)[asked.events + 1]
+    passed = gather(skips.values, start, end)
+    example = passed.row_of()
+    weights = gather(weight, start, end).values * strength
+    if correction:
+        events = asked.events[example]
+        times = np.asarray(timeline.time)[events]
+        chosen, other = (
+            timeline.shown_before(rows.astype(np.int64), times, SHOWN_WITHIN)
+            for rows in (timeline.item[events], passed.values)
+        )
+        weights = weights * ((chosen + 1.0) / (other + 1.0)) ** correction
+    return OwnNegatives.of(asked.query_of(example), passed.values, weights, Source.SKIPPED)
+
+
+def past_of(asked: Asked, timeline: Timeline, most: int, weight: float) -> OwnNegatives:
+    """What each query's user had strictly before it, each item once.
+
+    Where nobody has the same twice, a score that does not know what its user had gives its first
+    places away: what is nearest to a history is the history.
+
+    Args:
+        asked: the queries.
+        timeline: the training side.
+        most: newest events looked at.
+        weight: how many items each stands for.
+    """
+    first = np.asarray(timeline.user_offsets)[asked.query_users]
+    had = gather(timeline.item, np.maximum(first, asked.until - most), asked.until)
+    pairs = np.unique(had.row_of() * timeline.n_items + had.values)
+    query, item = np.divmod(pairs, timeline.n_items)
+    return OwnNegatives.of(query, item, np.full(len(pairs), weight), Source.PAST)

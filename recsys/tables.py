@@ -100,6 +100,9 @@ class CatalogSchema(Strict):
     """Column names of the item table."""
 
     item: str = "item"
+    header: bool = True
+    """false: text files of lines `id text …` without names of columns; the text is the column that
+    `title` or `text` names."""
     title: str | None = None
     """What people see."""
     text: tuple[str, ...] = ()

@@ -338,7 +338,12 @@ def test_times_are_refused_where_the_log_has_no_clock() -> None:
 
 @pytest.mark.parametrize(
     ("plan", "history"),
-    [("sequences", "transformer"), ("random", "attention"), ("random", "multi_interest")],
+    [
+        ("sequences", "transformer"),
+        ("random", "attention"),
+        ("random", "multi_interest"),
+        ("sequences", "transformer looking back"),
+    ],
 )
 def test_what_is_learned_from_is_what_is_asked_when_serving(plan: str, history: str) -> None:
     """Every query of an epoch has the vector that serving gives the user just before its event."""
@@ -351,7 +356,13 @@ def test_what_is_learned_from_is_what_is_asked_when_serving(plan: str, history: 
         strength=rng.integers(1, 4, len(user)).astype(np.float32),
     )  # fmt: skip
     events = TrainingEvents(timeline, timeline.strength, None, None, None, np.arange(1, N_ITEMS))
-    model = towers(history=history, max_history=20, history_inputs=("recency", "strength"))
+    history, look_back, _ = history.partition(" looking back")
+    model = towers(
+        history=history, max_history=20, history_inputs=("recency", "strength"),
+        look_back=bool(look_back),
+    )  # fmt: skip
+    if model.user_tower.look_back is not None:
+        torch.nn.init.normal_(model.user_tower.look_back.says.weight)
     batches = Batches(events, plan=plan, batch_size=99, max_history=20, elapsed=True, strength=True)
     seen = 0
     for batch in batches:

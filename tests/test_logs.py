@@ -301,12 +301,12 @@ def test_without_a_time_column_the_position_within_the_user_stands_for_it(tmp_pa
 # ------------------------------------------------------------------ item and user tables
 
 
-def catalog(tmp_path, text, name="items.csv", log="user,item,time\nu,a,1\nu,zz,2\n", **more):
+def catalog(tmp_path, table, name="items.csv", log="user,item,time\nu,a,1\nu,zz,2\n", **more):
     write(tmp_path / "log.csv", log)
-    if isinstance(text, pl.DataFrame):
-        text.write_parquet(tmp_path / name)
+    if isinstance(table, pl.DataFrame):
+        table.write_parquet(tmp_path / name)
     else:
-        write(tmp_path / name, text)
+        write(tmp_path / name, table)
     unknown = more.pop("unknown_items", "keep")
     source = DataSource(
         log=str(tmp_path / "log.csv"),
@@ -348,6 +348,34 @@ def test_events_on_unknown_items_are_counted_and_kept_or_dropped(tmp_path):
     dropped = catalog(tmp_path, "item\na\nb\n", unknown_items="drop")
     assert dropped.notes == {"events_on_unknown_items": 1}
     assert [r["item"] for r in rows(dropped)] == ["a"]
+
+
+def test_lines_of_an_id_and_a_text_are_an_item_table_without_a_header(tmp_path):
+    text = 'B01 lip "balm", 2 oz\n\nB02\tsoap;  white \nB03\n'
+    log = catalog(
+        tmp_path, text, "names.txt", header=False, item="sku", title="name", text=("name",)
+    )
+    assert log.catalog.frame.rows(named=True) == [
+        {"item": "B01", "name": 'lip "balm", 2 oz'},
+        {"item": "B02", "name": "soap;  white"},
+        {"item": "B03", "name": None},
+    ]
+    with pytest.raises(DataError, match="'B01' stands 2 times"):
+        catalog(tmp_path, "B01 a\nB01 b\n", "names.txt", header=False, title="name")
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({}, "the columns of nothing"),
+        ({"title": "name", "text": ("name", "story")}, "the columns name, story"),
+        ({"title": "name", "numbers": ("price",)}, "the columns name, price"),
+        ({"fields": ("colour",)}, "the columns colour"),
+    ],
+)
+def test_lines_without_a_header_have_one_text(tmp_path, more, says):
+    with pytest.raises(ConfigError, match=says):
+        catalog(tmp_path, "B01 soap\n", "names.txt", header=False, **more)
 
 
 def test_an_item_that_stands_twice_is_refused_or_its_first_row_kept(tmp_path):

@@ -159,6 +159,62 @@ def test_items_of_the_past_only_are_kept_out_when_the_rule_says_past() -> None:
         assert [edge[:2] for edge in own_of(batch)] == wanted
 
 
+@pytest.mark.parametrize("known", ["none", "past", "all"])
+@pytest.mark.parametrize("plan", ["random", "sequences"])
+def test_what_a_user_had_is_its_own_negative_but_for_what_it_has_again(
+    known: str, plan: Any
+) -> None:
+    """User 1 has 1, 2, 1, then 3 and 2 at once, then 4; two events are looked back at."""
+    timeline = Timeline.build(
+        np.ones(6, np.int64), np.array([1, 2, 1, 3, 2, 4], np.int32),
+        np.array([0, 1, 2, 3, 3, 4]) * 1_000_000, n_users=2, first_seen=np.zeros(6, np.int64),
+    )  # fmt: skip
+    events = TrainingEvents(timeline, None, None, None, None, np.arange(1, 6))
+    batches = Batches(events, plan=plan, known=known, max_history=2, past_weight=30)
+    batch = batches.make(
+        Part(np.arange(6) if plan == "random" else np.array([1])), np.random.default_rng(0)
+    )
+    moments = {1: {1}, 2: {1, 2}, 3: {1, 2}, 4: {2, 3}}  # time → what was had in two events before
+    # A sequence is the newest three events, asked at one moment; otherwise each event asks.
+    asking = [(4, {4})] if plan == "sequences" else []
+    if plan == "random":
+        asking = [(0, {1}), (1, {2}), (2, {1}), (3, {3}), (3, {2}), (4, {4})]
+    assert own_of(batch) == [
+        (query, item, 30, Source.PAST)
+        for query, (time, chosen) in enumerate(asking)
+        for item in sorted(moments.get(time, set()) - chosen)
+    ]
+
+
+@pytest.mark.parametrize("plan", ["random", "in_time", "ahead", "sequences"])
+@given(seed=SEED, most=st.integers(1, 9))
+@settings(max_examples=12)
+def test_own_negatives_of_the_past_are_those_that_loops_find(
+    plan: Any, seed: int, most: int
+) -> None:
+    events = world(seed=seed)
+    batches = Batches(
+        events, plan=plan, batch_size=4, seed=seed, max_history=most, skip_weight=0,
+        past_weight=2.5,
+    )  # fmt: skip
+    timeline, parts = events.timeline, batches._plan.epoch(np.random.default_rng([seed, 0]))
+    for number, (batch, part) in enumerate(zip(batches, parts, strict=True)):
+        asked = batches.reading.ask(batches._sorted(part).drawn, batches._generator(number))
+        chosen, wanted = targets_of(batch), []
+        for query, user in enumerate(asked.query_users):
+            first = query if asked.owner is None else asked.owner.tolist().index(query)
+            time = timeline.time[asked.events[first]]
+            mine = zip(timeline.user, timeline.time, timeline.item, strict=True)
+            before = [int(item) for who, when, item in mine if who == user and when < time][-most:]
+            wanted += [(query, i, 2.5, Source.PAST) for i in sorted(set(before) - chosen[query])]
+        assert own_of(batch) == wanted
+
+
+def test_whole_users_that_ask_at_once_have_no_past() -> None:
+    with pytest.raises(ValueError, match="leave past_weight at 0"):
+        Batches(world(), plan="by_user", past_weight=1)
+
+
 def test_a_query_draws_so_many_of_its_users_negatives_each_as_likely() -> None:
     negatives = UserNegatives(
         np.array([0, 0, 5, 7]), np.array([11, 12, 13, 14, 15, 21, 22]), np.ones(7, np.float32)

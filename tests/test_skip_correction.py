@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features.batch import Batch
-from features.batches import SHOWN_WITHIN, Batches, TrainingEvents
+from features.batches import Batches, TrainingEvents
+from features.negatives import SHOWN_WITHIN
 from features.parts import Part
 from features.timeline import Timeline
 from recsys.ragged import Ragged

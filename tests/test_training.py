@@ -263,6 +263,23 @@ def test_the_loss_of_a_batch_is_that_of_its_vectors_and_edges(
     torch.testing.assert_close(module.loss(batch), wanted)
 
 
+@pytest.mark.parametrize("skips", ["apart", "in_softmax"])
+def test_what_was_had_stands_among_the_negatives_however_skips_do(skips: str) -> None:
+    events, _ = checkerboard()
+    weighed = TrainingEvents(
+        events.timeline, np.linspace(1, 2, events.size, dtype=np.float32), None, None, None,
+        events.candidates,
+    )  # fmt: skip
+    batch = next(iter(Batches(weighed, batch_size=32, known="past", past_weight=3)))
+    model = towers()
+    module = TwoTowerModule(model, RULES.model_copy(update={"skips": skips})).eval()
+    embedded = model.embed_items(batch.rows)
+    users = model.encode_users(batch.user, embedded)
+    wanted = by_hand(users, model.item_tower(embedded), batch, True, None)
+    assert batch.own.shape[1] and batch.own_log_weight.exp().eq(3).all()
+    torch.testing.assert_close(module.loss(batch), wanted)
+
+
 def test_only_id_rows_of_the_batch_get_a_gradient() -> None:
     module, batch = TwoTowerModule(towers(), RULES), batch_with_skips()
     module.loss(batch).backward()

@@ -206,7 +206,7 @@ def audit(
         by_own = torch.zeros(len(part), len(OWN), dtype=torch.float64, device=items.device)
         by_own.index_put_((row, source), given * ~apart, accumulate=True)
         total = itself + by_drawn.sum(1) + by_own.sum(1)
-        share = torch.cat([by_drawn, by_own], 1) / total.clamp(min=1e-300)[:, None]  # (t, 6)
+        share = torch.cat([by_drawn, by_own], 1) / total.clamp(min=1e-300)[:, None]  # (t, 7)
         if skip_share is not None:
             behind = torch.zeros(len(part), dtype=torch.float64, device=items.device)
             behind.index_add_(0, row, given * apart)

@@ -68,6 +68,7 @@ class InteractionData(lightning.LightningDataModule):
             queue=rules.queue,
             queue_after=rules.queue_after,
             known=rules.known,
+            past_weight=rules.past_weight,
             # Apart, the weight is that of the term; each skip keeps its confidence.
             skip_weight=float(rules.skip_weight > 0)
             if rules.skips == "apart"

@@ -290,6 +290,53 @@ class MultiInterest(nn.Module):
         return torch.where((side.lengths > 0)[:, None, None], pooled, self.empty.to(pooled.dtype))
 
 
+class LookBack(nn.Module):
+    """What a user tower answers looks back at each entry on its own, and hears what each says.
+
+    Entry e weighs sigmoid(k (cos(answer, e) - θ)) and says a linear function of its direction. In
+    attention all weights share a sum of one, so that an entry of many drowns, and an entry asks;
+    here each counts in full, and the answer itself asks. So it can be learned that what the user
+    had is not what comes next, or that it is, one item at a time.
+
+    Args:
+        dimension: D.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.sharpness = nn.Parameter(torch.tensor(10.0))
+        self.threshold = nn.Parameter(torch.tensor(0.3))
+        self.says = nn.Linear(dimension, dimension, bias=False)
+        nn.init.zeros_(self.says.weight)
+
+    def forward(self, answers: Tensor, items: Tensor, side: UserSide) -> Tensor:
+        """Add what the entries say, in units of the answer's length.
+
+        Args:
+            answers: (Q, D).
+            items: (R, D) embedded distinct items.
+            side: the histories.
+
+        Returns:
+            (Q, D); the answer itself where there is no entry.
+        """
+        lengths = side.lengths
+        first, count = lengths.cumsum(0) - lengths, lengths
+        if side.at is not None:
+            first = first[user_of_entry(side)[side.at]]
+            count = side.at + 1 - first
+        query = torch.repeat_interleave(count)  # (P,) pairs of a query and an entry before it
+        pair = torch.arange(len(query), device=query.device)
+        row = side.history[pair + (first + count - count.cumsum(0))[query]]
+        length = answers.float().norm(dim=-1, keepdim=True).clamp(min=0.01)
+        asking = answers.float() / length
+        unit = F.normalize(items.float(), dim=-1, eps=0.01)
+        near = (asking.index_select(0, query) * unit.index_select(0, row)).sum(1)  # (P,)
+        weight = torch.sigmoid(self.sharpness * (near - self.threshold))
+        said = self.says(unit).index_select(0, row) * weight[:, None]
+        return length * asking.index_add(0, query, said)
+
+
 def choose_interest(users: Tensor, items: Tensor, owner: Tensor | None = None) -> Tensor:
     """The interest that stands for each example in training: the one nearest to its own item.
 

@@ -94,6 +94,11 @@ class TrainingRules(Strict):
     """How often each item is drawn: counted beforehand, or estimated from the stream as it goes."""
     known: Literal["all", "past", "none"] = "all"
     """Items of the user that are never its negatives: all learned from, or those before."""
+    past_weight: float = Field(0.0, ge=0)
+    """How many items each of the newest `max_history` items that the user had before counts as, as
+    a negative of the example, whatever `known` says. For logs in which nobody has the same twice,
+    where seen items may be answered (evaluate.drop_seen = false): each drawn negative stands for
+    many items, so that weights far above 1 are needed to be felt. 0: none."""
     skips: Literal["apart", "in_softmax"] = "apart"
     """apart: a softmax of the positive against the skips of its own request, beside the main one.
     in_softmax: skips stand among the drawn negatives; each of those stands for many items, so that
@@ -130,6 +135,11 @@ class TrainingRules(Strict):
     start_window: int = Field(0, ge=0)
     """spectral: what was had within so many consecutive events goes together, where their order
     means something; 0: all that a user had."""
+    start_code: int = Field(0, ge=0)
+    """company: so many dimensions of an id vector start as a random code instead, by which what the
+    user had can be told from what is like it. With towers.look_back, which then starts by answering
+    against these codes, what was had is ranked low from the first step on, and learning says how
+    low. For logs in which hardly anything is had twice."""
     learning_rate: float = Field(2e-3, gt=0)
     """Of the dense layers."""
     table_learning_rate: float | None = Field(None, gt=0)
@@ -160,6 +170,10 @@ class TrainingRules(Strict):
             raise ValueError(
                 'with epochs = 0 the towers stay as they start, and start = "random" is noise: set '
                 'start to "spectral" or "company", or epochs to at least 1.'
+            )
+        if self.start_code and self.start != "company":
+            raise ValueError(
+                f'start_code is of start = "company", and start is "{self.start}": leave it at 0.'
             )
         if self.negatives == "all" and (self.uniform_negatives or self.queue):
             raise ValueError(

@@ -167,7 +167,14 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
 
 
-def start(model: TwoTower, timeline: Timeline, kind: str, seed: int, window: int = 0) -> None:
+CODE_LENGTH, AGAINST = 0.7, 2.0
+"""Of random codes, the rest of a vector having length 1; and how much an entry speaks against its
+own code at first."""
+
+
+def start(
+    model: TwoTower, timeline: Timeline, kind: str, seed: int, window: int = 0, code: int = 0
+) -> None:
     """Set a model's id tables from a training side; what it reads of content stays as it is.
 
     Args:
@@ -176,9 +183,10 @@ def start(model: TwoTower, timeline: Timeline, kind: str, seed: int, window: int
         kind: "spectral" or "company".
         seed: of the decomposition.
         window: see `spectral`.
+        code: company: last dimensions that are a random code.
 
     Raises:
-        ConfigError: the model has no item ids.
+        ConfigError: the model has no item ids, or no dimensions beside the code.
     """
     from towers.two_tower import ITEM_LENGTHS
 
@@ -191,7 +199,10 @@ def start(model: TwoTower, timeline: Timeline, kind: str, seed: int, window: int
     tower = model.user_tower
     if kind == "company":
         content = model.item_spec.text or model.item_spec.vector
-        vectors = company(timeline, model.rules.dimension, seed) * (1.0 if content else LENGTH)
+        vectors = _with_code(timeline, model.rules.dimension, code, seed)
+        if code and tower.look_back is not None:
+            _speak_against(tower.look_back.says.weight, code)
+        vectors = vectors * (1.0 if content else LENGTH)
         own = tower.history_ids if model.rules.history_table == "own" else None
         _set([(table, vectors) for table in (ids, own) if table is not None])
         return
@@ -214,6 +225,27 @@ def start(model: TwoTower, timeline: Timeline, kind: str, seed: int, window: int
     if users is not None:
         pairs.append((users, found.user))
     _set(pairs)
+
+
+def _with_code(timeline: Timeline, dimension: int, code: int, seed: int) -> np.ndarray:
+    """(I, D) unit vectors: company, and behind it a random code of each item."""
+    if code >= dimension:
+        raise ConfigError(
+            f"training.start_code is {code}, and towers.dimension is {dimension}: the code is a "
+            "part of the vector. Make it smaller, or the vector larger."
+        )
+    vectors = company(timeline, dimension - code, seed)
+    if not code:
+        return vectors
+    codes = np.random.default_rng(seed).standard_normal((len(vectors), code)).astype(np.float32)
+    return _unit(np.concatenate([vectors, CODE_LENGTH * _unit(codes)], axis=1))
+
+
+def _speak_against(weight: torch.Tensor, code: int) -> None:
+    import torch
+
+    with torch.no_grad():
+        weight.diagonal()[-code:] = -AGAINST
 
 
 def _set(pairs: list[tuple[torch.nn.Embedding, np.ndarray]]) -> None:

@@ -36,6 +36,7 @@ from towers.text import text_groups
 from towers.two_tower import ITEM_LENGTHS, TwoTower
 from towers.validation import ShownLists, ValidationBlock
 
+NOT_SKIPPED = tuple(source for source in Source if source != Source.SKIPPED)
 MOST_LOGITS = 1 << 28
 """Entries of the score matrix, a GiB of float32, beyond which it is worked through in tiles."""
 
@@ -130,7 +131,7 @@ class TwoTowerModule(lightning.LightningModule):
             own=batch.own,
             own_log_weight=batch.own_log_weight,
             own_source=batch.own_source,
-            joining=None if rules.skips == "in_softmax" else (Source.MINED, Source.GIVEN),
+            joining=None if rules.skips == "in_softmax" else NOT_SKIPPED,
             user_log_weight=of_users,
             tile=tile,
         )

@@ -24,7 +24,7 @@ from towers.blocks import (
     small,
 )
 from towers.causal import CausalTransformer
-from towers.histories import History, MultiInterest, user_of_entry
+from towers.histories import History, LookBack, MultiInterest, user_of_entry
 from towers.text import TextTower
 
 ITEM_LENGTHS = ("dot", "projection")
@@ -61,6 +61,10 @@ class TowerRules(Strict):
     entry_dropout: float | None = Field(None, ge=0, lt=1)
     """transformer: probability that a dimension of a history's entry is zeroed in training; None:
     as `dropout`."""
+    look_back: bool = False
+    """What the user tower answers looks back at each entry on its own, and a linear layer, which
+    starts at zero, of those that it is near to is added: so it is learned, item by item, whether
+    what the user had comes again. See `training.start_code`."""
     history_layers: int = Field(1, ge=1, le=8)
     """transformer: blocks of attention and feed-forward layer."""
     history_heads: int = Field(1, ge=1, le=64)
@@ -93,6 +97,11 @@ class TowerRules(Strict):
             raise ValueError(
                 f"{self.history_heads} heads need a dimension that {2 * self.history_heads} "
                 f"divides, and it is {self.dimension}: change history_heads or dimension."
+            )
+        if self.look_back and self.history in ("none", "multi_interest"):
+            raise ValueError(
+                f'look_back needs one answer made of a history, and history is "{self.history}": '
+                "set it to mean, attention or transformer, or look_back to false."
             )
         if self.history_table != "shared" and not self.item_id:
             raise ValueError(
@@ -178,10 +187,13 @@ class UserTower(nn.Module):
             # Logarithms of weights; row 0 is of every item without an id.
             self.history_weight = nn.Embedding(item_ids, 1, sparse=True)
             nn.init.zeros_(self.history_weight.weight)
+        self.look_back: LookBack | None = None
         self.context = nn.ModuleList(
             small(nn.Embedding(size, rules.dimension, padding_idx=0)) for size in context
         )
         self.deep = Residual(rules.dimension, rules.hidden, rules.dropout)
+        if rules.look_back:
+            self.look_back = LookBack(rules.dimension)
         self.passed: nn.Linear | None = None
         if rules.passed_over:
             # Made last, so that all else starts as it does without.
@@ -216,6 +228,8 @@ class UserTower(nn.Module):
             said = context(codes)
             out = out + (said[:, None] if several else said)
         out = self.deep(out)
+        if self.look_back is not None:
+            out = self.look_back(out, items, side)
         if self.rules.score == "dot":
             return out
         unit = unit_vectors(out)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from features.sources.files import Part, Paths, open_parts, reading
+from features.sources.files import Part, Paths, open_lines, open_parts, reading
 from features.sources.survey import Check, Table, complain, not_a_number, number, survey, table
 from recsys.errors import ConfigError, DataError
 from recsys.tables import Catalog, CatalogSchema, Schema, UserSchema
@@ -28,8 +28,40 @@ def read_catalog(paths: Paths, schema: CatalogSchema) -> tuple[Catalog, list[Pat
         DataError: a column is missing, an id is null or stands twice, a time, number or vector
             cannot be read.
     """
-    parts = open_parts(paths, ids=[schema.item])
+    parts = open_parts(paths, ids=[schema.item]) if schema.header else _lines(paths, schema)
     return Catalog(catalog_frame(parts, schema), schema), [part.path for part in parts]
+
+
+def _lines(paths: Paths, schema: CatalogSchema) -> list[Part]:
+    """Lines of an id, white space and a text, as tables of two columns; empty lines are left out.
+
+    Raises:
+        ConfigError: the schema does not name the text, or names more than there is.
+    """
+    named = {
+        *schema.text, *schema.categories, *schema.numbers, *schema.fields,
+        schema.title, schema.vector, schema.published, schema.available,
+        schema.available_from, schema.available_until,
+    } - {None, schema.item}  # fmt: skip
+    if len(named) != 1 or named != {*schema.text, schema.title} - {None}:
+        raise ConfigError(
+            "With data.catalog.header = false a line is an id and one text, and data.catalog names "
+            f"the columns {', '.join(sorted(map(str, named))) or 'of nothing'}. Name one, as "
+            'title = "name" or text = ["name"] or both.'
+        )
+    text = str(named.pop())
+    line = pl.col("line").str.strip_chars()
+    split = line.str.extract_groups(r"^(?<id>\S+)\s*(?<text>.*)$").struct
+    return [
+        Part(
+            part.path,
+            part.frame.filter(line != "").select(
+                split.field("id").alias(schema.item),
+                split.field("text").replace("", None).alias(text),
+            ),
+        )
+        for part in open_lines(paths)
+    ]
 
 
 def catalog_frame(parts: Sequence[Part], schema: CatalogSchema) -> pl.DataFrame:
