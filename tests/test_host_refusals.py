@@ -28,6 +28,7 @@ from swapping import root as root
 from recsys.errors import BundleError, QueryError
 from recsys.search import ExactIndex
 from serving.answers.engine import Engine
+from serving.hosting import host as hosts
 from serving.hosting.host import FolderSource, Host
 from serving.living.live import Living
 from serving.manifest import read_manifest
@@ -169,6 +170,23 @@ def test_an_engine_that_cannot_answer_is_not_swapped_in(
     assert serving(one) == version(root, "a")
     assert len(detached) >= 1
     until(lambda: "Traceback" in caplog.text)  # ours to mend, so the log has all of it
+
+
+def test_a_model_that_fails_at_the_last_step_is_detached(
+    host: Callable[..., Host], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    living = Living(None)
+    one = host(living=living)
+
+    def broken(*mapped: Any) -> None:
+        raise OSError("no such call")
+
+    monkeypatch.setattr(hosts, "give_back", broken)
+    point(root, "b")
+    until(lambda: one.facts()[0]["failures"] >= 2 and len(living._overlays) == 1)
+    assert serving(one) == version(root, "a")
+    monkeypatch.undo()
+    until(lambda: serving(one) == version(root, "b"))
 
 
 def test_start_raises_what_is_wrong_with_the_first_model(root: Path) -> None:
