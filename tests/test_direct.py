@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -249,4 +250,20 @@ def test_an_answer_that_took_long_is_not_made_again(direct: list[bool]) -> None:
         engine._one = lambda ask: (time.sleep(0.05), answer(ask))[1]
         assert one.ask(post("/v1/vectors", VECTOR))[0] == 200
         assert len(engine.asks) == before + 1
+    assert direct == [True]
+
+
+def test_the_end_waits_for_a_question_whose_body_is_on_its_way(direct: list[bool]) -> None:
+    sent = post("/v1/vectors", VECTOR)
+    with served(make_app(FakeHost())) as port:
+        one = Line(port)
+        assert [one.ask(sent)[0] for _ in range(2)] == [200, 200]
+        one.send(sent[:-5])
+        time.sleep(0.1)
+        rest = threading.Timer(0.2, one.send, [sent[-5:]])
+        rest.start()
+    rest.join()
+    status, head, _ = one.read()
+    one.socket.close()
+    assert status == 200 and b"connection: close" in head
     assert direct == [True]
