@@ -189,12 +189,15 @@ def _serve(plan: Plan) -> None:
         )
     with bind(plan.host, plan.port) as bound, json_logs(plan.log_level):
         where = url(bound)
-        with service(plan, begun_checks(plan)) as app:
+        with begun_checks(plan) as begun, service(plan, begun) as app:
             run(app, bound, started=lambda: print(where, flush=True))
 
 
-def begun_checks(plan: Plan) -> dict[Path, Check]:
+@contextmanager
+def begun_checks(plan: Plan) -> Iterator[dict[Path, Check]]:
     """Digests are compared while libraries are being imported, which takes about as long.
+
+    At the end, which comes soon where the service cannot start, no more are made.
 
     Raises:
         BundleError: a folder holds no bundle, or one that lacks a file.
@@ -202,12 +205,13 @@ def begun_checks(plan: Plan) -> dict[Path, Check]:
     from serving.hosting.sources import FolderSource
     from serving.manifest import begin
 
-    folders = {
+    folders = dict.fromkeys(
         FolderSource(said).latest()[1]
         for said in plan.sources.values()
         if not said.startswith(REGISTRY)
-    }
-    return {folder: begin(folder) for folder in folders}
+    )
+    with ExitStack() as stack:
+        yield {folder: stack.enter_context(begin(folder)) for folder in folders}
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""What the tests of the service share: a host and a journal that need no towers, and a client."""
+"""What the tests of the service share: a host and a journal that need no towers, and a client.
+
+Fixtures are taken in by `from service_cases import app as app`, with those that they need.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,17 @@ from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
+import pytest
 
 from recsys.errors import QueryError
 from serving.answers.asks import Ask, CursorError, Reply, UnknownItem
+from serving.http.keys import Keys
+from serving.http.service import make_app
 from serving.living.live import Event
+
+ITEM = {"id": "i0", "score": 1.0}
+"""What a `FakeEngine` finds first."""
+OPEN = Keys(open_writes=True)
 
 
 class FakeEngine:
@@ -141,6 +151,28 @@ class FakeExposures:
 
     def events(self, events: Sequence[Event]) -> None:
         self.posted.extend(events)
+
+
+@pytest.fixture
+def host() -> FakeHost:
+    return FakeHost()
+
+
+@pytest.fixture
+def living() -> FakeLiving:
+    return FakeLiving()
+
+
+@pytest.fixture
+def exposures() -> FakeExposures:
+    return FakeExposures()
+
+
+@pytest.fixture
+def app(host: FakeHost, living: FakeLiving, exposures: FakeExposures) -> Any:
+    app = make_app(host, living, exposures, keys=OPEN)
+    yield app
+    app.close()
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
-"""A model with a graph, and overlays made by hand, for tests of the engine."""
+"""A model with a graph, overlays made by hand, items of the shop: for tests of what answers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
+import pytest
 
 from experiments.benchmarks import synthetic
 from serving import bundle as bundles
@@ -18,6 +20,11 @@ from serving.living.live import LiveView
 FOREVER = np.iinfo(np.int64).max
 EAGER = IndexRules(kind="hnsw", exact_breadth=0.5, exact_below=0.0, ef=40)
 """Asks the graph wherever the planner of `Stock` may, however few items there are."""
+NEW = {
+    "title": "Minimalist watering can", "description": "A watering can in zinc.",
+    "category": ["Garden", "watering can"], "brand": "Brackenhay", "price": 31.9,
+}  # fmt: skip
+"""An item of the simulated shop that no model was made with."""
 
 
 def small(path: Path, items: int = 1500, dimensions: int = 8) -> Served:
@@ -84,3 +91,11 @@ def view_of(
         generation=generation,
         since=np.array([(since or {}).get(id, 1) for id in live], np.int64),
     )
+
+
+@pytest.fixture(scope="module")
+def table(shop: Path) -> dict[str, dict[str, Any]]:
+    """Id → what the shop's item table says."""
+    frame = pl.read_parquet(shop / "items.parquet")
+    rows = [{**row, "published": row["published"].isoformat()} for row in frame.to_dicts()]
+    return {row.pop("item"): row for row in rows}

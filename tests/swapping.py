@@ -1,24 +1,34 @@
-"""Models for tests that swap them: copies of one bundle under other ids, published by a pointer."""
+"""Models for tests that swap them: copies of one bundle under other ids, published by a pointer.
+
+Fixtures are taken in by `from swapping import host as host`, with those that they need.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import pytest
 
 from recsys.files import atomic_write
 from recsys.vocab import Vocab
 from serving import bundle as bundles
 from serving.answers.asks import Ask, Reply
 from serving.bundle import Bundle
-from serving.hosting.host import Host
+from serving.hosting.host import FolderSource, Host
 from serving.index import IndexRules
+from serving.living.live import Living
+from serving.manifest import read_manifest
+
+NAMES = ["a", "b", "c"]
 
 
 def renamed(
@@ -39,12 +49,72 @@ def point(root: Path, name: str) -> None:
         temporary.write_text(f"versions/{name}\n")
 
 
+def golden_fails(root: Path) -> None:
+    entry = {"ask": {"kind": "recommend", "user": "nobody"}, "must_include": ["a-i00"]}
+    (root / "versions" / "b" / "golden.json").write_text(json.dumps([entry]))
+    point(root, "b")
+
+
+def pointer_to_nothing(root: Path) -> None:
+    point(root, "none")
+
+
 def until(what: Callable[[], Any], seconds: float = 20.0) -> None:
     """Wait for something to be so."""
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def models(plain: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of versions a, b and c of the same model, whose items are called a-…, b-…, c-…."""
+    root = tmp_path_factory.mktemp("models")
+    for name in NAMES:
+        renamed(plain.bundle, root / "versions" / name, f"{name}-")
+    return root
+
+
+@pytest.fixture
+def root(models: Path, tmp_path: Path) -> Path:
+    """The same, for one test to spoil; a serves."""
+    shutil.copytree(models / "versions", tmp_path / "models" / "versions")
+    point(tmp_path / "models", "a")
+    return tmp_path / "models"
+
+
+def version(root: Path, name: str) -> str:
+    return str(read_manifest(root / "versions" / name)["content"])[:12]
+
+
+@pytest.fixture
+def host(root: Path) -> Iterator[Callable[..., Host]]:
+    made: list[Host] = []
+
+    def make(source: Any = None, **more: Any) -> Host:
+        sources = more.pop("sources", None) or {"main": source or FolderSource(root)}
+        more.setdefault("every", 0.05)
+        one = Host(sources, more.pop("living", None) or Living(None), **more)
+        made.append(one)
+        one.start()
+        return one
+
+    yield make
+    for one in made:
+        one.stop()
+
+
+def serving(host: Host) -> str:
+    return host.choose(None)[1].served.version
+
+
+class Heard(list[tuple[str, dict[str, Any]]]):
+    def __call__(self, event: str, said: Mapping[str, Any]) -> None:
+        self.append((event, dict(said)))
+
+    def names(self) -> list[str]:
+        return [event for event, _ in self]
 
 
 @dataclass

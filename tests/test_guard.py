@@ -7,6 +7,7 @@ import json
 import random
 import re
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -199,6 +200,66 @@ def test_an_idle_connection_is_closed_after_a_hot_answer_too() -> None:
         answer = raw(port, LIVE.replace(b"Connection: close\r\n", b""), wait=5)
         assert status(answer) == 200
         assert 0.9 < time.monotonic() - start < 3
+
+
+KEPT = LIVE.replace(b"Connection: close\r\n", b"")
+REFUSED = b"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "more"),
+    [(KEPT, b"\r\n"), (SLOW % b"r1", b"\r\n"), (REFUSED, b"{")],
+    ids=["hot", "general", "refused"],
+)
+def test_what_is_no_request_does_not_keep_a_connection(first: bytes, more: bytes) -> None:
+    with served(make_app(FakeHost()), keep_alive=1) as port:
+        start = time.monotonic()
+        assert raw(port, first, more, pause=0.2, wait=5).startswith(b"HTTP/1.1 ")
+        assert 1 < time.monotonic() - start < 4
+
+
+def test_a_connection_is_kept_while_a_request_that_followed_another_is_answered() -> None:
+    host = FakeHost()
+    engine, item = host.engines["a"], host.engines["a"].item
+    engine.item = lambda id: (time.sleep(1.3), item(id))[1]
+    with served(make_app(host), keep_alive=1) as port:
+        slow = KEPT.replace(b"live", b"items/i1")
+        assert raw(port, KEPT + slow).count(b"HTTP/1.1 200") == 2
+
+
+def test_what_follows_the_last_request_of_a_connection_is_not_done() -> None:
+    living = FakeLiving()
+    living.put_item("i1", {})
+    app = make_app(FakeHost(), living, keys=Keys(open_writes=True))
+    first = KEPT.replace(b"1.1", b"1.0").replace(b"\r\n\r\n", b"\r\nConnection: keep-alive\r\n\r\n")
+    with served(app) as port:
+        delete = b"DELETE /v1/items/i1 HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        assert raw(port, first + delete).count(b"HTTP/1.1 200") == 1
+        time.sleep(0.1)
+        assert "i1" in living.items
+        assert raw(port, KEPT + delete, LIVE).count(b"HTTP/1.1 200") == 3
+        assert not living.items
+
+
+def test_a_connection_that_is_reset_leaves_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[tuple[bool, bool]] = []
+    connection_lost = GuardedProtocol.connection_lost
+
+    def watched(self: GuardedProtocol, exc: Exception | None) -> None:
+        connection_lost(self, exc)
+        lost.append((exc is not None, self.timeout_keep_alive_task is None))
+
+    monkeypatch.setattr(GuardedProtocol, "connection_lost", watched)
+    with served(make_app(FakeHost())) as port:
+        one = socket.create_connection(("127.0.0.1", port), 5)
+        one.sendall(KEPT)
+        assert one.recv(4096)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        one.close()
+        end = time.monotonic() + 5
+        while not lost and time.monotonic() < end:
+            time.sleep(0.01)
+    assert lost == [(True, True)]
 
 
 def test_an_engine_that_fails_on_the_hot_path_is_asked_the_general_way() -> None:

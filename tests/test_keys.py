@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hmac
 import logging
+import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -173,3 +175,19 @@ def test_a_file_that_stays_is_read_once(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_file_of_keys_must_be_there_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         KeyFile(tmp_path / "none")
+
+
+def test_a_pipe_of_keys_is_read_once_and_never_waited_for(tmp_path: Path) -> None:
+    path, (key, known) = tmp_path / "pipe", make_key("read")
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_text, args=(known.line(),))
+    writer.start()
+    keys = KeyFile(path, every=0.01)
+    writer.join()
+    keys.watch()
+    end = threading.Thread(target=keys.stop, daemon=True)
+    end.start()
+    end.join(5)
+    assert not end.is_alive()
+    assert keys.role(key.encode()) == "read"
+    assert keys.facts() == {"valid": 1, "broken": 0, "reads": 0, "failures": 0}

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,8 +25,9 @@ from swapping import until
 from typer.testing import CliRunner
 
 from experiments import cli
-from experiments.serve import MAIN, Plan, _keys, service
-from recsys.errors import ConfigError
+from experiments.serve import MAIN, Plan, _keys, _serve, begun_checks, service
+from recsys.errors import ConfigError, RecsysError
+from serving import manifest
 from serving.client import Client, ServiceError
 from serving.http.keys import Keys, make_key
 from serving.http.logs import json_logs
@@ -266,6 +268,46 @@ def test_the_plan_bounds_callers_and_follows_the_file_of_keys(plain: Any, tmp_pa
         (tmp_path / "aside").rename(path)
         until(lambda: code(first) == "no_key")
         assert [code(second) for _ in range(4)] == ["well", "well", "well", "rate_limited"]
+
+
+@pytest.fixture
+def digested(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Files whose digests were made, slowly."""
+    made: list[Path] = []
+    digest = manifest._digest
+
+    def slow(file: Path) -> str:
+        made.append(file)
+        time.sleep(0.05)
+        return digest(file)
+
+    monkeypatch.setattr(manifest, "_digest", slow)
+    return made
+
+
+def test_digests_are_made_once(plain: Any, digested: list[Path]) -> None:
+    plan = Plan({MAIN: str(plain.bundle)}, OPEN, deadline=20)
+    with begun_checks(plan) as begun, service(plan, begun):
+        assert sorted(digested) == sorted(set(digested))
+        assert len(digested) == len(manifest.read_manifest(plain.bundle)["files"])
+
+
+@pytest.mark.parametrize("wrong", ["variant", "journal"])
+def test_a_service_that_cannot_start_makes_no_more_digests(
+    wrong: str, plain: Any, tmp_path: Path, digested: list[Path]
+) -> None:
+    plan = Plan({MAIN: str(plain.bundle)}, OPEN, port=0)
+    if wrong == "variant":
+        shutil.copy(plain.bundle / manifest.MANIFEST, tmp_path)  # and nothing else
+        plan.with_variants([f"next={tmp_path}:0.5"])
+    else:
+        plan.journal = tmp_path / "file"
+        plan.journal.write_text("no folder")
+    with pytest.raises(RecsysError):
+        _serve(plan)
+    made = len(digested)
+    time.sleep(0.2)
+    assert len(digested) == made < len(manifest.read_manifest(plain.bundle)["files"])
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from recsys.ragged import Ragged
 from serving.answers.served import Served
 from serving.answers.stock import Choice, Stock
 from serving.answers.windows import FOREVER, Windows
+from serving.index import HnswIndex
 from tests.serving_cases import EAGER, no_view, small, view_of
 
 
@@ -95,6 +97,48 @@ def test_min_of_k_and_allowed_best_answers_at_every_selectivity(
 
 def _scores(stock: Stock, query: np.ndarray, places: np.ndarray) -> np.ndarray:
     return (stock.vectors_of(places) @ query.reshape(-1, query.shape[-1]).T).max(1, initial=-9)
+
+
+@pytest.fixture(scope="module")
+def distinct(served: Served) -> Served:
+    """No two items are alike, so that the graph may be asked for one query at a time."""
+    bundle = served.bundle
+    stored, vectors = bundle.vectors.copy(), bundle.vectors[bundle.rows]
+    vectors[::50] += np.random.default_rng(1).normal(0, 0.01, vectors[::50].shape)
+    stored[bundle.rows] = vectors
+    return Served(replace(bundle, vectors=stored, index=HnswIndex(vectors, EAGER)), None)
+
+
+@pytest.mark.parametrize("live", [0, 30])
+@pytest.mark.parametrize("excluded", [0, 7, 200])
+def test_one_query_is_answered_as_among_others(
+    distinct: Served, live: int, excluded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(live + excluded)
+    news = rng.standard_normal((live, 8)).astype(np.float32)
+    view = view_of(distinct, {f"new{j}": vector for j, vector in enumerate(news)})
+    stock = Stock(distinct, view, Windows(distinct.bundle, distinct.position), None)
+    asked: list[bool] = []
+    nearest = HnswIndex.nearest
+
+    def watched(self: HnswIndex, *given: Any) -> Any:
+        found = nearest(self, *given)
+        asked.append(found is not None)
+        return found
+
+    monkeypatch.setattr(HnswIndex, "nearest", watched)
+    right, k = 0, 10
+    for query in rng.standard_normal((40, 1, 8)).astype(np.float32):
+        # The best are left out, and others.
+        best = [place for _, place in _twin(stock, query, excluded, stock.open, set())]
+        out = {*best[::2], *rng.choice(stock.size, excluded - len(best[::2])).tolist()}
+        places, scores, _ = stock.search(query, k, None, Ragged.from_lists([sorted(out)]))
+        expected = _twin(stock, query, k, stock.open, out)
+        np.testing.assert_allclose(scores[0], _scores(stock, query, places[0]), rtol=1e-5)
+        assert not out & set(places[0].tolist())
+        right += len({place for _, place in expected} & set(places[0].tolist()))
+    assert asked == [True] * 40
+    assert right >= 0.98 * 40 * k
 
 
 @pytest.mark.parametrize("with_query", [False, True])

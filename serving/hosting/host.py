@@ -277,10 +277,10 @@ class Host:
         try:
             engine = self._engine(served, overlay)
             _warm(engine, served)
+            give_back(served.bundle.vectors)
         except BaseException:
             self._living.detach(overlay)
             raise
-        give_back(served.bundle.vectors)
         seconds = time.monotonic() - begin
         return Loaded(engine, served, overlay, token, time.time(), seconds, verdict.measured)
 

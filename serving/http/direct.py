@@ -8,7 +8,6 @@ answers it, or says what is wrong.
 from __future__ import annotations
 
 import logging
-from time import monotonic
 
 import orjson
 
@@ -79,7 +78,7 @@ class Direct:
             return None
 
     def _answer(self, path: bytes, headers: Headers, body: bytes) -> HotAnswer | None:
-        behind, start = self._operations, monotonic()
+        behind = self._operations
         # The length is that of a body that is here; nothing else of a body makes it unusual.
         head = self._hot.head([header for header in headers if header[0] != b"content-length"])
         if head is None:
@@ -88,12 +87,14 @@ class Direct:
         route, form = QUESTIONS[path]
         asked = read(form, body)
         ask = asked.to_ask()
-        if not quick(ask) or (behind.rates is not None and behind.rates.take(key)):
+        if not quick(ask) or (behind.rates is not None and behind.rates.wait(key)):
             return None
         variant, engine = behind.host.choose(asked.user)
         (reply,) = engine.answer((ask,))
-        if isinstance(reply, QueryError) or monotonic() - start > behind.rules.deadline:
+        if isinstance(reply, QueryError):
             return None
+        if behind.rates is not None:
+            behind.rates.charge(key, 1)  # only now: what is left to the general way pays there
         model, request = version(engine), request_id.decode("ascii")
         if behind.exposures is not None and reply.ids:
             behind.exposures.shown(request, asked.user, now(), reply.ids, variant, model)

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISFIFO
 from typing import Literal
 
 from recsys.errors import ConfigError
@@ -118,7 +119,8 @@ class KeyFile(Keys):
     even while a large model is being loaded. A file that cannot be read changes nothing: the keys
     that were valid stay valid, and the log and `facts` say so.
 
-    Write the file aside and rename it: of one that is written in place, a look may find a half.
+    Write the file aside and rename it: of one that is written in place, a look may find a half. A
+    pipe is read once, for its keys cannot be read again.
 
     Args:
         path: of the file.
@@ -140,6 +142,8 @@ class KeyFile(Keys):
         """Read the file if it is another one than at the last look."""
         try:
             stat = os.stat(self.path)
+            if S_ISFIFO(stat.st_mode):
+                return  # a pipe gives its keys once
             mark: object = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
         except OSError as error:
             mark = error.errno  # said once, as anything else about the file

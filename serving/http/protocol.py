@@ -41,6 +41,7 @@ class GuardedProtocol(HttpToolsProtocol):
     _pending = 0
     _in_head = False
     _answered = False
+    _asked = False  # a question was answered directly in this piece of data
     _held: list[bytes] | None = None  # pieces of a body that may be answered directly
     _given: list[tuple[bytes, bytes]] | None = None
     _given_bytes = b""
@@ -63,10 +64,12 @@ class GuardedProtocol(HttpToolsProtocol):
         self._disarm()
         if self._write_timer is not None:
             self._write_timer.cancel()
+        self._unset_keepalive_if_required()  # uvicorn leaves that of a connection that was reset
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         self._in_head = True
+        self._unset_keepalive_if_required()  # of an answer to what came before in the same piece
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -74,7 +77,9 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._disarm()
         method = self.parser.get_method()
-        if method == b"GET" and self._hot is not None and self._answer(self._hot):
+        if self.transport.is_closing():
+            self._answered = True  # what comes after the last answer gets none, and is not done
+        elif method == b"GET" and self._hot is not None and self._answer(self._hot):
             self._answered = True
         elif method == b"POST" and self._direct is not None and self._may(self._direct):
             self._held = []
@@ -82,10 +87,10 @@ class GuardedProtocol(HttpToolsProtocol):
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        if self._held is None:
-            super().on_body(body)
-        else:
+        if self._held is not None:
             self._held.append(body)
+        elif not self._answered:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         if self._answered:
@@ -98,11 +103,11 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _free(self) -> bool:
         """Whether nothing is to be written before an answer, and it can be written now."""
-        return (
-            (self.cycle is None or self.cycle.response_complete)
-            and not self.flow.write_paused
-            and not self.transport.is_closing()
-        )
+        return self._idle() and not self.flow.write_paused and not self.transport.is_closing()
+
+    def _idle(self) -> bool:
+        """Whether there is no request that is yet to be answered."""
+        return self.cycle is None or self.cycle.response_complete
 
     def _answer(self, hot: Hot) -> bool:
         """Answer a hot request; False: it is not, or others are to be answered before it."""
@@ -118,8 +123,11 @@ class GuardedProtocol(HttpToolsProtocol):
         return True
 
     def _may(self, direct: Direct) -> bool:
-        """Whether a question may be answered directly once its body is there."""
-        if not direct.turn(id(self)) or not self._free():
+        """Whether a question may be answered directly once its body is there.
+
+        One in a piece of data: others are served between two questions of a pipeline.
+        """
+        if self._asked or not direct.turn(id(self)) or not self._free():
             return False
         path, _, query = self.url.partition(b"?")
         return direct.may(path, query, self.headers)
@@ -128,9 +136,11 @@ class GuardedProtocol(HttpToolsProtocol):
         """Answer the question that is held; False: the general way has to."""
         assert self._direct is not None and self._hot is not None
         start = monotonic()
-        answer = self._direct.answer(self.url, self.headers, body)
+        path = self.url.partition(b"?")[0]
+        answer = self._direct.answer(path, self.headers, body)
         if answer is None:
             return False
+        self._asked = True
         self._write(answer)
         self._hot.done(answer, monotonic() - start, "POST")
         return True
@@ -154,12 +164,15 @@ class GuardedProtocol(HttpToolsProtocol):
         )  # fmt: skip
         self.server_state.total_requests += 1
         if keep:
-            self._unset_keepalive_if_required()  # there is one where requests came in one piece
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+            self._keep_alive()
         else:
             self.transport.close()
+
+    def _keep_alive(self) -> None:
+        """Close the connection when nothing comes for long."""
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
 
     def _defaults(self) -> bytes:
         """The server's own headers (the date), which uvicorn makes anew every second."""
@@ -170,6 +183,7 @@ class GuardedProtocol(HttpToolsProtocol):
         return self._given_bytes
 
     def data_received(self, data: bytes) -> None:
+        self._asked = False
         super().data_received(data)
         self._give_up_direct()  # the rest of the body is yet to come, however slowly
         if self._in_head:
@@ -178,6 +192,14 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._refuse(Code.HEADERS, f"The head is larger than {MAX_HEADERS:,} bytes.")
             elif self._timer is None:
                 self._arm()
+        elif (
+            self.timeout_keep_alive_task is None
+            and self._timer is None
+            and self._idle()
+            and not self.transport.is_closing()
+        ):
+            # No request began: a line between two, or more of a body that was refused already.
+            self._keep_alive()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -216,7 +238,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = False
         if self.on_refused is not None:
             self.on_refused(code)
-        if self.cycle is not None and not self.cycle.response_complete:
+        if not self._idle():
             self.transport.close()  # an answer is on its way; nothing may be put into it
             return
         content = error_body(code, message, "-")
@@ -237,9 +259,7 @@ class GuardedProtocol(HttpToolsProtocol):
         idle = [
             one
             for one in self.connections
-            if isinstance(one, GuardedProtocol)
-            and one is not self
-            and (one.cycle is None or one.cycle.response_complete)
+            if isinstance(one, GuardedProtocol) and one is not self and one._idle()
         ]
         for one in idle[: max(1, self.most_connections // 4)]:
             one.transport.close()

@@ -1,9 +1,8 @@
 """How often a caller may ask: a bucket of tokens for each key, kept as one number.
 
 A bucket holds `burst` tokens and gets `per_second` of them back; a request takes one, a batch one
-for each of its questions. What is kept
-of it is the moment at which it will be full again (the generic cell rate algorithm), so nothing has
-to be filled while nobody asks.
+for each of its questions. What is kept of a bucket is the moment at which it will be full again
+(the generic cell rate algorithm), so nothing has to be filled while nobody asks.
 """
 
 from __future__ import annotations
@@ -51,20 +50,24 @@ class Rates:
         Returns:
             0; or, and then nothing is taken, the seconds until there is one.
         """
+        wait = self.wait(key)
+        if not wait:
+            self.charge(key, 1)
+        return wait
+
+    def wait(self, key: Hashed | None) -> float:
+        """Seconds until there is a token for a request with this key; 0: there is one."""
         rate = self._rules.get(None if key is None else key.role)
         if rate is None:
             return 0.0
-        now, caller = self._clock(), _caller(key)
-        full_at = max(self._full_at.get(caller, now), now)
+        now = self._clock()
+        full_at = max(self._full_at.get(_caller(key), now), now)
         wait = full_at - now - (rate.burst - 1.0) / rate.per_second
-        if wait > 1e-9:  # rounding of the clock is no reason to refuse
-            return wait
-        self._full_at[caller] = full_at + 1.0 / rate.per_second
-        return 0.0
+        return wait if wait > 1e-9 else 0.0  # rounding of the clock is no reason to refuse
 
     def charge(self, key: Hashed | None, tokens: int) -> None:
-        """Take tokens for what a request turned out to be beside its first question; where there
-        are not so many, the caller owes them, and waits the longer for the next.
+        """Take tokens, as for the questions of a batch beside its first; where there are not so
+        many, the caller owes them, and waits the longer for the next.
         """
         rate = self._rules.get(None if key is None else key.role)
         if rate is not None and tokens > 0:
