@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from test_sources import write_ebnerd
+from source_cases import write_ebnerd
 
 from features.draft import comment, toml
 from features.guess import guess

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
-from pathlib import Path
+from datetime import datetime
 
 import polars as pl
 import pytest
-from source_cases import requests, rows, write
+from source_cases import requests, rows, write, write_ebnerd
 
 from features.logs import DataSource, read
 from recsys.tables import Kind, Log
@@ -17,30 +16,6 @@ POSITIVE, SHOWN, REJECTED = (int(kind) for kind in (Kind.POSITIVE, Kind.SHOWN, K
 
 
 # ------------------------------------------------------------------ public formats
-
-
-def write_ebnerd(folder: Path, first: int = 1) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    noon = datetime(2023, 5, 21, 12)
-    pl.DataFrame(
-        {
-            "impression_id": [first, first + 1],
-            "impression_time": [noon, noon + timedelta(hours=1)],
-            "device_type": [2, 1],
-            "article_ids_inview": [[10, 11], [12]],
-            "article_ids_clicked": [[11], [12]],
-            "user_id": [7, 8],
-            "next_read_time": [1.0, 60.0],
-        }
-    ).write_parquet(folder / "behaviors.parquet")
-    pl.DataFrame(
-        {
-            "user_id": [7],
-            "impression_time_fixed": [[noon - timedelta(days=2), noon - timedelta(days=1)]],
-            "article_id_fixed": [[9, 10]],
-            "read_time_fixed": [[2.0, 30.0]],
-        }
-    ).write_parquet(folder / "history.parquet")
 
 
 NOON = int(datetime.fromisoformat("2023-05-21T12:00:00+00:00").timestamp()) * SECOND
