@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments.parts import Told
 from experiments.scorecard import EvaluateRules, judge
 from features import logs
 from features.dataset import Dataset
@@ -109,6 +110,7 @@ def evaluate_bundle(
     on: str | None = None,
     against: Sequence[str | Path] = (),
     progress: Callable[[str], None] | None = None,
+    told: Told | None = None,
 ) -> dict[str, Any]:
     """The scorecard of a bundle, on its own test side or on a later log.
 
@@ -118,13 +120,14 @@ def evaluate_bundle(
         against: other bundles made from the same prepared data, to be compared query by query;
             each stands among the baselines under "against_" and the name of its run's folder.
         progress: told what is going on.
+        told: is given the values of each query, see `judge`.
 
     Raises:
         BundleError: the prepared dataset is gone or is not the one that the bundle was made from.
     """
     recommender = Recommender.load(bundle)
     config, manifest = bundle_config(recommender), recommender.bundle.manifest
-    options: dict[str, Any] = {"seed": config.seed}
+    options: dict[str, Any] = {"seed": config.seed, "told": told}
     options["rivals"] = {
         f"against_{Path(path).resolve().parent.name}": Recommender.load(path) for path in against
     }

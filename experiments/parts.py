@@ -5,7 +5,7 @@ Every metric is {"value", "low", "high"}. Legend: Q queries, N item rows, R requ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ from towers.build import moments_of
 
 Values = Mapping[str, Mapping[str, np.ndarray]]
 """Contestant → metric → one value a query."""
+
+Told = Callable[[str, Values, np.ndarray], object]
+"""Is given a part of the scorecard, the values behind it, and the user of each query."""
 
 
 def as_json(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, float | None]]:
@@ -152,6 +155,7 @@ def impressions(
     *,
     each_event: bool,
     seed: int,
+    told: Told | None = None,
 ) -> dict[str, Any] | None:
     """How well what was shown is ordered: AUC, MRR, NDCG a request, warm and cold clicks apart.
 
@@ -162,6 +166,7 @@ def impressions(
         rules: the protocol.
         each_event: each request is asked at its own time; otherwise all at the cut-off.
         seed: of samples and resamples.
+        told: is given the values of each request.
 
     Returns:
         None where no request has something clicked and something not.
@@ -191,6 +196,8 @@ def impressions(
         name: impression_metrics(np.maximum(score, lowest), clicked, items.offsets)
         for name, score in scores.items()
     }
+    if told is not None:
+        told("impressions", values, users)
     query = items.row_of()
     clicked_cold = np.bincount(query[clicked], cold[items.values[clicked]], len(mixed))
     clicked_all = np.bincount(query[clicked], minlength=len(mixed))

@@ -38,6 +38,7 @@ def judge(
     seed: int = 0,
     rivals: Mapping[str, Recommender] | None = None,
     progress: Progress = lambda _: None,
+    told: parts.Told | None = None,
 ) -> dict[str, Any]:
     """Judge a recommender on later events.
 
@@ -51,6 +52,7 @@ def judge(
         rivals: name → another recommender made from the same prepared data; it stands among the
             baselines, with paired differences, but the verdict does not speak of it.
         progress: told what is going on.
+        told: is given the values of each query ("targets") and of each request ("impressions").
 
     Raises:
         ConfigError: a rival knows other items or users.
@@ -81,6 +83,8 @@ def judge(
         name: _values(found, questions.targets, counts, rules)
         for name, found in ranking.ranked.items()
     }
+    if told is not None:
+        told("targets", values, queries.users)
     scorecard = parts.compared(values, queries.users, rules, seed)
     n_candidates = int(np.count_nonzero(ranking.candidates))
     for name, found in ranking.ranked.items():
@@ -92,7 +96,7 @@ def judge(
     if len(coded.shown):
         progress("scoring what was shown")
     scorecard["impressions"] = parts.impressions(
-        extended, baselines, coded, cold, rules, each_event=each_event, seed=seed
+        extended, baselines, coded, cold, rules, each_event=each_event, seed=seed, told=told
     )
     scorecard["protocol"] = protocol | {
         "queries": "each event" if each_event else "one cut-off",
