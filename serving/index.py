@@ -24,10 +24,18 @@ from pydantic import Field
 
 from recsys.errors import BundleError
 from recsys.files import atomic_write, read_json, sha256_bytes, sha256_file, write_json
-from recsys.ragged import Ragged, gather
+from recsys.ragged import Ragged
 from recsys.search import ExactIndex, Index, check_filters, check_queries
 from recsys.tables import Strict
-from serving.nodes import NOTHING, UNIT_TOLERANCE, distinct, first_kept, lengths_of, lifts
+from serving.nodes import (
+    NOTHING,
+    UNIT_TOLERANCE,
+    distinct,
+    first_kept,
+    lengths_of,
+    lifts,
+    members_of,
+)
 
 FORMAT = "recsys hnsw 1"
 ANSWERS_AT_ONCE = 1 << 18
@@ -258,12 +266,10 @@ class HnswIndex:
             return None
         points = self._lift(queries / lengths[:, None])
         if self._as_they_are:
-            try:
-                nodes, distances = self._graph.knn_query(points, breadth, torch.get_num_threads())
-            except RuntimeError:  # fewer nodes within reach than were asked for
+            if (found := self._within_reach(points, breadth)) is None:
                 return None
-            rows = nodes[:, :k].astype(np.int64)
-            scores = ((1 - distances[:, :k]) * lengths[:, None]).astype(np.float32)
+            rows = found[0][:, :k].astype(np.int64)
+            scores = ((1 - found[1][:, :k]) * lengths[:, None]).astype(np.float32)
             order = np.lexsort((rows, -scores), axis=1)
             return np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
         rows = self._from_graph(points, k, k, None, None)
@@ -295,13 +301,11 @@ class HnswIndex:
         point = query / np.float32(length)
         if self._lifted:
             point = np.append(point, np.float32(0))
-        try:
-            nodes, distances = self._graph.knn_query(point, min(self._nodes, breadth), 1)
-        except RuntimeError:  # fewer nodes within reach than were asked for
+        if (found := self._within_reach(point, min(self._nodes, breadth))) is None:
             return None
         # A few plain numbers are ordered sooner than arrays of them.
-        found = zip(distances[0].tolist(), nodes[0].tolist(), strict=True)
-        kept = sorted(islice((pair for pair in found if pair[1] not in out), k))
+        pairs = zip(found[1][0].tolist(), found[0][0].tolist(), strict=True)
+        kept = sorted(islice((pair for pair in pairs if pair[1] not in out), k))
         if len(kept) < k:
             return None
         rows = np.array([row for _, row in kept], np.int64)
@@ -333,6 +337,16 @@ class HnswIndex:
     def _breadth(self, fetch: int) -> int:
         return min(self._nodes, max(self.rules.ef, 2 * fetch))
 
+    def _within_reach(
+        self, points: np.ndarray, breadth: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """(b, breadth) nodes and distances, nearest first; None: fewer nodes are within reach."""
+        try:
+            nodes, distances = self._graph.knn_query(points, breadth, torch.get_num_threads())
+        except RuntimeError:
+            return None
+        return nodes, distances
+
     def _from_graph(
         self,
         points: np.ndarray,
@@ -343,13 +357,11 @@ class HnswIndex:
     ) -> np.ndarray:
         """(b, k) rows that may be answered, padded with -1 where the graph gives too few."""
         breadth = self._breadth(fetch)
-        try:
-            nodes, _ = self._graph.knn_query(points, breadth, torch.get_num_threads())
-        except RuntimeError:  # fewer nodes within reach than were asked for
+        if (near := self._within_reach(points, breadth)) is None:
             return np.full((len(points), k), -1, np.int64)
-        found = nodes.astype(np.int64)
+        found = near[0].astype(np.int64)
         if self._members is not None:
-            found = self._members_of(found, max(breadth, fetch))  # (b, w) padded with -1
+            found = members_of(found, self._members, max(breadth, fetch))  # (b, w) padded with -1
         elif allowed is None and exclude is None:
             return found[:, :k]
         keep = found >= 0
@@ -360,18 +372,6 @@ class HnswIndex:
             marked[exclude.row_of(), exclude.values] = True
             keep &= ~np.take_along_axis(marked, found, 1)
         return first_kept(found, keep, k)
-
-    def _members_of(self, nodes: np.ndarray, width: int) -> np.ndarray:
-        """The first `width` rows of the nodes (b, g), each node's in order; (b, width) with -1."""
-        assert self._members is not None
-        lengths = self._members.lengths[nodes]  # (b, g)
-        before = np.cumsum(lengths, 1) - lengths
-        taken = np.clip(width - before, 0, lengths)
-        start = self._members.offsets[nodes]
-        flat = gather(self._members.values, start.ravel(), (start + taken).ravel()).values
-        out = np.full((len(nodes), width), -1, np.int64)
-        out[np.arange(width) < taken.sum(1, keepdims=True)] = flat
-        return out
 
     def _ranked(self, queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rows (b, k) best first, equals by the smaller, and their exact scores."""

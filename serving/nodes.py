@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from recsys.ragged import Ragged
+from recsys.ragged import Ragged, gather
 
 UNIT_TOLERANCE = 1e-3
 """Vectors whose lengths differ by less, relatively, count as equally long."""
@@ -67,6 +67,18 @@ def distinct(vectors: np.ndarray) -> tuple[np.ndarray | None, Ragged | None]:
     return first[order], Ragged(offsets, np.argsort(node, kind="stable"))
 
 
+def members_of(nodes: np.ndarray, members: Ragged, width: int) -> np.ndarray:
+    """The first `width` rows of the nodes (b, g), each node's in order; (b, width) with -1."""
+    lengths = members.lengths[nodes]  # (b, g)
+    before = np.cumsum(lengths, 1) - lengths
+    taken = np.clip(width - before, 0, lengths)
+    start = members.offsets[nodes]
+    flat = gather(members.values, start.ravel(), (start + taken).ravel()).values
+    out = np.full((len(nodes), width), -1, np.int64)
+    out[np.arange(width) < taken.sum(1, keepdims=True)] = flat
+    return out
+
+
 def first_kept(rows: np.ndarray, keep: np.ndarray, k: int) -> np.ndarray:
     """(b, k) the first k kept rows of each query, padded with -1."""
     if rows.shape[1] >= k and keep[:, :k].all():
@@ -78,4 +90,4 @@ def first_kept(rows: np.ndarray, keep: np.ndarray, k: int) -> np.ndarray:
     return out
 
 
-__all__ = ["NOTHING", "distinct", "first_kept", "lengths_of", "lifts"]
+__all__ = ["NOTHING", "distinct", "first_kept", "lengths_of", "lifts", "members_of"]

@@ -185,6 +185,11 @@ def test_a_server_that_is_down_costs_seconds_and_no_password(
     assert time.monotonic() - begin < 10
 
 
+def begins(host: Host, prefix: str) -> bool:
+    """Whether the ids of the model that answers begin so."""
+    return bool(host.choose(None)[1].served.bundle.items.ids[0].startswith(prefix))
+
+
 def test_the_service_follows_the_champion_and_survives_the_store(
     out: Path,
     register: Callable[..., str],
@@ -199,17 +204,13 @@ def test_the_service_follows_the_champion_and_survives_the_store(
     host = Host({"main": source}, Living(None), every=0.05)
     host.start()
     try:
-
-        def begins(prefix: str) -> bool:
-            return host.choose(None)[1].served.bundle.items.ids[0].startswith(prefix)
-
-        assert begins("a-")
+        assert begins(host, "a-")
         with monkeypatch.context() as broken:
             broken.setattr(Store, "version_of", lambda *_: (_ for _ in ()).throw(OSError("gone")))
             until(lambda: host.facts()[0]["last_error"])
-            assert "gone" in host.facts()[0]["last_error"] and begins("a-")
+            assert "gone" in host.facts()[0]["last_error"] and begins(host, "a-")
         promote("shop", second, out=out)
-        until(lambda: begins("b-"))
+        until(lambda: begins(host, "b-"))
         assert host.facts()[0]["last_error"] is None
         assert host.facts()[0]["token"].startswith("2-")
     finally:
@@ -250,20 +251,16 @@ def test_the_service_follows_a_registry_over_http(
         host = Host({"main": source}, Living(None), every=0.05)
         host.start()
         try:
-
-            def begins(prefix: str) -> bool:
-                return host.choose(None)[1].served.bundle.items.ids[0].startswith(prefix)
-
-            assert begins("a-")
+            assert begins(host, "a-")
             promote("shop", second, tracking=server.address)
-            until(lambda: begins("b-"), 60)
+            until(lambda: begins(host, "b-"), 60)
             assert host.facts()[0]["last_error"] is None
             server.stop()
             until(lambda: host.facts()[0]["last_error"], 60)
-            assert begins("b-") and "shop@champion" in host.facts()[0]["last_error"]
+            assert begins(host, "b-") and "shop@champion" in host.facts()[0]["last_error"]
             server.start()
             promote("shop", first, tracking=server.address)
-            until(lambda: begins("a-"), 90)
+            until(lambda: begins(host, "a-"), 90)
         finally:
             host.stop()
 

@@ -6,6 +6,7 @@ number is infinite. What a schema cannot say (totals over several lists) is chec
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal, TypeVar
@@ -136,7 +137,7 @@ class FilterBody(Strict):
         )
 
 
-class Options(Strict):
+class Options(Strict, ABC):
     """What every question may say about its answers."""
 
     k: int = Field(10, ge=1, le=MAX_K, description="Answers wanted.")
@@ -171,8 +172,9 @@ class Options(Strict):
             "drop_seen": self.drop_seen,
         }
 
+    @abstractmethod
     def to_ask(self) -> Ask:
-        raise NotImplementedError
+        """The question that is asked."""
 
 
 class SimilarRequest(Options):
