@@ -70,6 +70,9 @@ def serve(
         typer.Option(min=0.05, help="Seconds between looks at SOURCE; else 1, a registry: 10."),
     ] = None,
     deadline: Annotated[float, typer.Option(min=0.01, help="Seconds for a question.")] = 2.0,
+    awake: Annotated[
+        float, typer.Option(min=0, help="Seconds of looking out for more after an answer.")
+    ] = 0.0005,
     log_every: Annotated[int, typer.Option(min=0, help="Every which request is logged.")] = 100,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
@@ -103,7 +106,7 @@ def serve(
         Plan(
             {MAIN: source}, host=host, port=port, journal=journal, exposures=exposures,
             keys=who, rates=parse_rates(rate or (), burst or (), keys=who.needed),
-            read_only=read_only, every=every, deadline=deadline,
+            read_only=read_only, every=every, deadline=deadline, awake=awake,
             log_every=log_every, log_level=log_level, insecure=insecure,
         ).with_variants(variant or ())
     )  # fmt: skip
@@ -124,6 +127,7 @@ class Plan:
     insecure: bool = False
     every: float | None = None
     deadline: float = 2.0
+    awake: float = 0.0005
     log_every: int = 100
     log_level: str = "info"
     shares: dict[str, float] = field(default_factory=lambda: {MAIN: 1.0})
@@ -234,13 +238,12 @@ def service(plan: Plan, begun: Mapping[Path, Check] | None = None) -> Iterator[A
     from serving.living.exposures import ExposureLog
     from serving.living.live import Living
 
-    # One question is too small to share among cores, and the event loop wants one of them.
-    torch.set_num_threads(1)
     rules = ServiceRules(
         deadline=plan.deadline,
         read_only=plan.read_only or plan.journal is None,
         rates=plan.rates,
         hosts=own_names(plan.host) if is_local(plan.host) and not plan.keys.needed else None,
+        awake=plan.awake,
         log_every=plan.log_every,
     )
     with ExitStack() as stack:
@@ -253,8 +256,10 @@ def service(plan: Plan, begun: Mapping[Path, Check] | None = None) -> Iterator[A
         sources = {name: _source(said, plan.every) for name, said in plan.sources.items()}
         every = LOOK_EVERY if plan.every is None else plan.every
         host = Host(sources, living, split=plan.shares, every=every, begun=begun)
-        host.start()
+        host.start()  # the first models are judged on all cores
         stack.callback(host.stop)
+        # One question is too small to share among cores, and the event loop wants one of them.
+        torch.set_num_threads(1)
         if isinstance(plan.keys, KeyFile):
             plan.keys.watch()
             stack.callback(plan.keys.stop)

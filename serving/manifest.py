@@ -179,8 +179,13 @@ class Check:
             self._pool.shutdown(cancel_futures=True)
 
 
+def _threads() -> int:
+    """Threads for digests: one core is left to what goes on meanwhile, such as imports."""
+    return max(1, min(THREADS, (os.cpu_count() or 1) - 1))
+
+
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "digest")
+    return ThreadPoolExecutor(_threads(), "digest")
 
 
 def _digest(file: Path) -> str:

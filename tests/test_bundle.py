@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from recsys.errors import BundleError
 from recsys.files import sha256_file
@@ -19,6 +20,8 @@ from serving import bundle as bundles
 from serving import manifest as manifests
 from serving.index import HnswIndex, IndexRules
 from serving.recommender import Recommender
+from towers.blocks import narrowed
+from towers.encode import encode_items
 
 
 @pytest.fixture
@@ -58,6 +61,37 @@ def test_a_bundle_that_was_written_again_gives_the_same_answers(tiny: Any, tmp_p
     )
     assert _said(again)["content"] == _said(tiny.bundle)["content"]
     assert _said(again)["cutoff"] == first.cutoff == tiny.dataset.test_from
+
+
+def test_what_is_looked_up_is_kept_in_half_the_memory_and_says_what_it_says(tiny: Any) -> None:
+    bundle = bundles.load(tiny.bundle)
+    inputs, items = bundle.model.item_tower.inputs, bundle.model.items
+    assert inputs.ids.weight.dtype == items.text.dtype == torch.float16
+    assert inputs.text.weight.dtype == torch.float32  # what is computed with
+    rows = np.arange(bundle.items.size)
+    again = encode_items(bundle.model, rows, bundle.timeline, bundle.cutoff)
+    np.testing.assert_allclose(again, bundle.vectors, atol=1e-6)
+    # By hand: the numbers of a row are rounded, and computed with as float32.
+    whole = bundle.model.embed_items(torch.tensor([1]), _statistics(bundle)).detach()
+    for table in (inputs.ids, bundle.model.items):
+        table.float()
+    assert inputs.ids.weight.dtype == items.text.dtype == torch.float32
+    wide = bundle.model.embed_items(torch.tensor([1]), _statistics(bundle)).detach()
+    np.testing.assert_array_equal(whole, wide)
+
+
+def _statistics(bundle: bundles.Bundle) -> torch.Tensor | None:
+    if not bundle.model.uses_statistics or bundle.cutoff is None:
+        return None
+    return torch.from_numpy(bundle.timeline.statistics(np.array([1]), bundle.cutoff))
+
+
+def test_a_table_with_a_number_too_large_for_half_stays_as_it_is() -> None:
+    table = torch.tensor([[0.1, -3.0], [65504.0, 1e-9]])
+    assert narrowed(table).dtype == torch.float16
+    np.testing.assert_allclose(narrowed(table).float(), table, rtol=2**-11, atol=1e-7)
+    table[0, 0] = 70000.0
+    assert narrowed(table) is table
 
 
 def test_two_trainings_of_one_run_make_the_same_content(

@@ -97,11 +97,12 @@ class Explainer:
         )
         if spec.ids:
             known = torch.where(rows < spec.ids, rows, 0)
-            yield "id", inputs.ids(known) - inputs.ids(torch.zeros_like(known)), known > 0
+            own, nobody = inputs.ids(known).float(), inputs.ids(torch.zeros_like(known)).float()
+            yield "id", own - nobody, known > 0
         for name, layer in (("text", "text"), ("vector", "vector")):
             buffer = getattr(table, name)
             if getattr(spec, name) and buffer is not None:
-                values = buffer[rows]
+                values = buffer[rows].float()
                 yield name, getattr(inputs, layer)(values), values.any(1)
         if spec.numbers and table.numbers is not None:
             values = table.numbers[rows]

@@ -85,6 +85,13 @@ class Served:
         )
         return Served(bundle, Neighbours.load(path, bundle.manifest), ids=ids, user_ids=user_ids)
 
+    def seldom_read(self) -> list[np.ndarray]:
+        """What is read to be judged and laid out when a model starts, and little of it later."""
+        bundle, table = self.bundle, self.neighbours
+        times = bundle.timeline.first_seen, bundle.timeline.exists_from
+        wide = () if table is None or table.first is None else (table.rows, table.scores)
+        return [bundle.vectors, bundle.window, *times, *wide]
+
     @property
     def field_names(self) -> list[str]:
         """What the catalogue says of each item, beside its id."""

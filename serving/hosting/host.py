@@ -277,7 +277,7 @@ class Host:
         try:
             engine = self._engine(served, overlay)
             _warm(engine, served)
-            give_back(served.bundle.vectors)
+            give_back(*served.seldom_read())
         except BaseException:
             self._living.detach(overlay)
             raise

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from time import monotonic
 
+from serving.http.awake import Awake
 from serving.http.direct import Direct
 from serving.http.guard import Receive, Scope, Send, check_head, error_body, sane_id
 from serving.http.hot import Hot, host_name
@@ -38,6 +39,7 @@ class Front:
         self.operations, self.rest, self.posts = operations, rest, posts
         self.hot = Hot(operations)
         self.direct = Direct(operations, self.hot)
+        self.awake = Awake(operations.rules.awake, lambda: operations.answers.idle)
         self._keys, self._rules = operations.keys, operations.rules
         self._metrics = operations.metrics
         self._seen = 0

@@ -69,6 +69,7 @@ class ServiceRules:
         rates: how often each may ask, see `Rates`; none: nobody is bounded.
         hosts: names that the Host header may have; None: any. Without keys, a page in a browser
             could otherwise reach a local service by a name of its own (DNS rebinding).
+        awake: seconds that the loop looks out for the next question after an answer, see `Awake`.
         log_every: every which request is logged; 0: none. Failures of ours and slow ones always.
         log_slow: seconds from which a request counts as slow.
     """
@@ -82,6 +83,7 @@ class ServiceRules:
     read_only: bool = False
     rates: Mapping[Role | None, Rate] = field(default_factory=dict)
     hosts: frozenset[bytes] | None = None
+    awake: float = 0.0005
     log_every: int = 100
     log_slow: float = 1.0
 

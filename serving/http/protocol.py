@@ -11,6 +11,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from serving.http.awake import Awake
 from serving.http.direct import Direct
 from serving.http.guard import MAX_HEADERS, MAX_URL, error_body
 from serving.http.hot import Hot, HotAnswer
@@ -51,6 +52,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.on_refused: Callable[[str], None] | None = getattr(self.app, "refused", None)
         self._hot: Hot | None = getattr(self.app, "hot", None) if self.direct else None
         self._direct: Direct | None = getattr(self.app, "direct", None) if self.direct else None
+        self._awake: Awake | None = getattr(self.app, "awake", None)
         self.logger = log  # counted, not logged: anybody can send any number of them
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -163,6 +165,8 @@ class GuardedProtocol(HttpToolsProtocol):
             )
         )  # fmt: skip
         self.server_state.total_requests += 1
+        if self._awake is not None:
+            self._awake.answered(self.loop)
         if keep:
             self._keep_alive()
         else:

@@ -76,7 +76,7 @@ def feature_table(bundle: Bundle, items: Sequence[Described]) -> FeatureTable:
     spec, size = bundle.model.item_spec, len(items)
     text = vector = numbers = None
     if spec.text:
-        text = torch.zeros(size + 1, spec.text)
+        text = torch.zeros(size + 1, spec.text, dtype=_kept(bundle.model.items.text))
         written = [item.text for item in items]
         if any(written):
             if bundle.encoder is None:
@@ -88,7 +88,7 @@ def feature_table(bundle: Bundle, items: Sequence[Described]) -> FeatureTable:
     if spec.vector:
         nothing = (0.0,) * spec.vector
         given = [nothing, *(item.vector or nothing for item in items)]
-        vector = torch.tensor(given, dtype=torch.float32)
+        vector = torch.tensor(given, dtype=_kept(bundle.model.items.vector))
     if spec.numbers:
         said = [(0.0,) * spec.numbers, *(item.numbers for item in items)]
         numbers = torch.tensor(said, dtype=torch.float32)
@@ -107,7 +107,7 @@ def same_features(ours: FeatureTable, theirs: FeatureTable, rows: np.ndarray) ->
     for name in ("text", "vector", "numbers"):
         mine, other = getattr(ours, name), getattr(theirs, name)
         if mine is not None and other is not None:
-            near = torch.isclose(mine[1:], other[at].float(), rtol=1e-3, atol=1e-4)
+            near = torch.isclose(mine[1:].float(), other[at].float(), rtol=1e-3, atol=1e-4)
             same &= near.all(1).numpy()
     for name in ours.category_names:
         mine, other = ours.codes(name)[1:], theirs.codes(name)[at]
@@ -119,6 +119,11 @@ def same_features(ours: FeatureTable, theirs: FeatureTable, rows: np.ndarray) ->
         )
         same &= (mine == other).all(1).numpy()
     return same
+
+
+def _kept(buffer: Tensor | None) -> torch.dtype:
+    """As what a bundle keeps its features, so that an item put again has the vector it had."""
+    return torch.float32 if buffer is None else buffer.dtype
 
 
 def _encode(
