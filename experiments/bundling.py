@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
-from torch import nn
 
 from experiments.config import RunConfig
 from experiments.evaluate import protocol
@@ -24,7 +23,7 @@ from recsys.tables import Side
 from recsys.vocab import Vocab
 from serving import bundle as bundles
 from serving.bundle import Bundle
-from towers.blocks import FeatureTable, narrowed
+from towers.blocks import FeatureTable, narrow_tables
 from towers.encode import encode_items
 from towers.two_tower import TwoTower
 
@@ -138,22 +137,17 @@ def _cutoff(dataset: Dataset, times: np.ndarray) -> int | None:
 def _with_rows(model: TwoTower, items: np.ndarray, users: np.ndarray) -> TwoTower:
     """The same towers over some rows of their tables; text that was learned becomes a table.
 
-    What is looked up row by row is kept as float16: a served catalogue is mostly that, and vectors
-    of 64 numbers with 11 bits each point the same way to some 1e-4. All that a bundle says is
-    computed from it as it stands there.
+    The tables are narrowed here, so that all that a bundle says is computed from what it holds.
     """
 
     def some(table: FeatureTable, rows: np.ndarray, text: Any) -> FeatureTable:
         def of(buffer: Any) -> Any:
             return None if buffer is None else buffer[rows]
 
-        def narrow(buffer: Any) -> Any:
-            return None if buffer is None else narrowed(buffer)
-
         return FeatureTable(
             len(rows),
-            text=narrow(of(text)),
-            vector=narrow(of(table.vector)),
+            text=of(text),
+            vector=of(table.vector),
             numbers=of(table.numbers),
             categories={name: of(table.codes(name)) for name in table.category_names},
         )
@@ -166,7 +160,5 @@ def _with_rows(model: TwoTower, items: np.ndarray, users: np.ndarray) -> TwoTowe
     )  # fmt: skip
     weights = model.state_dict()
     kept.load_state_dict({n: w for n, w in weights.items() if not n.startswith("texts.")})
-    for module in kept.modules():
-        if isinstance(module, nn.Embedding) and module.sparse and module.embedding_dim > 1:
-            module.weight = nn.Parameter(narrowed(module.weight.detach()), requires_grad=False)
+    narrow_tables(kept)
     return kept.eval()

@@ -38,7 +38,8 @@ class FeatureTable(nn.Module):
 
     Args:
         n_rows: N, row 0 is "nothing known".
-        text: (N, T) float32 unit vectors, zero where there is no text; or None.
+        text: (N, T) float32 unit vectors, zero where there is no text; or None. In a bundle
+            float16, as are given vectors.
         vector: (N, V) float32 given vectors, or None.
         numbers: (N, F) float32 standardised, or None.
         categories: name → (N, C) int64 codes padded with 0.
@@ -208,6 +209,22 @@ def narrowed(table: Tensor) -> Tensor:
     """
     narrow = table.to(torch.float16)
     return narrow if bool(torch.isfinite(narrow).all()) else table
+
+
+def narrow_tables(model: nn.Module) -> None:
+    """Keep what is looked up row by row as float16: id vectors, text vectors, given vectors.
+
+    What a served catalogue takes is mostly that, and a vector with 11 bits of each number points
+    the same way to some 1e-4. What is computed with stays float32.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.sparse and module.embedding_dim > 1:
+            module.weight = nn.Parameter(narrowed(module.weight.detach()), requires_grad=False)
+        elif isinstance(module, FeatureTable):
+            for name in ("text", "vector"):
+                buffer = getattr(module, name)
+                if buffer is not None:
+                    setattr(module, name, narrowed(buffer))
 
 
 def _scale_to_unit(layer: nn.Linear, inputs_norm: float) -> None:

@@ -58,7 +58,7 @@ def make(
     from serving import bundle as bundles
     from serving.bundle import Bundle
     from serving.index import IndexRules, build_index
-    from towers.blocks import FeatureTable
+    from towers.blocks import FeatureTable, narrow_tables
     from towers.encode import encode_items
     from towers.two_tower import TowerRules, TwoTower
 
@@ -71,6 +71,7 @@ def make(
     model = TwoTower(rules, *tables, tables[0].spec(items + 1, {}), tables[1].spec(0, {})).eval()
     with torch.no_grad():
         model.item_tower.inputs.ids.weight[1:] = torch.from_numpy(vectors)
+    narrow_tables(model)  # as a bundle keeps them
 
     by_topic = np.argsort(topic, kind="stable")
     edges = np.searchsorted(topic[by_topic], np.arange(topic.max() + 2))
