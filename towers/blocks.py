@@ -96,10 +96,17 @@ class FeatureEmbedding(nn.Module):
             rows without an id get when the model serves, so that a new row lands in the right
             place from its content alone (DropoutNet; Volkovs et al., 2017).
         dropout: probability that a dimension of the sum is zeroed in training.
+        members: towers that share the dimensions, see members.py; vectors start as long in each
+            part as they would alone.
     """
 
     def __init__(
-        self, spec: FeatureSpec, dimension: int, id_dropout: float = 0.0, dropout: float = 0.0
+        self,
+        spec: FeatureSpec,
+        dimension: int,
+        id_dropout: float = 0.0,
+        dropout: float = 0.0,
+        members: int = 1,
     ) -> None:
         super().__init__()
         self.spec, self.dimension = spec, dimension
@@ -107,10 +114,10 @@ class FeatureEmbedding(nn.Module):
         if spec.ids:
             # sparse: only the touched rows get a gradient, and only they are moved.
             # Row 0 is hardly ever trained without id dropout; small() lets it say nothing.
-            self.ids = small(nn.Embedding(spec.ids, dimension, sparse=True))
+            self.ids = small(nn.Embedding(spec.ids, dimension, sparse=True), members)
         if spec.text:
             self.text = nn.Linear(spec.text, dimension, bias=False)
-            _scale_to_unit(self.text, inputs_norm=1.0)
+            _scale_to_unit(self.text, inputs_norm=members**0.5)
         if spec.vector:
             self.vector = nn.Linear(spec.vector, dimension, bias=False)
         if spec.numbers:
@@ -118,7 +125,9 @@ class FeatureEmbedding(nn.Module):
         self.categories = nn.ModuleDict(
             {
                 # A dot is not allowed in a module's name, and a column's name may hold one.
-                str(position): small(nn.EmbeddingBag(size, dimension, mode="mean", padding_idx=0))
+                str(position): small(
+                    nn.EmbeddingBag(size, dimension, mode="mean", padding_idx=0), members
+                )
                 for position, size in enumerate(spec.categories.values())
             }
         )
@@ -187,9 +196,9 @@ class FeatureEmbedding(nn.Module):
 Table = TypeVar("Table", nn.Embedding, nn.EmbeddingBag)
 
 
-def small(table: Table) -> Table:
+def small(table: Table, members: int = 1) -> Table:
     """Start a table of vectors small beside the content, and its row 0, unknown, at zero."""
-    nn.init.normal_(table.weight, std=0.1 / table.embedding_dim**0.5)
+    nn.init.normal_(table.weight, std=0.1 * (members / table.embedding_dim) ** 0.5)
     with torch.no_grad():
         table.weight[0].zero_()
     return table

@@ -20,7 +20,8 @@ from serving.bundle import Bundle
 from towers.blocks import FeatureTable
 from towers.build import padded
 from towers.encode import ROWS_AT_ONCE
-from towers.two_tower import TwoTower, unit_vectors
+from towers.members import unit_vectors
+from towers.two_tower import TwoTower
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,9 @@ def _encode(
     if own is not None:
         return vectors, embedded + _picked(own, known)(rows)
     if weight is not None:
-        return vectors, unit_vectors(embedded) * _picked(weight, known)(rows).exp()
+        return vectors, unit_vectors(embedded, model.rules.members) * _picked(weight, known)(
+            rows
+        ).exp()
     return vectors, embedded
 
 
