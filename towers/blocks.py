@@ -95,12 +95,20 @@ class FeatureEmbedding(nn.Module):
             rows without an id get when the model serves, so that a new row lands in the right
             place from its content alone (DropoutNet; Volkovs et al., 2017).
         dropout: probability that a dimension of the sum is zeroed in training.
+        carry_text: where the model answers, the text vector itself stands behind the sum.
     """
 
     def __init__(
-        self, spec: FeatureSpec, dimension: int, id_dropout: float = 0.0, dropout: float = 0.0
+        self,
+        spec: FeatureSpec,
+        dimension: int,
+        id_dropout: float = 0.0,
+        dropout: float = 0.0,
+        *,
+        carry_text: bool = False,
     ) -> None:
         super().__init__()
+        self.carried: nn.Module | None = nn.Identity() if carry_text else None
         self.spec, self.dimension = spec, dimension
         self.id_dropout, self.dropout = id_dropout, dropout
         if spec.ids:
@@ -155,7 +163,7 @@ class FeatureEmbedding(nn.Module):
             ids: id vectors to use instead of those learned here.
 
         Returns:
-            (R, D).
+            (R, D); (R, D+T) with `carry_text`, where the model answers.
         """
         out = torch.zeros((), device=rows.device)
         if self.spec.ids:
@@ -164,7 +172,8 @@ class FeatureEmbedding(nn.Module):
                 known = known * (torch.rand(len(rows), device=rows.device) >= self.id_dropout)
             out = out + (self.ids if ids is None else ids)(known)
         if self.spec.text:
-            out = out + self.text(_of(table.text, rows) if texts is None else texts)
+            texts = _of(table.text, rows) if texts is None else texts
+            out = out + self.text(texts)
         if self.spec.vector:
             out = out + self.vector(_of(table.vector, rows))
         if self.spec.numbers:
@@ -179,6 +188,8 @@ class FeatureEmbedding(nn.Module):
             out = out + self.statistics(self.standardised(statistics))
         if self.training and self.dropout:
             out = nn.functional.dropout(out, self.dropout)
+        if self.carried is not None and texts is not None and not self.training:
+            return torch.cat([out, self.carried(texts).to(out.dtype)], dim=1)
         return out if out.ndim else torch.zeros(len(rows), self.dimension, device=rows.device)
 
 
