@@ -15,6 +15,8 @@ from recsys.errors import ConfigError
 from tests.test_towers import DIMENSION, N_ITEMS, settle, side, towers
 from towers import diagnosis
 from towers.build import build_model
+from towers.rules import TrainingRules
+from towers.training import TwoTowerModule
 from towers.two_tower import TEXT_DECAY, TowerRules, TwoTower
 
 HISTORIES = [[1, 2, 3], [], [8], [4, 4], [5]]
@@ -130,3 +132,14 @@ def test_a_bundle_answers_by_the_share(
     cosine[[0, 5]] = -2
     best = bundle.items.ids.gather(np.argsort(-cosine)[:5] - 1).to_list()
     assert len(set(found) & set(best)) >= 4
+
+
+def test_a_queue_remembers_what_is_learned_without_texts() -> None:
+    model, _ = pair(0.3, history="attention")
+    module = TwoTowerModule(model, TrainingRules(queue=2)).train()
+    assert module.remembered is not None
+    learned = model.item_tower(model.embed_items(ROWS)).detach()
+    module.remembered.write(ROWS, learned)
+    found, usable = module.remembered.read(ROWS)
+    torch.testing.assert_close(found[usable], learned[usable])
+    assert usable.any()
