@@ -98,6 +98,7 @@ class FeatureEmbedding(nn.Module):
         dropout: probability that a dimension of the sum is zeroed in training.
         members: towers that share the dimensions, see members.py; vectors start as long in each
             part as they would alone.
+        carry_text: where the model answers, the text vector itself stands behind the sum.
     """
 
     def __init__(
@@ -107,8 +108,11 @@ class FeatureEmbedding(nn.Module):
         id_dropout: float = 0.0,
         dropout: float = 0.0,
         members: int = 1,
+        *,
+        carry_text: bool = False,
     ) -> None:
         super().__init__()
+        self.carried: nn.Module | None = nn.Identity() if carry_text else None
         self.spec, self.dimension = spec, dimension
         self.id_dropout, self.dropout = id_dropout, dropout
         if spec.ids:
@@ -165,7 +169,7 @@ class FeatureEmbedding(nn.Module):
             ids: id vectors to use instead of those learned here.
 
         Returns:
-            (R, D).
+            (R, D); (R, D+T) with `carry_text`, where the model answers.
         """
         # Not of no dimension: what is kept as float16 becomes float32 by being added.
         out = torch.zeros(1, device=rows.device)
@@ -175,7 +179,8 @@ class FeatureEmbedding(nn.Module):
                 known = known * (torch.rand(len(rows), device=rows.device) >= self.id_dropout)
             out = out + (self.ids if ids is None else ids)(known)
         if self.spec.text:
-            out = out + self.text(_of(table.text, rows) if texts is None else texts)
+            texts = _of(table.text, rows) if texts is None else texts
+            out = out + self.text(texts)
         if self.spec.vector:
             out = out + self.vector(_of(table.vector, rows))
         if self.spec.numbers:
@@ -190,6 +195,8 @@ class FeatureEmbedding(nn.Module):
             out = out + self.statistics(self.standardised(statistics))
         if self.training and self.dropout:
             out = nn.functional.dropout(out, self.dropout)
+        if self.carried is not None and texts is not None and not self.training:
+            return torch.cat([out, self.carried(texts).to(out.dtype)], dim=1)
         return out if out.ndim > 1 else out.expand(len(rows), self.dimension)
 
 

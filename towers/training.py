@@ -88,7 +88,7 @@ class TwoTowerModule(lightning.LightningModule):
         self.temperature = Temperature(rules.temperature, rules.learn_temperature)
         self.remembered = None
         if rules.queue:
-            self.remembered = Remembered(model.items.n_rows, model.vector_dimension)
+            self.remembered = Remembered(model.items.n_rows, model.learned_dimension)
             # Ranks see other items each; DDP would write rank 0's memory over all of them.
             self._ddp_params_and_buffers_to_ignore = [
                 f"remembered.{name}" for name, _ in self.remembered.named_buffers()

@@ -25,10 +25,18 @@ from towers.blocks import (
     small,
 )
 from towers.causal import CausalTransformer
-from towers.histories import History, LookBack, MultiInterest, user_of_entry
+from towers.histories import (
+    History,
+    LookBack,
+    MultiInterest,
+    places_from_newest,
+    user_of_entry,
+)
 from towers.members import side_by_side, unit_vectors
 from towers.text import TextTower
 
+TEXT_DECAY = 0.8
+"""text_share: how much each text of a history weighs beside the one after it."""
 ITEM_LENGTHS = ("dot", "projection")
 """Scores to which an item's length counts."""
 
@@ -98,6 +106,11 @@ class TowerRules(Strict):
     hidden: int = Field(128, ge=0)
     """Width of each tower's residual layer; 0: none, which overfits least on very small logs."""
     dropout: float = Field(0.1, ge=0, lt=1)
+    text_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the score that is the plain likeness of an item's text to those of the history, the
+    newest of which say most; the rest is what the towers learned, without it. So new items are
+    found by their texts themselves, however well the towers know the old ones by heart. Stored
+    vectors are longer by the text's dimensions. Best with text.views that hold "company"."""
     statistics: bool | Literal["auto"] = "auto"
     """Item age, clicks and exposures as of the event; auto: when the log shows impressions."""
 
@@ -114,6 +127,16 @@ class TowerRules(Strict):
             raise ValueError(
                 f'look_back needs one answer made of a history, and history is "{self.history}": '
                 "set it to mean, attention or transformer, or look_back to false."
+            )
+        if self.text_share and (
+            self.score != "cosine"
+            or self.history in ("none", "multi_interest")
+            or self.history_table == "weighted"
+        ):
+            raise ValueError(
+                "text_share is a share of a cosine, between one vector of a history and an item: "
+                'leave score at "cosine", take mean, attention or transformer as history and no '
+                "weighted history_table, or leave text_share at 0."
             )
         if self.history_table != "shared" and not self.item_id:
             raise ValueError(
@@ -170,6 +193,23 @@ def _deep(rules: TowerRules) -> nn.Module:
     return side_by_side(lambda: Residual(rules.width, rules.hidden, rules.dropout), rules.members)
 
 
+def added(embedded: Tensor, more: Tensor) -> Tensor:
+    """(R, D) added to (R, D) embedded items, or to the first D dimensions of longer ones."""
+    size = more.shape[1]
+    if embedded.shape[1] == size:
+        return embedded + more
+    return torch.cat([embedded[:, :size] + more, embedded[:, size:]], dim=1)
+
+
+def beside_text(learned: Tensor, texts: Tensor, share: float) -> Tensor:
+    """(B, D) unit vectors and (B, T) texts as one unit vector (B, D+T): cosines add up by share.
+
+    A blank text leaves all of the length to what was learned.
+    """
+    both = [(1 - share) ** 0.5 * learned, share**0.5 * unit_vectors(texts)]
+    return unit_vectors(torch.cat(both, dim=1))
+
+
 class ItemTower(nn.Module):
     """Item rows → unit vectors (plain ones where lengths count), and a bias where there is one."""
 
@@ -177,8 +217,9 @@ class ItemTower(nn.Module):
         super().__init__()
         self.rules = rules
         self.inputs = FeatureEmbedding(
-            spec, rules.dimension, rules.id_dropout, rules.dropout, rules.members
-        )
+            spec, rules.dimension, rules.id_dropout, rules.dropout, rules.members,
+            carry_text=rules.text_share > 0,
+        )  # fmt: skip
         self.deep = _deep(rules)
         if rules.score == "cosine_bias":
             self.bias = nn.Linear(rules.dimension, 1)
@@ -186,11 +227,18 @@ class ItemTower(nn.Module):
             nn.init.zeros_(self.bias.bias)
 
     def forward(self, embedded: Tensor) -> Tensor:
-        """(R, D) embedded items → (R, D) or, with a bias, (R, D+1) vectors."""
+        """(R, D) embedded items → (R, D) or, with a bias, (R, D+1) vectors.
+
+        Texts that the items carry behind are a part of the vectors: (R, D+T) → (R, D+T).
+        """
+        size = self.rules.dimension
+        embedded, texts = embedded[:, :size], embedded[:, size:]
         out = self.deep(embedded)
         if self.rules.score in ITEM_LENGTHS:
             return out
         unit = unit_vectors(out, self.rules.members)
+        if texts.shape[1]:
+            return beside_text(unit, texts, self.rules.text_share)
         if self.rules.score == "cosine":
             return unit
         return torch.cat([unit, self.bias(out).float()], dim=-1)
@@ -254,8 +302,10 @@ class UserTower(nn.Module):
             table: user features.
 
         Returns:
-            (Q, D) or, with several interests, (Q, K, D); with a bias D+1.
+            (Q, D) or, with several interests, (Q, K, D); with a bias D+1, with texts D+T.
         """
+        size = self.rules.dimension
+        items, texts = items[:, :size], items[:, size:]
         out = self.features(side.users, table)
         if side.at is not None:
             out = out[user_of_entry(side)[side.at]]
@@ -280,9 +330,20 @@ class UserTower(nn.Module):
         if self.rules.score == "dot":
             return out
         unit = unit_vectors(out, self.rules.members)
+        if texts.shape[1]:
+            return beside_text(unit, self._texts_of(side, texts), self.rules.text_share)
         if self.rules.score in ("cosine", "projection"):
             return unit
         return torch.cat([unit, torch.ones_like(unit[..., :1])], dim=-1)
+
+    @staticmethod
+    def _texts_of(side: UserSide, texts: Tensor) -> Tensor:
+        """(Q, T) sum of the texts of each history, the newest first; 0 where there is none."""
+        user = user_of_entry(side)
+        place = places_from_newest(side, user, len(user) + 1)
+        weight = TEXT_DECAY ** place.to(texts.dtype)
+        said = texts.index_select(0, side.history) * weight[:, None]
+        return texts.new_zeros(len(side.lengths), texts.shape[1]).index_add(0, user, said)
 
     @staticmethod
     def _passed_over(layer: nn.Linear, side: UserSide, items: Tensor) -> Tensor:
@@ -334,8 +395,18 @@ class TwoTower(nn.Module):
 
     @property
     def vector_dimension(self) -> int:
-        """Of stored vectors: one more than `dimension` when a bias rides along."""
+        """Of stored vectors: one more than `dimension` when a bias rides along, or a text's."""
+        return self.learned_dimension + self.carried
+
+    @property
+    def learned_dimension(self) -> int:
+        """Of the vectors that are compared in training."""
         return self.rules.dimension + (self.rules.score == "cosine_bias")
+
+    @property
+    def carried(self) -> int:
+        """Dimensions of the text that stands behind embedded items where the model answers."""
+        return self.item_spec.text if self.rules.text_share else 0
 
     @property
     def user_shape(self) -> tuple[int, ...]:
@@ -385,7 +456,7 @@ class TwoTower(nn.Module):
         if embedded is None:
             embedded = self.embed_items(rows, statistics, texts)
         if own is not None:
-            return embedded + own(torch.where(rows < own.num_embeddings, rows, 0))
+            return added(embedded, own(torch.where(rows < own.num_embeddings, rows, 0)))
         if weight is not None:
             known = torch.where(rows < weight.num_embeddings, rows, 0)
             return unit_vectors(embedded, self.rules.members) * weight(known).exp()
