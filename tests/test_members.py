@@ -151,7 +151,7 @@ def test_what_does_not_go_with_members_is_refused() -> None:
         ({"members": 2, "score": "dot"}, 'score = "dot"'),
         ({"members": 2, "look_back": True}, "look_back = true"),
         ({"members": 2, "history": "multi_interest"}, 'history = "multi_interest"'),
-        ({"dimension": 12, "members": 3, "history": "transformer", "history_heads": 4}, "heads"),
+        ({"dimension": 24, "members": 3, "history": "transformer", "history_heads": 6}, "heads"),
     ):
         with pytest.raises(ValueError, match=said):
             TowerRules(**rules)
