@@ -130,7 +130,7 @@ def _measure(
     model, timeline, rows = bundle.model, bundle.timeline, bundle.rows
     config = bundle.manifest["config"]
     rng = np.random.default_rng([seed, 29])
-    width = model.rules.dimension  # without the bias
+    width = model.rules.dimension  # without a bias and the share of texts
     depth = max(1, min(DEEPEST, len(rows) // 10))
     k = _depth(config["evaluate"]["ks"], len(rows))
     drop_seen = config["evaluate"]["drop_seen"]

@@ -25,7 +25,7 @@ from experiments.track import Tracker, lightning_logger
 from features import logs
 from features.columns import texts as texts_of
 from features.dataset import Dataset
-from features.examples import training_events
+from features.examples import consecutive, timeline_until, training_events
 from features.given import given_negatives
 from features.prepare import prepare as prepare_log
 from recsys.errors import ConfigError, DataError
@@ -85,12 +85,17 @@ def prepare(config: RunConfig) -> Dataset:
 
 
 def text_vectors(
-    config: RunConfig, dataset: Dataset
+    config: RunConfig, dataset: Dataset, until: Side = Side.TRAIN
 ) -> tuple[TextEncoder | None, np.ndarray | None, np.ndarray | None]:
     """The text encoder, fitted on items known at the cut-off, and vectors of items and users.
 
     An encoder that is to learn with the towers gives no item vectors beforehand; those of users
     stay what it gave before it learned.
+
+    Args:
+        config: the run.
+        dataset: prepared.
+        until: the last side whose events the view "company" may know.
     """
     texts = dataset.item_text
     if not any(texts):
@@ -104,7 +109,13 @@ def text_vectors(
     parts = dict.fromkeys(("title", *schema.text, *schema.categories))
     fields = [texts_of(catalog, (part,)).gather(rows) for part in parts if part in catalog.columns]
     rules = config.text.model_copy(update={"seed": config.seed})
-    encoder = fit_encoder(written.gather(rows), rules, fields=fields, progress=say)
+    company = None
+    if config.learns_company:
+        place = np.full(dataset.n_items, -1)
+        place[rows] = np.arange(len(rows))
+        company = place[consecutive(timeline_until(dataset, until))]
+        company = company[:, (company >= 0).all(axis=0)]
+    encoder = fit_encoder(written.gather(rows), rules, fields=fields, company=company, progress=say)
     cache = Path(config.out) / "cache"
     items = encode_cached(encoder, texts, cache) if rules.train == "frozen" else None
     users = None
@@ -126,11 +137,52 @@ def text_tower(
     return partial(TextTower, encoder, tokens, train=config.text.train, chunk=config.text.chunk)
 
 
+class Untrained:
+    """Gives untrained towers, the same at each call, over texts as they are read.
+
+    Args:
+        config: the run.
+        dataset: prepared.
+    """
+
+    def __init__(self, config: RunConfig, dataset: Dataset) -> None:
+        self.config, self.dataset = config, dataset
+        self.encoder: TextEncoder | None = None
+        """The text encoder of the towers given last."""
+        self._texts: dict[Side, tuple[TextEncoder | None, np.ndarray | None, np.ndarray | None]]
+        self._texts = {}
+
+    def make(self) -> TwoTower:
+        """Towers that know nothing of the validation side."""
+        return self._until(Side.TRAIN)
+
+    def remake(self) -> TwoTower:
+        """Towers that are to learn from the validation side, too: its company says more of texts.
+
+        Where texts are read without it, they are read once.
+        """
+        return self._until(Side.VALID if self.config.learns_company else Side.TRAIN)
+
+    def _until(self, side: Side) -> TwoTower:
+        if side not in self._texts:
+            self._texts[side] = text_vectors(self.config, self.dataset, side)
+        self.encoder, items, users = self._texts[side]
+        return build_model(
+            self.dataset,
+            self.config.towers,
+            item_text=items,
+            user_text=users,
+            texts=text_tower(self.config, self.dataset, self.encoder),
+            seed=self.config.seed,
+        )
+
+
 def fit(
     config: RunConfig,
     dataset: Dataset,
     make: Callable[[], TwoTower],
     *,
+    remake: Callable[[], TwoTower] | None = None,
     folder: Path,
     logger: Any = False,
     resume: bool = False,
@@ -143,7 +195,9 @@ def fit(
     Args:
         config: the run.
         dataset: prepared.
-        make: gives untrained towers, the same at each call.
+        make: gives untrained towers, the same at each call, which know nothing of the validation
+            side.
+        remake: gives those that are to learn from it, too; None: `make`.
         folder: of checkpoints.
         logger: Lightning logger, or False.
         resume: go on from the last checkpoints in the folder.
@@ -151,9 +205,10 @@ def fit(
     import torch
 
     rules, folder = config.training, folder / "checkpoints"
+    remake = remake or make
     if rules.epochs == 0:
         say(f"the {rules.start} start alone, without learning")
-        return _learn(config, dataset, make(), None, 0, folder, logger=False, resume=False)[0]
+        return _learn(config, dataset, remake(), None, 0, folder, logger=False, resume=False)[0]
     model = make()
     validation = validation_side(
         dataset,
@@ -177,9 +232,10 @@ def fit(
         return module
     if rules.refit:
         say(f"learning again from train and validation side, {epochs} epochs")
-        return _learn(config, dataset, make(), None, epochs, refolder, logger=False, resume=resume)[
-            0
-        ]
+        again = _learn(
+            config, dataset, remake(), None, epochs, refolder, logger=False, resume=resume
+        )
+        return again[0]
     best = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)
     module.load_state_dict(best["state_dict"])
     return module
@@ -324,18 +380,13 @@ def train(config: RunConfig, *, resume: Path | None = None) -> TrainResult:
         (run / "run.toml").write_text(dump(config), encoding="utf-8")
         tracker.log_file(run / "run.toml")
         tracker.log_dict(dataset.manifest, "data.json")
-        encoder, item_text, user_text = text_vectors(config, dataset)
-        make = partial(
-            build_model, dataset, config.towers,
-            item_text=item_text, user_text=user_text,
-            texts=text_tower(config, dataset, encoder), seed=config.seed,
-        )  # fmt: skip
+        towers = Untrained(config, dataset)
         module = fit(
-            config, dataset, make,
+            config, dataset, towers.make, remake=towers.remake,
             folder=run, logger=lightning_logger(tracker), resume=resume is not None,
         )  # fmt: skip
         say(f"trained in {time.perf_counter() - began:.0f} s")
-        path = make_bundle(config, dataset, module.model, encoder, run / "bundle")
+        path = make_bundle(config, dataset, module.model, towers.encoder, run / "bundle")
         scorecard = judge(
             Recommender.load(path),
             test_side(dataset),

@@ -91,6 +91,8 @@ class UserSide:
         passed: (P,) int64 positions in the item rows beside it of what was shown and passed over,
             one query after the other; None: not asked for, or not known.
         passed_lengths: (Q,) int64 passed-over items of each query; None with `passed`.
+        age: (Q,) int64 how many events of the user came after the example, up to a bound; None
+            when answering, and where it is not asked for.
     """
 
     users: torch.Tensor
@@ -102,6 +104,7 @@ class UserSide:
     strength: torch.Tensor | None = None
     passed: torch.Tensor | None = None
     passed_lengths: torch.Tensor | None = None
+    age: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> UserSide:
         return _moved(self, device, non_blocking)

@@ -28,6 +28,7 @@ from features.parts import (
     Part,
     Reading,
     elapsed_seconds,
+    events_after,
     passed_before,
 )
 from features.plans import Plan, Share, Shuffled, Windows
@@ -98,6 +99,8 @@ class Batches:
         elapsed: whether history entries carry the seconds to their query.
         strength: whether history entries carry the strength of their event, where events differ.
         passed: whether queries carry what their user was shown and passed over before.
+        example_age: queries carry how many events of their user come after them, up to so many; 0:
+            they do not.
         half_life: microseconds after which an event counts half, back from the newest; None: never.
         negatives: "drawn": targets, uniform draws and the queue; "all": every row of
             `events.candidates` beside the targets, which needs no correction.
@@ -140,6 +143,7 @@ class Batches:
         elapsed: bool = False,
         strength: bool = False,
         passed: bool = False,
+        example_age: int = 0,
         half_life: int | None = None,
         negatives: Literal["drawn", "all"] = "drawn",
         uniform_negatives: int = 0,
@@ -175,6 +179,11 @@ class Batches:
                 'The plan "by_user" asks once for everything a user chose, and what was passed '
                 "over beside it would tell it: leave passed at False, or take another plan."
             )
+        if example_age and plan == "by_user":
+            raise ValueError(
+                'The plan "by_user" asks once for everything a user chose, and nothing comes after '
+                "it: leave example_age at 0, or take another plan."
+            )
         if past_weight and plan == "by_user":
             raise ValueError(
                 'The plan "by_user" asks once for everything a user had, and nothing lies before '
@@ -192,7 +201,7 @@ class Batches:
             )
         self.events, self.batch_size, self.max_history = events, batch_size, max_history
         self.elapsed, self.strength, self.half_life = elapsed, strength, half_life
-        self.passed = passed
+        self.passed, self.example_age = passed, example_age
         self.negatives, self.uniform_negatives = negatives, uniform_negatives
         self.queue, self.queue_after = queue, queue_after
         self.skip_weight, self.past_weight, self.per_query = skip_weight, past_weight, per_query
@@ -403,6 +412,9 @@ class Batches:
             else None,
             passed=None if passed is None else tensor(passed.values),
             passed_lengths=None if passed is None else tensor(passed.lengths),
+            age=tensor(events_after(asked, events.timeline, self.example_age))
+            if self.example_age
+            else None,
         )
 
     @cached_property

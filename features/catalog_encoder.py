@@ -43,7 +43,11 @@ AT_ONCE = 20_000
 
 
 def train_static(
-    texts: pl.Series, fields: list[pl.Series], rules: TextRules, progress: Callable[[str], None]
+    texts: pl.Series,
+    fields: list[pl.Series],
+    rules: TextRules,
+    progress: Callable[[str], None],
+    company: np.ndarray | None = None,
 ) -> SentenceTransformer:
     """Fit a tokenizer and token vectors on a catalogue.
 
@@ -52,6 +56,7 @@ def train_static(
         fields: columns as long as `texts`, the title first.
         rules: [text] of the configuration.
         progress: is told in words what is going on.
+        company: (2, P) places in `texts` of items chosen one after the other, or None.
 
     Raises:
         DataError: no text has a letter in it.
@@ -64,7 +69,7 @@ def train_static(
     items = learned_from(texts, fields, rules, rng)
     tokenizer = fit_tokenizer(items["text"].to_list(), rules)
     tokens = tokenized(tokenizer, items, len(texts), progress)
-    pairs = make_pairs(tokens, items, tokenizer, rules)
+    pairs = make_pairs(tokens, items, tokenizer, rules, rows_of(texts, items, company))
     with one_thread():
         start = lsa_vectors(tokens, tokenizer.get_vocab_size(), rules.dimension, rng)
         module = StaticEmbedding(tokenizer, embedding_weights=start)
@@ -87,6 +92,16 @@ def learned_from(
         # In the old order: the sample decides the encoder, not the order of drawing.
         items = items[np.sort(rng.choice(items.height, rules.max_texts, replace=False))]
     return items
+
+
+def rows_of(texts: pl.Series, items: pl.DataFrame, company: np.ndarray | None) -> np.ndarray | None:
+    """(2, P) pairs of places in `texts` as rows of `items`, where both are there and differ."""
+    if company is None:
+        return None
+    rows = items.select("text").with_row_index("row")
+    row = texts.alias("text").to_frame().join(rows, on="text", how="left", maintain_order="left")
+    pairs = row["row"].cast(pl.Int64).fill_null(-1).to_numpy()[company]
+    return pairs[:, (pairs >= 0).all(axis=0) & (pairs[0] != pairs[1])]
 
 
 def tokenized(
@@ -271,11 +286,27 @@ class Pairs:
 
 
 def make_pairs(
-    tokens: Ragged, items: pl.DataFrame, tokenizer: Tokenizer, rules: TextRules
+    tokens: Ragged,
+    items: pl.DataFrame,
+    tokenizer: Tokenizer,
+    rules: TextRules,
+    company: np.ndarray | None = None,
 ) -> list[Pairs]:
-    """What `rules.views` make of a catalogue; kinds without two pairs are left out."""
+    """What `rules.views` make of a catalogue; kinds without two pairs are left out.
+
+    Args:
+        tokens: of `items`.
+        items: as `learned_from` gives them.
+        tokenizer: reads single fields.
+        rules: which views.
+        company: (2, P) rows of `items` chosen one after the other, or None.
+    """
     long = np.flatnonzero(tokens.lengths >= 2)
-    kinds = [Pairs(view, tokens, long, long) for view in rules.views if view != "fields"]
+    of_one = [view for view in rules.views if view not in ("fields", "company")]
+    kinds = [Pairs(view, tokens, long, long) for view in of_one]
+    if "company" in rules.views and company is not None:
+        left, right = company[:, (tokens.lengths[company] > 0).all(axis=0)]
+        kinds.append(Pairs("company", tokens, left, right))
     columns = [name for name in items.columns if name != "text"]
     if "fields" in rules.views:
         for other in columns[1:]:

@@ -155,6 +155,14 @@ def training_events(
     )
 
 
+def consecutive(past: Timeline) -> np.ndarray:
+    """(2, P) item rows that a user chose one right after the other, the earlier one first."""
+    same = np.asarray(past.user)[1:] == np.asarray(past.user)[:-1]
+    items = np.asarray(past.item).astype(np.int64)
+    pairs = np.stack([items[:-1][same], items[1:][same]])
+    return pairs[:, pairs[0] != pairs[1]]
+
+
 @dataclass(frozen=True)
 class Questions:
     """Queries and what each user went on to choose.

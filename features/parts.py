@@ -289,6 +289,13 @@ class BySequence:
 Reading = ByEvent | ByUser | Ahead | BySequence
 
 
+def events_after(asked: Asked, timeline: Timeline, most: int) -> np.ndarray:
+    """(Q,) int64 how many of its user's events come after a query's first example, up to `most`."""
+    assert asked.first is not None  # Batches has seen to it
+    end = np.asarray(timeline.user_offsets)[asked.query_users + 1]
+    return np.minimum(end - 1 - asked.first, most).astype(np.int64)
+
+
 def passed_before(asked: Asked, timeline: Timeline) -> Ragged:
     """Q ragged item rows that each query's user was shown and passed over before its moment."""
     assert asked.first is not None and timeline.passed is not None  # Batches has seen to it

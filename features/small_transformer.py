@@ -23,6 +23,7 @@ from features.catalog_encoder import (
     make_pairs,
     one_thread,
     read_as_words,
+    rows_of,
     tokenized,
 )
 from features.pretrained import quiet
@@ -40,7 +41,11 @@ HEAD = 64
 
 
 def train_transformer(
-    texts: pl.Series, fields: list[pl.Series], rules: TextRules, progress: Callable[[str], None]
+    texts: pl.Series,
+    fields: list[pl.Series],
+    rules: TextRules,
+    progress: Callable[[str], None],
+    company: np.ndarray | None = None,
 ) -> SentenceTransformer:
     """Fit a tokenizer on a catalogue, and train a transformer so that two views of an item meet.
 
@@ -49,6 +54,7 @@ def train_transformer(
         fields: columns as long as `texts`, the title first.
         rules: [text] of the configuration; with `epochs = 0` the weights stay random.
         progress: is told in words what is going on.
+        company: (2, P) places in `texts` of items chosen one after the other, or None.
 
     Raises:
         DataError: no text has a letter in it.
@@ -58,7 +64,8 @@ def train_transformer(
     tokenizer = fit_wordpiece(items["text"].to_list(), rules)
     tokens = tokenized(tokenizer, items, len(texts), progress)
     model = small_transformer(tokenizer, rules)
-    pairs = make_pairs(tokens, items, tokenizer, rules) if rules.epochs else []
+    together = rows_of(texts, items, company)
+    pairs = make_pairs(tokens, items, tokenizer, rules, together) if rules.epochs else []
     import torch
 
     with one_thread(), torch.random.fork_rng(devices=[]):

@@ -35,7 +35,7 @@ SILENT = 1e-6
 RATES = {"static": 0.01, "small_transformer": 5e-4}
 """Learning rate of each kind of encoder that is trained on the catalogue."""
 
-View = Literal["split", "dropout", "halves", "fields"]
+View = Literal["split", "dropout", "halves", "fields", "company"]
 Progress = Callable[[str], None]
 Texts = Sequence[str | None] | pl.Series
 
@@ -77,9 +77,11 @@ class TextRules(Strict):
     views: Annotated[tuple[View, ...], Field(min_length=1)] = ("split", "fields")
     """What counts as two views of one item. split: each token goes to one view or the other;
     dropout: each view keeps some of all tokens; halves: before and after a cut; fields: the
-    first field beside each other one (title and description, title and category words)."""
+    first field beside each other one (title and description, title and category words); company:
+    the texts of two items that a user chose one after the other, each with some of its tokens, so
+    that what is had together is near, and a new item lies near what its takers had."""
     keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of the tokens in a view of split (the first) and dropout (both)."""
+    """Share of the tokens in a view of split (the first), dropout and company (both)."""
     epochs: Annotated[int, Field(ge=0, le=1000)] = 10
     """0: latent semantic analysis alone, without contrastive training."""
     max_pairs: Annotated[int, Field(ge=1)] = 1_000_000
@@ -239,6 +241,7 @@ def fit_encoder(
     rules: TextRules | None = None,
     *,
     fields: Sequence[Texts] = (),
+    company: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> TextEncoder:
     """The encoder that `rules` ask for: trained on these texts, or loaded.
@@ -248,6 +251,8 @@ def fit_encoder(
         rules: [text] of the configuration.
         fields: columns as long as `texts`, the title first, then description, category words, …;
             with the view "fields" the title is drawn to each of the others.
+        company: (2, P) places in `texts` of items that a user chose one after the other, for the
+            view "company"; None: none are known, and the view is left out.
         progress: is told in words what is going on.
 
     Raises:
@@ -271,8 +276,8 @@ def fit_encoder(
             )
     told = progress or (lambda _: None)
     if rules.encoder == "small_transformer":
-        return TextEncoder(train_transformer(whole, columns, rules, told), 256)
-    return TextEncoder(train_static(whole, columns, rules, told), 1024)
+        return TextEncoder(train_transformer(whole, columns, rules, told, company), 256)
+    return TextEncoder(train_static(whole, columns, rules, told, company), 1024)
 
 
 def encode_cached(

@@ -73,6 +73,7 @@ def view_of(
     schema = {n: t for n, t in served.bundle.catalog.schema.items() if n != "item"}
     dimension = served.bundle.model.vector_dimension
     vectors = np.array(list(live.values()), np.float32).reshape(len(live), dimension)
+    model = served.bundle.model
     hidden = frozenset(row for id in (*live, *deleted) if (row := served.row_of(id)))
     positions = np.array([served.position[row] for row in hidden], np.int64)
     told = [(fields or {}).get(id, {}) for id in live]
@@ -80,7 +81,7 @@ def view_of(
         ids=tuple(live),
         place={id: place for place, id in enumerate(live)},
         vectors=vectors,
-        entries=vectors[:, : served.bundle.model.rules.dimension].copy(),
+        entries=vectors[:, : model.rules.dimension + model.carried].copy(),
         fields=pl.DataFrame(
             {n: pl.Series(n, [one.get(n) for one in told], t) for n, t in schema.items()}
         ),

@@ -107,6 +107,7 @@ def test_the_recommender_and_the_engine_answer_alike(
         'history = "multi_interest"\npassed_over = true\nhistory_inputs = ["recency"]',
         'history = "transformer"\nscore = "dot"\nuser_id = true\nhistory_table = "weighted"',
         'history = "none"\nuser_id = true',
+        'members = 2\nhistory = "mean"\nhistory_table = "weighted"\nexample_age = 3',
     ],
 )
 def test_all_kinds_of_towers_are_asked_as_the_recommender_asks_them(

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.examples import Questions, ask, pairs_in, timeline_until, training_events
+from features.examples import (
+    Questions,
+    ask,
+    consecutive,
+    pairs_in,
+    timeline_until,
+    training_events,
+)
 from features.timeline import Timeline
 from recsys.ragged import Ragged
 from recsys.tables import Side
@@ -178,6 +185,12 @@ def test_a_timeline_until_a_side_knows_nothing_of_later_ones() -> None:
         assert until.item.tolist() == item
         assert until.shown is not None and until.shown.lengths.tolist() == shown
         assert until.user_offsets[-1] == len(item)
+
+
+def test_consecutive_items_are_of_one_user_in_order_and_differ() -> None:
+    past = timeline([(1, 4, 0), (1, 2, 5), (2, 2, 1), (2, 2, 2), (2, 6, 9), (3, 1, 0)])
+    assert consecutive(past).T.tolist() == [[4, 2], [2, 6]]
+    assert consecutive(timeline([])).shape == (2, 0)
 
 
 def test_training_events_carry_their_own_weights_skips_and_context() -> None:

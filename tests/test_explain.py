@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +17,18 @@ from serving.answers.served import Served
 from tests.serving_cases import FakeOverlay, no_view, view_of
 
 
-@pytest.fixture(scope="module")
-def keeper(tiny: Any) -> Served:
-    return Served.load(tiny.bundle)
+@pytest.fixture(scope="module", params=[0.0, 0.4], ids=["learned", "text_share"])
+def keeper(
+    request: Any,
+    tiny: Any,
+    build: Callable[..., Any],
+    shop_run: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Served:
+    if not request.param:
+        return Served.load(tiny.bundle)
+    toml = shop_run.replace("[towers]\n", f"[towers]\ntext_share = {request.param}\n")
+    return Served.load(build(toml, tmp_path_factory.mktemp("share"), trained=True).bundle)
 
 
 def _reply(served: Served, ask: Ask) -> Reply:
@@ -110,7 +120,7 @@ def test_explanations_have_bounds(keeper: Served) -> None:
 def test_a_live_answer_says_what_is_at_hand(keeper: Served) -> None:
     row = keeper.bundle.rows[3]
     view = view_of(keeper, {"twin": keeper.bundle.vectors[row]})
-    view = replace(view, entries=np.zeros((1, 16), np.float32))
+    view = replace(view, entries=np.zeros_like(view.entries))
     engine = Engine(keeper, FakeOverlay(view), rules=EngineRules(clock=None))
     id = keeper.bundle.items.ids[int(row) - 1]
     (reply,) = engine.answer([Ask("similar", items=(id,), k=2, explain=True)])

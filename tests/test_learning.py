@@ -103,6 +103,8 @@ def _moves(parameter: nn.Parameter) -> bool:
         ("by_user", {"history": "mean", "history_table": "weighted"}),
         ("by_user", {"history": "multi_interest", "interests": 2, "history_table": "own"}),
         ("sequences", {"history": "transformer", "history_hidden": 16}),
+        ("random", {"history": "attention", "members": 2, "example_age": 3}),
+        ("sequences", {"history": "transformer", "members": 2, "example_age": 3}),
     ],
 )
 @pytest.mark.parametrize("symmetric", [0.0, 0.5])

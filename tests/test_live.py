@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -85,14 +86,23 @@ def test_a_new_item_has_the_vector_of_its_cold_twin(
         )
 
 
-@pytest.mark.parametrize("score", ["cosine", "cosine_bias", "dot"])
-@pytest.mark.parametrize("history_table", ["shared", "weighted", "offset", "own"])
+@pytest.mark.parametrize(
+    ("history_table", "score", "share"),
+    [
+        *itertools.product(
+            ["shared", "weighted", "offset", "own"], ["cosine", "cosine_bias", "dot"], [0.0]
+        ),
+        *itertools.product(["shared", "offset", "own"], ["cosine"], [0.4]),
+    ],
+)
 def test_every_tower_reads_newcomers_as_it_reads_its_own_rows(
-    history_table: Any, score: Any, served: Served, table: dict[str, dict[str, Any]]
+    history_table: Any, score: Any, share: float, served: Served, table: dict[str, dict[str, Any]]
 ) -> None:
     """Twin: the bundle's own rows through `encode_items` and `embed_history`."""
     old, timeline, cutoff = served.bundle.model, served.bundle.timeline, served.bundle.cutoff
-    rules = TowerRules(dimension=16, hidden=16, history_table=history_table, score=score)
+    rules = TowerRules(
+        dimension=16, hidden=16, history_table=history_table, score=score, text_share=share
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = TwoTower(rules, old.items, old.users, old.item_spec, old.user_spec, old.context)

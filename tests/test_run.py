@@ -344,3 +344,34 @@ def test_a_log_that_fails_leaves_no_run_behind(market_run: str, tmp_path: Path) 
     with pytest.raises(DataError, match=r"absent\.csv"):
         train(config)
     assert not list(tmp_path.iterdir())
+
+
+def test_texts_learn_company_of_the_train_side_first_and_of_both_for_the_refit(
+    shop_run: str, tmp_path: Path
+) -> None:
+    from experiments.run import Untrained, fit, prepare, text_vectors
+    from recsys.tables import Side
+
+    toml = shop_run.replace("[text]\n", '[text]\nviews = ["company"]\ndimension = 8\n')
+    config = loads(f'out = "{tmp_path.as_posix()}"\n{toml}')
+    dataset = prepare(config)
+    fingerprint = {}
+    for side in (Side.TRAIN, Side.VALID):
+        encoder = text_vectors(config, dataset, side)[0]
+        assert encoder is not None
+        fingerprint[side] = encoder.fingerprint
+    assert fingerprint[Side.TRAIN] != fingerprint[Side.VALID]
+
+    towers = Untrained(config, dataset)
+    first = towers.make()
+    assert towers.encoder is not None and towers.encoder.fingerprint == fingerprint[Side.TRAIN]
+    module = fit(config, dataset, towers.make, remake=towers.remake, folder=tmp_path / "fit")
+    assert towers.encoder.fingerprint == fingerprint[Side.VALID]
+    assert module.model.items.text is not None and first.items.text is not None
+    assert not np.allclose(module.model.items.text, first.items.text)
+
+    plain = Untrained(loads(f'out = "{tmp_path.as_posix()}"\n{shop_run}'), dataset)
+    plain.make()
+    before = plain.encoder
+    plain.remake()
+    assert plain.encoder is before  # nothing new to learn from: read once

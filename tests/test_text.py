@@ -16,7 +16,15 @@ import pytest
 from pydantic import ValidationError
 
 from features import catalog_encoder
-from features.catalog_encoder import Pairs, draw_views, fit_tokenizer, lsa_vectors, tokenize
+from features.catalog_encoder import (
+    Pairs,
+    draw_views,
+    fit_tokenizer,
+    learned_from,
+    lsa_vectors,
+    rows_of,
+    tokenize,
+)
 from features.text import MANIFEST, TextEncoder, TextRules, encode_cached, fit_encoder
 from recsys.errors import BundleError, ConfigError, DataError
 from recsys.ragged import Ragged
@@ -192,6 +200,41 @@ def test_a_field_of_another_length_is_refused() -> None:
         fit_encoder(["a b", "c d"], SMALL, fields=[["a", "c"], ["b"]])
 
 
+@pytest.mark.parametrize("encoder", ["static", "small_transformer"])
+def test_texts_of_items_had_together_are_near_though_they_share_no_word(encoder: str) -> None:
+    texts, topic = world(300, 0)
+    mate = np.array([2, 3, 0, 1])[topic]  # cats go with bread, boats with space
+    rng = np.random.default_rng(1)
+    left = rng.integers(0, len(texts), 2000)
+    right = np.array([rng.choice(np.flatnonzero(topic == mate[i])) for i in left])
+    rules = SMALL.model_copy(update={"encoder": encoder, "layers": 1, "views": ("company",)})
+    new, kind = world(100, 5)
+
+    def likeness(company: np.ndarray | None, views: tuple[str, ...]) -> tuple[float, float]:
+        asked = rules.model_copy(update={"views": views})
+        vectors = fit_encoder(texts, asked, company=company).encode(new)
+        cosine = vectors @ vectors.T
+        together = np.array([2, 3, 0, 1])[kind][:, None] == kind
+        apart = ~together & (kind[:, None] != kind)
+        return float(cosine[together].mean()), float(cosine[apart].mean())
+
+    mates, others = likeness(np.stack([left, right]), ("split", "company"))
+    assert mates > others + 0.3
+    mates, others = likeness(None, ("split", "company"))  # nothing is known of the log
+    assert abs(mates - others) < 0.2
+
+
+def test_company_becomes_rows_of_distinct_texts_that_say_something() -> None:
+    texts = pl.Series("text", ["a b", "", "c d", "a b", "e f"])
+    items = learned_from(texts, [texts], SMALL, np.random.default_rng(0))
+    assert items["text"].to_list() == ["a b", "c d", "e f"]
+    company = np.array([[0, 1, 2, 0, 3], [2, 2, 4, 3, 4]])  # 1 is blank, 0 and 3 are the same
+    found = rows_of(texts, items, company)
+    assert found is not None
+    assert found.T.tolist() == [[0, 1], [1, 2], [0, 2]]
+    assert rows_of(texts, items, None) is None
+
+
 # The pieces, by hand and against naive twins.
 
 
@@ -243,6 +286,20 @@ def test_a_split_gives_every_token_to_exactly_one_view() -> None:
             assert a
             assert b
             assert sorted(a + b) in [row.tolist() for row in map(TOKENS.__getitem__, range(3))]
+
+
+def test_company_pairs_two_items_each_with_some_of_its_tokens() -> None:
+    rng, seen = np.random.default_rng(0), set()
+    one, other = np.array([0, 1]), np.array([2, 0])
+    for _ in range(50):
+        views = draw_views(Pairs("company", TOKENS, one, other), np.arange(2), 0.7, rng)
+        if views is None:
+            continue
+        left, right = bags(views)
+        assert set(left[0]) <= {10, 11, 12, 13, 14} and set(right[0]) <= {30, 31, 32, 33}
+        assert set(left[1]) <= {20, 21, 22} and set(right[1]) <= {10, 11, 12, 13, 14}
+        seen.add((len(left[0]), len(right[0])))
+    assert len(seen) > 4
 
 
 def test_halves_are_what_stands_before_and_after_a_cut() -> None:

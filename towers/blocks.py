@@ -96,21 +96,32 @@ class FeatureEmbedding(nn.Module):
             rows without an id get when the model serves, so that a new row lands in the right
             place from its content alone (DropoutNet; Volkovs et al., 2017).
         dropout: probability that a dimension of the sum is zeroed in training.
+        members: towers that share the dimensions, see members.py; vectors start as long in each
+            part as they would alone.
+        carry_text: where the model answers, the text vector itself stands behind the sum.
     """
 
     def __init__(
-        self, spec: FeatureSpec, dimension: int, id_dropout: float = 0.0, dropout: float = 0.0
+        self,
+        spec: FeatureSpec,
+        dimension: int,
+        id_dropout: float = 0.0,
+        dropout: float = 0.0,
+        members: int = 1,
+        *,
+        carry_text: bool = False,
     ) -> None:
         super().__init__()
+        self.carried: nn.Module | None = nn.Identity() if carry_text else None
         self.spec, self.dimension = spec, dimension
         self.id_dropout, self.dropout = id_dropout, dropout
         if spec.ids:
             # sparse: only the touched rows get a gradient, and only they are moved.
             # Row 0 is hardly ever trained without id dropout; small() lets it say nothing.
-            self.ids = small(nn.Embedding(spec.ids, dimension, sparse=True))
+            self.ids = small(nn.Embedding(spec.ids, dimension, sparse=True), members)
         if spec.text:
             self.text = nn.Linear(spec.text, dimension, bias=False)
-            _scale_to_unit(self.text, inputs_norm=1.0)
+            _scale_to_unit(self.text, inputs_norm=members**0.5)
         if spec.vector:
             self.vector = nn.Linear(spec.vector, dimension, bias=False)
         if spec.numbers:
@@ -118,7 +129,9 @@ class FeatureEmbedding(nn.Module):
         self.categories = nn.ModuleDict(
             {
                 # A dot is not allowed in a module's name, and a column's name may hold one.
-                str(position): small(nn.EmbeddingBag(size, dimension, mode="mean", padding_idx=0))
+                str(position): small(
+                    nn.EmbeddingBag(size, dimension, mode="mean", padding_idx=0), members
+                )
                 for position, size in enumerate(spec.categories.values())
             }
         )
@@ -156,7 +169,7 @@ class FeatureEmbedding(nn.Module):
             ids: id vectors to use instead of those learned here.
 
         Returns:
-            (R, D).
+            (R, D); (R, D+T) with `carry_text`, where the model answers.
         """
         # Not of no dimension: what is kept as float16 becomes float32 by being added.
         out = torch.zeros(1, device=rows.device)
@@ -166,7 +179,8 @@ class FeatureEmbedding(nn.Module):
                 known = known * (torch.rand(len(rows), device=rows.device) >= self.id_dropout)
             out = out + (self.ids if ids is None else ids)(known)
         if self.spec.text:
-            out = out + self.text(_of(table.text, rows) if texts is None else texts)
+            texts = _of(table.text, rows) if texts is None else texts
+            out = out + self.text(texts)
         if self.spec.vector:
             out = out + self.vector(_of(table.vector, rows))
         if self.spec.numbers:
@@ -181,15 +195,17 @@ class FeatureEmbedding(nn.Module):
             out = out + self.statistics(self.standardised(statistics))
         if self.training and self.dropout:
             out = nn.functional.dropout(out, self.dropout)
+        if self.carried is not None and texts is not None and not self.training:
+            return torch.cat([out, self.carried(texts).to(out.dtype)], dim=1)
         return out if out.ndim > 1 else out.expand(len(rows), self.dimension)
 
 
 Table = TypeVar("Table", nn.Embedding, nn.EmbeddingBag)
 
 
-def small(table: Table) -> Table:
+def small(table: Table, members: int = 1) -> Table:
     """Start a table of vectors small beside the content, and its row 0, unknown, at zero."""
-    nn.init.normal_(table.weight, std=0.1 / table.embedding_dim**0.5)
+    nn.init.normal_(table.weight, std=0.1 * (members / table.embedding_dim) ** 0.5)
     with torch.no_grad():
         table.weight[0].zero_()
     return table

@@ -98,10 +98,15 @@ def build_model(
 
     Raises:
         ConfigError: the towers are to read times or statistics, and the log has no clock; or what
-            was passed over, and it has no impression lists.
+            was passed over, and it has no impression lists; or texts, and there are none.
     """
     _need_clock(rules, dataset)
     _need_lists(rules, dataset)
+    if rules.text_share and item_text is None and texts is None:
+        raise ConfigError(
+            "towers.text_share is a share of what items' texts say, and these items have none. "
+            "Name text columns in [data.catalog], or leave text_share at 0."
+        )
     items = FeatureTable(
         dataset.n_items,
         text=_floats(item_text),

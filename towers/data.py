@@ -62,6 +62,7 @@ class InteractionData(lightning.LightningDataModule):
             elapsed=timed and "recency" in towers.history_inputs,
             strength="strength" in towers.history_inputs,
             passed=towers.passed_over,
+            example_age=towers.example_age,
             half_life=None if rules.half_life is None else duration(rules.half_life),
             negatives=rules.negatives,
             uniform_negatives=rules.uniform_negatives,
@@ -117,6 +118,11 @@ def plan_of(rules: TrainingRules, towers: TowerRules, statistics: bool) -> PlanN
             'training.batches = "by_user" asks once for everything a user chose, and what was '
             "passed over beside it would tell it: set towers.passed_over to false, or take other "
             "batches."
+        )
+    if towers.example_age and rules.batches == "by_user":
+        raise ConfigError(
+            'training.batches = "by_user" asks once for everything a user chose, and nothing comes '
+            "after it: set towers.example_age to 0, or take other batches."
         )
     if rules.batches == "auto":
         if statistics:

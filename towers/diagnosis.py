@@ -149,10 +149,14 @@ def hidden(model: TwoTower, part: str) -> Iterator[None]:
     weight = layer.weight.detach()
     unknown = weight[0].clone() if part == "ids" else torch.zeros_like(weight[:, 0])
     setattr(inputs, part, _Always(unknown))
+    carried = inputs.carried
+    if part == "text" and carried is not None:
+        inputs.carried = _Always(weight.new_zeros(inputs.spec.text))
     try:
         yield
     finally:
         setattr(inputs, part, layer)
+        inputs.carried = carried
 
 
 # --- findings -------------------------------------------------------------------------------------

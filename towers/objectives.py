@@ -221,6 +221,17 @@ def matryoshka(
     return loss
 
 
+def of_each_member(scores: Scores, *, members: int, objective: Objective) -> Tensor:
+    """Mean of an objective over the members of an ensemble, each of which learns by itself.
+
+    Args:
+        scores: of a batch.
+        members: how many share the dimensions.
+        objective: of one member's vectors.
+    """
+    return torch.stack([objective(scores.of_member(k, members)) for k in range(members)]).mean(0)
+
+
 def skip_term(scores: Scores, *, scale: float = 1.0, source: Source = Source.SKIPPED) -> Tensor:
     """Cross-entropy of the positive against what its own query skipped, and nothing else.
 

@@ -317,6 +317,15 @@ class Scores:
         queued = None if self.queued is None else cut(self.queued)
         return replace(self, users=cut(self.users), items=cut(self.items), queued=queued)
 
+    def of_member(self, number: int, members: int) -> Scores:
+        """The same of one member's part of the dimensions, its vectors brought back to length 1."""
+
+        def part(vectors: Tensor) -> Tensor:
+            return full(vectors).chunk(members, -1)[number] * members**0.5
+
+        queued = None if self.queued is None else part(self.queued)
+        return replace(self, users=part(self.users), items=part(self.items), queued=queued)
+
     @cached_property
     def _blocked(self) -> Tensor:
         """(2, E) query and column that are no negatives: own targets and known ones."""

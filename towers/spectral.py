@@ -186,7 +186,7 @@ def start(
         code: company: last dimensions that are a random code.
 
     Raises:
-        ConfigError: the model has no item ids, or no dimensions beside the code.
+        ConfigError: the model has no item ids, several members, or no dimensions beside the code.
     """
     from towers.two_tower import ITEM_LENGTHS
 
@@ -195,6 +195,12 @@ def start(
         raise ConfigError(
             f'training.start = "{kind}" sets item ids, and towers.item_id is false: set it to '
             'true, or start to "random".'
+        )
+    if model.rules.members > 1:
+        raise ConfigError(
+            f'training.start = "{kind}" would start all {model.rules.members} members alike, and '
+            'members that differ are what an ensemble is for: set it to "random", or '
+            "towers.members to 1."
         )
     tower = model.user_tower
     if kind == "company":

@@ -27,7 +27,14 @@ from towers.audit import Audit, Draws, audit
 from towers.encode import encode_items, encode_users
 from towers.histories import choose_interest
 from towers.mining import from_state, mine_again, to_state
-from towers.objectives import OBJECTIVES, Objective, matryoshka, skip_term, symmetric
+from towers.objectives import (
+    OBJECTIVES,
+    Objective,
+    matryoshka,
+    of_each_member,
+    skip_term,
+    symmetric,
+)
 from towers.optimizer import RowAdam, clip_gradients
 from towers.remembered import Remembered
 from towers.rules import METRICS, TrainingRules, metric_at
@@ -77,11 +84,11 @@ class TwoTowerModule(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.model, self.rules = model, rules
-        self.objective = objective or objective_of(rules, model.rules.score)
+        self.objective = objective or objective_of(rules, model.rules.score, model.rules.members)
         self.temperature = Temperature(rules.temperature, rules.learn_temperature)
         self.remembered = None
         if rules.queue:
-            self.remembered = Remembered(model.items.n_rows, model.vector_dimension)
+            self.remembered = Remembered(model.items.n_rows, model.learned_dimension)
             # Ranks see other items each; DDP would write rank 0's memory over all of them.
             self._ddp_params_and_buffers_to_ignore = [
                 f"remembered.{name}" for name, _ in self.remembered.named_buffers()
@@ -340,17 +347,28 @@ class TwoTowerModule(lightning.LightningModule):
         )
 
 
-def objective_of(rules: TrainingRules, score: str) -> Objective:
+def objective_of(rules: TrainingRules, score: str, members: int = 1) -> Objective:
     """The objective that the rules describe, options bound.
 
     Args:
         rules: which one, both directions or one, at which dimensions.
         score: "cosine", "dot", "projection" or "cosine_bias".
+        members: towers that share the dimensions.
+
+    Raises:
+        ConfigError: leading dimensions are to rank well, and they are those of one member.
     """
     chosen: Callable[..., Tensor] = OBJECTIVES[rules.objective]
     inner: Objective = partial(chosen, **rules.objective_options)
     if rules.symmetric:
         inner = partial(symmetric, objective=inner, item_share=rules.symmetric)
+    if members > 1:
+        if rules.matryoshka:
+            raise ConfigError(
+                "training.matryoshka cuts vectors, which with towers.members above 1 would leave "
+                "members out: leave it empty, or set towers.members to 1."
+            )
+        return partial(of_each_member, members=members, objective=inner)
     if not rules.matryoshka:
         return inner
     cut = partial(

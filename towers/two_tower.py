@@ -7,6 +7,7 @@ more dimension of the item vector, met by a 1 in the user vector.
 
 from __future__ import annotations
 
+import json
 from typing import Literal, Self
 
 import torch
@@ -24,9 +25,18 @@ from towers.blocks import (
     small,
 )
 from towers.causal import CausalTransformer
-from towers.histories import History, LookBack, MultiInterest, user_of_entry
+from towers.histories import (
+    History,
+    LookBack,
+    MultiInterest,
+    places_from_newest,
+    user_of_entry,
+)
+from towers.members import side_by_side, unit_vectors
 from towers.text import TextTower
 
+TEXT_DECAY = 0.8
+"""text_share: how much each text of a history weighs beside the one after it."""
 ITEM_LENGTHS = ("dot", "projection")
 """Scores to which an item's length counts."""
 
@@ -36,6 +46,10 @@ class TowerRules(Strict):
 
     dimension: int = Field(64, ge=2, le=4096)
     """Of the vectors that are compared."""
+    members: int = Field(1, ge=1, le=64)
+    """Towers of an ensemble, side by side: each has its part of the dimensions and learns by
+    itself, and an item's score is the mean of their cosines. Where one tower learns a small log by
+    heart, more members of the same size rank better, and more dimensions do not."""
     score: Literal["cosine", "dot", "projection", "cosine_bias"] = "cosine"
     """cosine: direction alone; dot: lengths of both count, and an item's carries its popularity;
     projection: an item's length counts, a user's does not, so that no user learns louder than
@@ -79,6 +93,10 @@ class TowerRules(Strict):
     passed_over: bool = False
     """Read what the user was shown and passed over before, too (the newest 100), where the log has
     impression lists; it starts by adding nothing."""
+    example_age: int = Field(0, ge=0, le=1000)
+    """In training, the user tower is told how many events of its user came after the example, up to
+    this number; when answering there is none. So it learns what was chosen when, and answers for
+    now (the example age of Covington et al., 2016, counted in events). 0: it is not told."""
     user_id: bool = False
     """A vector of its own for every user of the training side; new users have only the rest."""
     item_id: bool = True
@@ -88,20 +106,37 @@ class TowerRules(Strict):
     hidden: int = Field(128, ge=0)
     """Width of each tower's residual layer; 0: none, which overfits least on very small logs."""
     dropout: float = Field(0.1, ge=0, lt=1)
+    text_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the score that is the plain likeness of an item's text to those of the history, the
+    newest of which say most; the rest is what the towers learned, without it. So new items are
+    found by their texts themselves, however well the towers know the old ones by heart. Stored
+    vectors are longer by the text's dimensions. Best with text.views that hold "company"."""
     statistics: bool | Literal["auto"] = "auto"
     """Item age, clicks and exposures as of the event; auto: when the log shows impressions."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.history == "transformer" and self.dimension % (2 * self.history_heads):
+        if self.members > 1:
+            self._several_members()
+        if self.history == "transformer" and self.width % (2 * self.history_heads):
             raise ValueError(
                 f"{self.history_heads} heads need a dimension that {2 * self.history_heads} "
-                f"divides, and it is {self.dimension}: change history_heads or dimension."
+                f"divides, and it is {self.width}: change history_heads or dimension."
             )
         if self.look_back and self.history in ("none", "multi_interest"):
             raise ValueError(
                 f'look_back needs one answer made of a history, and history is "{self.history}": '
                 "set it to mean, attention or transformer, or look_back to false."
+            )
+        if self.text_share and (
+            self.score != "cosine"
+            or self.history in ("none", "multi_interest")
+            or self.history_table == "weighted"
+        ):
+            raise ValueError(
+                "text_share is a share of a cosine, between one vector of a history and an item: "
+                'leave score at "cosine", take mean, attention or transformer as history and no '
+                "weighted history_table, or leave text_share at 0."
             )
         if self.history_table != "shared" and not self.item_id:
             raise ValueError(
@@ -110,14 +145,36 @@ class TowerRules(Strict):
             )
         return self
 
+    def _several_members(self) -> None:
+        if self.dimension % self.members or self.dimension // self.members < 2:
+            raise ValueError(
+                f"{self.members} members share {self.dimension} dimensions: make the dimension a "
+                "multiple of the members, at least twice as many."
+            )
+        for name, value, wanted in (
+            ("score", self.score, "cosine"),
+            ("look_back", self.look_back, False),
+            ("history", self.history == "multi_interest" and self.history, "attention"),
+        ):
+            if value and value != wanted:
+                raise ValueError(
+                    f"members = {self.members} is a mean of cosines of one vector each, which does "
+                    f"not go with {name} = {json.dumps(value)}: set it to {json.dumps(wanted)}, or "
+                    "members to 1."
+                )
 
-def _history(rules: TowerRules) -> History | CausalTransformer | MultiInterest | None:
+    @property
+    def width(self) -> int:
+        """Dimensions of one member."""
+        return self.dimension // self.members
+
+
+def _history(rules: TowerRules) -> History | CausalTransformer | MultiInterest:
+    """Of one member."""
     inputs, hidden = rules.history_inputs, rules.dropout
-    if rules.history == "none":
-        return None
     if rules.history == "transformer":
         return CausalTransformer(
-            rules.dimension, rules.max_history, layers=rules.history_layers,
+            rules.width, rules.max_history, layers=rules.history_layers,
             heads=rules.history_heads, hidden=rules.history_hidden, dropout=rules.dropout,
             place=rules.history_place, inputs=inputs,
             entry_dropout=rules.dropout if rules.entry_dropout is None else rules.entry_dropout,
@@ -127,14 +184,30 @@ def _history(rules: TowerRules) -> History | CausalTransformer | MultiInterest |
             rules.dimension, rules.interests, rules.max_history, inputs=inputs, hidden=hidden
         )
     return History(
-        rules.dimension, rules.history, rules.max_history, norm=rules.history_norm,
+        rules.width, rules.history, rules.max_history, norm=rules.history_norm,
         decay=rules.history_decay, inputs=inputs, hidden=hidden,
     )  # fmt: skip
 
 
-def unit_vectors(x: Tensor) -> Tensor:
-    """(B, D) of length 1 in float32; what is almost 0 stays short: its gradient has bounds."""
-    return F.normalize(x.float(), dim=-1, eps=0.01)
+def _deep(rules: TowerRules) -> nn.Module:
+    return side_by_side(lambda: Residual(rules.width, rules.hidden, rules.dropout), rules.members)
+
+
+def added(embedded: Tensor, more: Tensor) -> Tensor:
+    """(R, D) added to (R, D) embedded items, or to the first D dimensions of longer ones."""
+    size = more.shape[1]
+    if embedded.shape[1] == size:
+        return embedded + more
+    return torch.cat([embedded[:, :size] + more, embedded[:, size:]], dim=1)
+
+
+def beside_text(learned: Tensor, texts: Tensor, share: float) -> Tensor:
+    """(B, D) unit vectors and (B, T) texts as one unit vector (B, D+T): cosines add up by share.
+
+    A blank text leaves all of the length to what was learned.
+    """
+    both = [(1 - share) ** 0.5 * learned, share**0.5 * unit_vectors(texts)]
+    return unit_vectors(torch.cat(both, dim=1))
 
 
 class ItemTower(nn.Module):
@@ -143,19 +216,29 @@ class ItemTower(nn.Module):
     def __init__(self, spec: FeatureSpec, rules: TowerRules) -> None:
         super().__init__()
         self.rules = rules
-        self.inputs = FeatureEmbedding(spec, rules.dimension, rules.id_dropout, rules.dropout)
-        self.deep = Residual(rules.dimension, rules.hidden, rules.dropout)
+        self.inputs = FeatureEmbedding(
+            spec, rules.dimension, rules.id_dropout, rules.dropout, rules.members,
+            carry_text=rules.text_share > 0,
+        )  # fmt: skip
+        self.deep = _deep(rules)
         if rules.score == "cosine_bias":
             self.bias = nn.Linear(rules.dimension, 1)
             nn.init.zeros_(self.bias.weight)
             nn.init.zeros_(self.bias.bias)
 
     def forward(self, embedded: Tensor) -> Tensor:
-        """(R, D) embedded items → (R, D) or, with a bias, (R, D+1) vectors."""
+        """(R, D) embedded items → (R, D) or, with a bias, (R, D+1) vectors.
+
+        Texts that the items carry behind are a part of the vectors: (R, D+T) → (R, D+T).
+        """
+        size = self.rules.dimension
+        embedded, texts = embedded[:, :size], embedded[:, size:]
         out = self.deep(embedded)
         if self.rules.score in ITEM_LENGTHS:
             return out
-        unit = unit_vectors(out)
+        unit = unit_vectors(out, self.rules.members)
+        if texts.shape[1]:
+            return beside_text(unit, texts, self.rules.text_share)
         if self.rules.score == "cosine":
             return unit
         return torch.cat([unit, self.bias(out).float()], dim=-1)
@@ -176,11 +259,14 @@ class UserTower(nn.Module):
     ) -> None:
         super().__init__()
         self.rules = rules
-        self.features = FeatureEmbedding(spec, rules.dimension)
-        self.history = _history(rules)
+        self.features = FeatureEmbedding(spec, rules.dimension, members=rules.members)
+        self.history: nn.Module | None = None
+        if rules.history != "none":
+            self.history = side_by_side(lambda: _history(rules), rules.members)
         self.history_ids = self.history_weight = None
         if rules.history_table in ("own", "offset") and rules.history != "none":
-            self.history_ids = small(nn.Embedding(item_ids, rules.dimension, sparse=True))
+            table = nn.Embedding(item_ids, rules.dimension, sparse=True)
+            self.history_ids = small(table, rules.members)
             if rules.history_table == "offset":
                 nn.init.zeros_(self.history_ids.weight)
         if rules.history_table == "weighted" and rules.history != "none":
@@ -189,9 +275,10 @@ class UserTower(nn.Module):
             nn.init.zeros_(self.history_weight.weight)
         self.look_back: LookBack | None = None
         self.context = nn.ModuleList(
-            small(nn.Embedding(size, rules.dimension, padding_idx=0)) for size in context
+            small(nn.Embedding(size, rules.dimension, padding_idx=0), rules.members)
+            for size in context
         )
-        self.deep = Residual(rules.dimension, rules.hidden, rules.dropout)
+        self.deep = _deep(rules)
         if rules.look_back:
             self.look_back = LookBack(rules.dimension)
         self.passed: nn.Linear | None = None
@@ -200,6 +287,11 @@ class UserTower(nn.Module):
             self.passed = nn.Linear(rules.dimension, rules.dimension)
             nn.init.zeros_(self.passed.weight)
             nn.init.zeros_(self.passed.bias)
+        self.age: nn.Embedding | None = None
+        if rules.example_age:
+            # Row 0 is now, and stays zero: what answers is what is learned of the newest examples.
+            age = nn.Embedding(rules.example_age + 1, rules.dimension, padding_idx=0)
+            self.age = small(age, rules.members)
 
     def forward(self, side: UserSide, items: Tensor, table: FeatureTable) -> Tensor:
         """Encode users.
@@ -210,8 +302,10 @@ class UserTower(nn.Module):
             table: user features.
 
         Returns:
-            (Q, D) or, with several interests, (Q, K, D); with a bias D+1.
+            (Q, D) or, with several interests, (Q, K, D); with a bias D+1, with texts D+T.
         """
+        size = self.rules.dimension
+        items, texts = items[:, :size], items[:, size:]
         out = self.features(side.users, table)
         if side.at is not None:
             out = out[user_of_entry(side)[side.at]]
@@ -227,15 +321,29 @@ class UserTower(nn.Module):
         for context, codes in zip(self.context, side.context.T, strict=False):
             said = context(codes)
             out = out + (said[:, None] if several else said)
+        if self.age is not None and side.age is not None:
+            said = self.age(side.age)
+            out = out + (said[:, None] if several else said)
         out = self.deep(out)
         if self.look_back is not None:
             out = self.look_back(out, items, side)
         if self.rules.score == "dot":
             return out
-        unit = unit_vectors(out)
+        unit = unit_vectors(out, self.rules.members)
+        if texts.shape[1]:
+            return beside_text(unit, self._texts_of(side, texts), self.rules.text_share)
         if self.rules.score in ("cosine", "projection"):
             return unit
         return torch.cat([unit, torch.ones_like(unit[..., :1])], dim=-1)
+
+    @staticmethod
+    def _texts_of(side: UserSide, texts: Tensor) -> Tensor:
+        """(Q, T) sum of the texts of each history, the newest first; 0 where there is none."""
+        user = user_of_entry(side)
+        place = places_from_newest(side, user, len(user) + 1)
+        weight = TEXT_DECAY ** place.to(texts.dtype)
+        said = texts.index_select(0, side.history) * weight[:, None]
+        return texts.new_zeros(len(side.lengths), texts.shape[1]).index_add(0, user, said)
 
     @staticmethod
     def _passed_over(layer: nn.Linear, side: UserSide, items: Tensor) -> Tensor:
@@ -287,8 +395,18 @@ class TwoTower(nn.Module):
 
     @property
     def vector_dimension(self) -> int:
-        """Of stored vectors: one more than `dimension` when a bias rides along."""
+        """Of stored vectors: one more than `dimension` when a bias rides along, or a text's."""
+        return self.learned_dimension + self.carried
+
+    @property
+    def learned_dimension(self) -> int:
+        """Of the vectors that are compared in training."""
         return self.rules.dimension + (self.rules.score == "cosine_bias")
+
+    @property
+    def carried(self) -> int:
+        """Dimensions of the text that stands behind embedded items where the model answers."""
+        return self.item_spec.text if self.rules.text_share else 0
 
     @property
     def user_shape(self) -> tuple[int, ...]:
@@ -338,10 +456,10 @@ class TwoTower(nn.Module):
         if embedded is None:
             embedded = self.embed_items(rows, statistics, texts)
         if own is not None:
-            return embedded + own(torch.where(rows < own.num_embeddings, rows, 0))
+            return added(embedded, own(torch.where(rows < own.num_embeddings, rows, 0)))
         if weight is not None:
             known = torch.where(rows < weight.num_embeddings, rows, 0)
-            return unit_vectors(embedded) * weight(known).exp()
+            return unit_vectors(embedded, self.rules.members) * weight(known).exp()
         return embedded
 
     def encode_users(self, side: UserSide, items: Tensor) -> Tensor:

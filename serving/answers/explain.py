@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from serving.answers.askers import Asker, Askers
 from serving.answers.served import Served
@@ -66,7 +66,15 @@ class Explainer:
         with torch.inference_mode():
             statistics = self._statistics(rows[some])
             whole = self._model.embed_items(at, statistics)
-            parts = list(self._said(at, statistics))
+            width = self._model.rules.dimension
+            parts = [
+                (name, nn.functional.pad(said, (0, whole.shape[1] - said.shape[1])), there)
+                for name, said, there in self._said(at, statistics)
+            ]
+            carried = whole.shape[1] > width
+            for name, said, _ in parts:
+                if carried and name == "text":
+                    said[:, width:] = whole[:, width:]
             stacked = torch.stack([whole, *(whole - said for _, said, _ in parts)])  # (1+P, R, E)
             vectors = self._model.item_tower(stacked.flatten(0, 1))
             scores = (vectors @ asking.T).amax(1).view(len(stacked), len(some))

@@ -20,7 +20,8 @@ from serving.bundle import Bundle
 from towers.blocks import FeatureTable
 from towers.build import padded
 from towers.encode import ROWS_AT_ONCE
-from towers.two_tower import TwoTower, unit_vectors
+from towers.members import unit_vectors
+from towers.two_tower import TwoTower, added
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def encode_described(bundle: Bundle, items: Sequence[Described], known: np.ndarr
     table = feature_table(bundle, items)
     statistics = _statistics(bundle, items, known)
     vectors = np.empty((total, model.vector_dimension), np.float32)
-    entries = np.empty((total, model.rules.dimension), np.float32)
+    entries = np.empty((total, model.rules.dimension + model.carried), np.float32)
     # `FeatureEmbedding` takes the id vector of a row below `spec.ids` from what it is given.
     step = min(ROWS_AT_ONCE, max(1, model.item_spec.ids - 1))
     if model.item_spec.ids <= 1:
@@ -139,9 +140,11 @@ def _encode(
     if own is not None and model.rules.history_table == "own":
         return vectors, inputs(rows, table, statistics, None, ids=_picked(own, known))
     if own is not None:
-        return vectors, embedded + _picked(own, known)(rows)
+        return vectors, added(embedded, _picked(own, known)(rows))
     if weight is not None:
-        return vectors, unit_vectors(embedded) * _picked(weight, known)(rows).exp()
+        return vectors, unit_vectors(embedded, model.rules.members) * _picked(weight, known)(
+            rows
+        ).exp()
     return vectors, embedded
 
 
