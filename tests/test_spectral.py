@@ -207,5 +207,8 @@ def test_without_epochs_the_towers_stay_as_they_start(
     assert tower.history_ids is not None
     rows = len(tower.history_ids.weight)
     np.testing.assert_allclose(
-        tower.history_ids.weight[1:].detach(), found.history[1:rows], atol=1e-5
+        tower.history_ids.weight[1:].detach().float(),
+        found.history[1:rows],
+        rtol=1e-3,  # a bundle keeps 11 bits of each number
+        atol=1e-5,
     )
