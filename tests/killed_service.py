@@ -52,8 +52,9 @@ def folded(bundle: Bundle, state: dict[str, dict[str, Any] | None]) -> Bundle:
     new = [id for id in puts if id not in row]
     row |= {id: at for at, id in enumerate(new, bundle.items.size)}
     size, old = bundle.items.size + len(new), bundle.model
-    text = torch.zeros(size, bundle.model.items.text.shape[1])
-    text[: bundle.items.size] = bundle.model.items.text
+    kept = bundle.model.items.text
+    text = torch.zeros(size, kept.shape[1], dtype=kept.dtype)
+    text[: bundle.items.size] = kept
     if puts:
         described = [bundle.coder.describe(item) for item in puts.values()]
         read = encode_described(bundle, described, np.zeros(len(puts), np.int64)).table.text

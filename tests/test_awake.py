@@ -17,7 +17,7 @@ from serving.http.service import ServiceRules, make_app
 
 
 class Loop:
-    """Calls what is to be called soon, one turn after the other; each turn takes a millisecond."""
+    """Calls what is to be called soon, one turn after the other; each turn takes 50 µs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.turns, self._soon = 0.0, 0, list[tuple[Callable[..., None], Any]]()
@@ -35,15 +35,15 @@ class Loop:
             assert len(soon) == 1, "looked out for once, however many were answered"
             for call, given in soon:
                 call(given)
-            turns, self.now = turns + 1, self.now + 0.001
+            turns, self.now = turns + 1, self.now + 0.00005
         return turns
 
 
 def test_it_looks_out_for_as_long_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop(monkeypatch)
-    awake = Awake(0.0095, lambda: True)
+    awake = Awake(0.000475, lambda: True)
     awake.answered(loop)  # type: ignore[arg-type]
-    assert loop.run() == 11  # at 0, 1, … 9 ms it goes on; at 10 ms it ends
+    assert loop.run() == 11  # at 0, 50, … 450 µs it goes on; at 500 µs it ends
     assert loop.run() == 0
     awake.answered(loop)  # type: ignore[arg-type]
     assert loop.run(5) == 5
@@ -61,6 +61,20 @@ def test_it_sleeps_at_once_where_others_have_work(monkeypatch: pytest.MonkeyPatc
     assert loop.run() == 1
 
 
+def test_it_sleeps_at_once_where_another_thread_has_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = Loop(monkeypatch)
+    awake = Awake(1.0, lambda: True)
+    awake.answered(loop)  # type: ignore[arg-type]
+    assert loop.run(100) == 100
+    loop.now += 0.005
+    assert loop.run() == 1
+    loop.now += 1.0  # an answer that took long is no sign of others
+    awake.answered(loop)  # type: ignore[arg-type]
+    assert loop.run(100) == 100
+
+
 @pytest.mark.parametrize(("seconds", "cores"), [(0.0, 2), (0.5, 1)])
 def test_never_where_it_is_off_or_the_core_is_the_callers(
     monkeypatch: pytest.MonkeyPatch, seconds: float, cores: int
@@ -75,6 +89,7 @@ def test_a_service_that_stays_awake_uses_its_core_that_long_and_no_longer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "cores", lambda: 2)
+    monkeypatch.setattr(module, "HELD", 10.0)  # threads of this test want the interpreter, too
     used = {}
     for seconds in (0.0, 0.4):
         with served(make_app(FakeHost(), rules=ServiceRules(awake=seconds))) as port:
