@@ -19,6 +19,7 @@ from recsys.files import sha256_file
 from serving import bundle as bundles
 from serving import manifest as manifests
 from serving.index import HnswIndex, IndexRules
+from serving.living import newcomers
 from serving.recommender import Recommender
 from towers.blocks import narrowed
 from towers.encode import encode_items
@@ -92,6 +93,10 @@ def test_a_table_with_a_number_too_large_for_half_stays_as_it_is() -> None:
     np.testing.assert_allclose(narrowed(table).float(), table, rtol=2**-11, atol=1e-7)
     table[0, 0] = 70000.0
     assert narrowed(table) is table
+    # An item that is put later is kept alike, and one too large for it is not lost.
+    kept = torch.zeros(1, 2, dtype=torch.float16)
+    assert newcomers._as_kept(table, kept) is table
+    assert newcomers._as_kept(torch.ones(1, 2), kept).dtype == torch.float16
 
 
 def test_two_trainings_of_one_run_make_the_same_content(

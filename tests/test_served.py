@@ -105,6 +105,18 @@ def test_what_is_given_back_is_there_again(tmp_path: Path) -> None:
     np.testing.assert_array_equal(in_memory, before)
 
 
+def test_what_a_start_reads_as_a_whole_is_given_back_and_the_narrow_table_is_not(
+    served: Served,
+) -> None:
+    bundle, table = served.bundle, served.neighbours
+    assert table is not None and table.first is not None
+    seldom = {id(array) for array in served.seldom_read()}
+    assert {id(a) for a in (bundle.vectors, bundle.window, table.rows, table.scores)} <= seldom
+    assert not {id(a) for a in (bundle.rows, table.first.rows, table.first.scores)} & seldom
+    alone = Served(bundle, table.first).seldom_read()
+    assert id(table.first.rows) not in {id(array) for array in alone}
+
+
 def test_what_is_ready_is_what_the_bundle_says(served: Served, tiny: Any) -> None:
     bundle = served.bundle
     rows = np.arange(1, bundle.items.size)

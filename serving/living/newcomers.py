@@ -17,7 +17,7 @@ from features.timeline import NEVER, Timeline
 from recsys.errors import BundleError
 from recsys.ragged import Ragged
 from serving.bundle import Bundle
-from towers.blocks import FeatureTable
+from towers.blocks import FeatureTable, narrowed
 from towers.build import padded
 from towers.encode import ROWS_AT_ONCE
 from towers.members import unit_vectors
@@ -77,7 +77,7 @@ def feature_table(bundle: Bundle, items: Sequence[Described]) -> FeatureTable:
     spec, size = bundle.model.item_spec, len(items)
     text = vector = numbers = None
     if spec.text:
-        text = torch.zeros(size + 1, spec.text, dtype=_kept(bundle.model.items.text))
+        text = torch.zeros(size + 1, spec.text)
         written = [item.text for item in items]
         if any(written):
             if bundle.encoder is None:
@@ -86,13 +86,15 @@ def feature_table(bundle: Bundle, items: Sequence[Described]) -> FeatureTable:
                     "new item cannot be read. Make the bundle again."
                 )
             text[1:] = torch.from_numpy(bundle.encoder.encode(written))
+        text = _as_kept(text, bundle.model.items.text)
     if spec.vector:
         nothing = (0.0,) * spec.vector
         given = [nothing, *(item.vector or nothing for item in items)]
-        vector = torch.tensor(given, dtype=_kept(bundle.model.items.vector))
+        said = torch.tensor(given, dtype=torch.float32)
+        vector = _as_kept(said, bundle.model.items.vector)
     if spec.numbers:
-        said = [(0.0,) * spec.numbers, *(item.numbers for item in items)]
-        numbers = torch.tensor(said, dtype=torch.float32)
+        rows = [(0.0,) * spec.numbers, *(item.numbers for item in items)]
+        numbers = torch.tensor(rows, dtype=torch.float32)
     categories = {}
     for column, name in enumerate(spec.categories):
         codes = ragged_codes(items, column)
@@ -122,9 +124,9 @@ def same_features(ours: FeatureTable, theirs: FeatureTable, rows: np.ndarray) ->
     return same
 
 
-def _kept(buffer: Tensor | None) -> torch.dtype:
-    """As what a bundle keeps its features, so that an item put again has the vector it had."""
-    return torch.float32 if buffer is None else buffer.dtype
+def _as_kept(said: Tensor, kept: Tensor | None) -> Tensor:
+    """What is said of items as a bundle keeps it, so that one put again has the vector it had."""
+    return narrowed(said) if kept is not None and kept.dtype == torch.float16 else said
 
 
 def _encode(
