@@ -280,6 +280,13 @@ class HnswIndex:
     def nearest(
         self, query: np.ndarray, k: int, out: Collection[int] = (), room: int = 0
     ) -> tuple[np.ndarray, np.ndarray] | None:
+        """`nearest_one` as (k,) int64 rows and (k,) float32 scores."""
+        found = self.nearest_one(query, k, out, room)
+        return found and (np.array(found[0], np.int64), np.array(found[1], np.float32))
+
+    def nearest_one(
+        self, query: np.ndarray, k: int, out: Collection[int] = (), room: int = 0
+    ) -> tuple[list[int], list[float]] | None:
         """One query with nothing but rows to leave out, in half the time of `search`.
 
         Args:
@@ -288,8 +295,8 @@ class HnswIndex:
             out: rows never to answer with, of which a lookup makes room for `room`.
 
         Returns:
-            (k,) int64 rows, best first, equals by the smaller, and (k,) float32 scores; None: it is
-            unusual, or too little was found, and `search` sees to it.
+            k rows, best first, equals by the smaller, and k scores; None: it is unusual, or too
+            little was found, and `search` sees to it.
         """
         breadth = max(2 * (k + room), self.rules.ef)
         usual = self._graph is not None and self._members is None
@@ -303,17 +310,22 @@ class HnswIndex:
             point = np.append(point, np.float32(0))
         if (found := self._within_reach(point, min(self._nodes, breadth))) is None:
             return None
-        # A few plain numbers are ordered sooner than arrays of them.
-        pairs = zip(found[1][0].tolist(), found[0][0].tolist(), strict=True)
-        kept = sorted(islice((pair for pair in pairs if pair[1] not in out), k))
+        # A few plain numbers are ordered sooner than arrays of them; what is left over is not read.
+        if out:
+            near, away = found[0][0].tolist(), found[1][0].tolist()
+            pairs = zip(away, near, strict=True)
+            kept = sorted(islice((pair for pair in pairs if pair[1] not in out), k))
+        else:
+            near, away = found[0][0, :k].tolist(), found[1][0, :k].tolist()
+            kept = sorted(zip(away, near, strict=True))
         if len(kept) < k:
             return None
-        rows = np.array([row for _, row in kept], np.int64)
+        rows = [row for _, row in kept]
         if self._as_they_are:
-            return rows, np.array([(1 - away) * length for away, _ in kept], np.float32)
+            return rows, [(1 - away) * length for away, _ in kept]
         scores = self._vectors[rows] @ query
         order = np.lexsort((rows, -scores))
-        return rows[order], scores[order]
+        return [rows[place] for place in order.tolist()], scores[order].tolist()
 
     def _blocks(self, chosen: np.ndarray, fetch: np.ndarray, marks: bool) -> list[np.ndarray]:
         """The chosen queries in blocks that fetch about alike and fit into little memory."""

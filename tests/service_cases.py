@@ -48,6 +48,9 @@ class FakeEngine:
         self.asks.extend(asks)
         return [self._one(ask) for ask in asks]
 
+    def answer_fast(self, ask: Ask) -> bytes | None:
+        return None
+
     def _one(self, ask: Ask) -> Reply | QueryError:
         if ask.text == "boom":
             raise ZeroDivisionError("boom")
@@ -242,12 +245,12 @@ def ask(app: Any, method: str, target: str, body: Any = None, **more: Any) -> Go
 @contextmanager
 def served(app: Any, **rules: Any) -> Iterator[int]:
     """The application behind a real server in a thread; gives its port."""
-    from serving.http.running import ServerRules, bind, make_server
+    from serving.http.running import ServerRules, bind, listeners, make_server
 
     bound = bind("127.0.0.1", 0)
     started = threading.Event()
     server = make_server(app, ServerRules(**rules), started.set)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": listeners(bound)}, daemon=True)
     thread.start()
     try:
         assert started.wait(20)

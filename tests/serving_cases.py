@@ -27,13 +27,14 @@ NEW = {
 """An item of the simulated shop that no model was made with."""
 
 
-def small(path: Path, items: int = 1500, dimensions: int = 8) -> Served:
+def small(path: Path, items: int = 1500, dimensions: int = 8, *, twins: bool = True) -> Served:
     """Items without content in clusters; category goes with the cluster, price with nothing."""
     synthetic.make(path, items=items, dimensions=dimensions, users=40, threads=1, neighbours=30)
     bundle = bundles.load(path)
     vectors = np.ascontiguousarray(bundle.vectors[bundle.rows])
     # Twins: equal scores, which must come in one order.
-    vectors[1::50] = vectors[::50]
+    if twins:
+        vectors[1::50] = vectors[::50]
     stored = bundle.vectors.copy()
     stored[bundle.rows] = vectors
     index = HnswIndex(vectors, EAGER)

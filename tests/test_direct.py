@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
@@ -12,13 +13,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from service_cases import FakeExposures, FakeHost, served
+from service_cases import FakeEngine, FakeExposures, FakeHost, served
 
 from recsys.errors import QueryError
 from serving.http.direct import MOST_BYTES, Direct
 from serving.http.keys import Keys, make_key
 from serving.http.protocol import GuardedProtocol
 from serving.http.rates import Rate
+from serving.http.running import ServerRules, bind, listeners, make_server
 from serving.http.service import ServiceRules, make_app
 
 HISTORY = {"history": ["i1", "i2"], "k": 3}
@@ -267,3 +269,72 @@ def test_the_end_waits_for_a_question_whose_body_is_on_its_way(direct: list[bool
     one.socket.close()
     assert status == 200 and b"connection: close" in head
     assert direct == [True]
+
+
+def test_plain_answers_are_written_around_their_items(
+    direct: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = post("/v1/vectors", VECTOR, b"X-Request-ID: mine")
+    named = post("/v1/recommendations", HISTORY | {"user": "a7"})
+    found = []
+    for said in (b'{"id":"i0","score":1.000000},{"id":"i1","score":0.100000}', None):
+        monkeypatch.setattr(FakeEngine, "answer_fast", lambda _self, _ask, said=said: said)
+        host, exposures = FakeHost(), FakeExposures()
+        rules = ServiceRules(rates={None: Rate(0.001, 3)})
+        app = make_app(host, exposures=exposures, rules=rules)
+        with line(app) as one:
+            asked = host.engines["a"].sizes
+            before = len(asked)
+            status, head, body = one.ask(sent)
+            assert status == 200 and b"x-request-id: mine" in head
+            assert len(asked) == before + (said is None)
+            # What is written down as shown names a user, which needs the engine's own answer.
+            assert one.ask(named)[0] == 200
+            assert len(asked) == before + (said is None) + 1
+            assert one.ask(sent)[0] == 429  # each has paid
+        text = app.operations.metrics.text().decode()
+        counts = re.findall(r'(recsys_request_seconds_count\{.*"vectors".*)', text)
+        rows = [row for row in exposures.rows if row[0] == "mine"]
+        found.append((json.loads(body), counts, rows))
+    assert found[0] == found[1]
+    assert len(found[0][1]) == 2 and len(found[0][2]) == 1
+
+
+def test_many_who_come_at_once_are_let_in_within_a_few_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    callers, turns = 100, 0
+    let_in: list[int] = []
+    made = GuardedProtocol.connection_made
+
+    def watched(self: GuardedProtocol, transport: Any) -> None:
+        let_in.append(turns)
+        made(self, transport)
+
+    monkeypatch.setattr(GuardedProtocol, "connection_made", watched)
+    bound = bind("127.0.0.1", 0)
+    bound.listen(callers)
+    lines = [Line(bound.getsockname()[1]) for _ in range(callers)]  # they wait to be let in
+
+    def counted() -> None:
+        loop = asyncio.get_running_loop()
+
+        def turn() -> None:
+            nonlocal turns
+            turns += 1
+            loop.call_soon(turn)
+
+        turn()
+
+    server = make_server(make_app(FakeHost()), ServerRules(), counted)
+    thread = threading.Thread(target=server.run, args=(listeners(bound),), daemon=True)
+    thread.start()
+    try:
+        for one in lines:
+            assert one.ask(b"GET /v1/live HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 200
+            one.socket.close()
+    finally:
+        server.should_exit = True
+        thread.join(20)
+    assert len(let_in) == callers
+    assert let_in[-1] - let_in[0] <= 10

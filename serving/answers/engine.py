@@ -28,6 +28,7 @@ from serving.answers.dials import diversified, with_popularity
 from serving.answers.explain import EXPLAINED, Explainer
 from serving.answers.facets import facets
 from serving.answers.filters import KEPT_BYTES
+from serving.answers.plain import Plain
 from serving.answers.popular import Popular
 from serving.answers.questions import Question, Reader, paged
 from serving.answers.quick import Quick
@@ -92,6 +93,7 @@ class Engine:
         # No bound method: a cycle would keep the model in memory until the collector comes by.
         self._reader = Reader(served, self._askers, choices, partial(_moment, bundle, self.rules))
         self._quick = None if served.neighbours is None else Quick(served, served.neighbours)
+        self._plain = Plain(served, self._askers, self._reader)
         self._stock = self._take_stock(overlay.view)
 
     # ------------------------------------------------------------------ the state
@@ -311,6 +313,12 @@ class Engine:
         """
         quick = self._quick
         return None if quick is None else quick.similar(id, k, self.stock())
+
+    def answer_fast(self, ask: Ask) -> bytes | None:
+        """The answers to one plain and quick ask from the graph, as JSON without brackets; None:
+        it is not, ask `answer`.
+        """
+        return self._plain.answer(ask, self.stock())
 
     def item(self, id: str) -> dict[str, Any]:
         """What is known of an item: id, fields, whether it came after the model was made, and

@@ -6,6 +6,7 @@ Legend: n index positions, K neighbours of each, k answers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import orjson
@@ -13,6 +14,21 @@ import orjson
 from serving.answers.served import Served
 from serving.answers.stock import Stock
 from serving.neighbours import Neighbours, likeness
+
+MAX_FORMATS = 1024
+
+
+@lru_cache(MAX_FORMATS)
+def _format(k: int) -> bytes:
+    return b",".join([b'{"id":%b,"score":%.6f}'] * k)
+
+
+def written(fragments: Sequence[bytes], scores: Sequence[float]) -> bytes:
+    """Answers as JSON without brackets, from the JSON strings of their ids."""
+    values: list[bytes | float] = [0.0] * (2 * len(fragments))
+    values[::2] = fragments
+    values[1::2] = scores
+    return _format(len(fragments)) % tuple(values)  # one format for all, filled in one go
 
 
 class Quick:
@@ -39,8 +55,6 @@ class Quick:
         # Rows of positions; where all are indexed in order, that is an addition.
         whole = len(rows) > 0 and rows[0] == 1 and rows[-1] == len(rows)
         self._rows = None if whole else rows
-        # One format for all k is filled in one go.
-        self._formats = [b",".join([b'{"id":%b,"score":%.6f}'] * k) for k in range(self.width + 1)]
 
     def similar(self, id: str, k: int, stock: Stock) -> bytes | None:
         """See `Engine.similar_fast`."""
@@ -64,7 +78,7 @@ class Quick:
                     rows = [place + 1 for place in places]
                 else:
                     rows = self._rows[places].tolist()
-                return self._written(self._fragments(rows), scores, k)
+                return written(self._fragments(rows), scores)
         if row in stock.view.hidden:
             return None
         for _, _, _, table in self._tables:
@@ -81,12 +95,6 @@ class Quick:
         if self._biased:
             query = likeness(query[None], "cosine_bias")[0]
         return bool((stock.extra @ query).max() <= last)
-
-    def _written(self, fragments: list[bytes], scores: Sequence[float], k: int) -> bytes:
-        values: list[bytes | float] = [0.0] * (2 * k)
-        values[::2] = fragments
-        values[1::2] = scores
-        return self._formats[k] % tuple(values)
 
     def _with_extra(
         self, position: int, places: np.ndarray, scores: np.ndarray, k: int, stock: Stock
@@ -105,7 +113,7 @@ class Quick:
             fragments = self._fragments(bundle.rows[places].tolist())
         else:
             fragments = [orjson.dumps(id) for id in stock.ids_of(places)]
-        return self._written(fragments, scores.tolist(), k)
+        return written(fragments, scores.tolist())
 
 
-__all__ = ["Quick"]
+__all__ = ["Quick", "written"]

@@ -62,7 +62,7 @@ class Hot:
         self._prefix = secrets.token_hex(4).encode() + b"-"
         self._ids = count(1)
         self._seen = 0
-        self._known: dict[str, _Known] = {}
+        self._known: dict[tuple[str, str], _Known] = {}
         self._live = self._metrics.of("live", 200, "")
         self._ready = self._metrics.of("ready", 200, "")
         self._shown = None if operations.exposures is None else Shown(operations.exposures)
@@ -135,20 +135,29 @@ class Hot:
         items = engine.similar_fast(text, k)
         if items is None or (self._rates is not None and self._rates.take(key)):
             return None
-        known = self._known.get(variant)
+        return self.wrapped(items, "similar", request_id, variant, engine)
+
+    def wrapped(
+        self, items: bytes, route: str, request_id: bytes, variant: str, engine: Any
+    ) -> HotAnswer:
+        """An answer around items that are JSON already, written down as shown; nobody is named as
+        the one who saw it.
+        """
+        known = self._known.get((route, variant))
         if known is None or known.engine() is not engine:
-            known = self._learn(variant, engine)
+            known = self._learn(route, variant, engine)
         if self._shown is not None:
             self._shown.add((request_id, now(), items, variant, known.model))
         content = b"".join((b'{"request_id":"', request_id, known.middle, items, b'],"next":null}'))
-        return HotAnswer(content, request_id, known.counted, "similar")
+        return HotAnswer(content, request_id, known.counted, route)
 
-    def _learn(self, variant: str, engine: Any) -> _Known:
+    def _learn(self, route: str, variant: str, engine: Any) -> _Known:
         model = version(engine)
         said = orjson.dumps({"model": model, "variant": variant, "fallback": None})
         middle = b'",' + said[1:-1] + b',"items":['
-        counted = self._metrics.of("similar", 200, variant)
-        known = self._known[variant] = _Known(weakref.ref(engine), middle, counted, model)
+        counted = self._metrics.of(route, 200, variant)
+        known = _Known(weakref.ref(engine), middle, counted, model)
+        self._known[route, variant] = known
         return known
 
     def done(self, answer: HotAnswer, seconds: float, method: str = "GET") -> None:

@@ -23,6 +23,7 @@ log = logging.getLogger("recsys.serve")
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LISTENERS = 32
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,18 @@ def run(
     gc.collect()
     gc.freeze()
     server = make_server(app, rules, started)
-    server.run(sockets=[bound])
+    server.run(sockets=listeners(bound))
     log.info("stopped")
+
+
+def listeners(bound: socket.socket) -> list[socket.socket]:
+    """One listening socket, as often as connections are to be taken in a turn of the event loop.
+
+    libuv takes one connection a turn from each socket that it listens to (since 1.45), and a turn
+    answers all that was asked: with 256 callers at once the last ones waited two seconds to be let
+    in. Duplicates share one queue, so that whichever looks first takes the next of it.
+    """
+    return [bound, *(bound.dup() for _ in range(LISTENERS - 1))]
 
 
 def make_server(
