@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from recsys.errors import QueryError
+from recsys.search import LARGEST
 from serving.answers.askers import Askers
 from serving.answers.asks import Ask
-from serving.answers.questions import LARGEST, Reader
+from serving.answers.questions import Reader
 from serving.answers.quick import written
 from serving.answers.served import Served
 from serving.answers.stock import FIRST_TRY, Stock
