@@ -270,9 +270,7 @@ def _learn(
     )
     standardise(model, events, config.seed)
     if rules.start != "random":
-        start_tables(
-            model, events.timeline, rules.start, config.seed, rules.start_window, rules.start_code
-        )
+        start_tables(model, events.timeline, rules, config.seed)
     module = TwoTowerModule(model, rules, audits=folder.parent / "audit")
     if epochs == 0:
         return module.eval(), 0

@@ -108,7 +108,7 @@ def started(code: int, **rules: object) -> TwoTower:
         TowerRules.model_validate({"dimension": 67, "hidden": 0, "history": "mean", **rules}),
         items, FeatureTable(USERS), items.spec(ITEMS + 1, {}), FeatureSpec(),
     )  # fmt: skip
-    start(model, tastes(), "company", 0, code=code)
+    start(model, tastes(), TrainingRules(start="company", start_code=code), 0)
     return model.eval()
 
 

@@ -158,7 +158,9 @@ def test_what_does_not_go_with_members_is_refused() -> None:
     with pytest.raises(ConfigError, match="matryoshka"):
         objective_of(TrainingRules(matryoshka=(16,)), "cosine", 2)
     with pytest.raises(ConfigError, match="start all 2 members alike"):
-        start(towers(dimension=8, members=2), world(20, 0).timeline, "company", 0)
+        start(
+            towers(dimension=8, members=2), world(20, 0).timeline, TrainingRules(start="company"), 0
+        )
 
 
 # --- the age of an example ------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from towers.spectral import LENGTH, company, spectral, start
 from towers.two_tower import TowerRules, TwoTower
 
 PEOPLE, ITEMS = 30, 12
+SPECTRAL, COMPANY = TrainingRules(start="spectral"), TrainingRules(start="company")
 
 
 def two_tastes(seed: int = 0) -> Timeline:
@@ -45,16 +46,30 @@ def dense(timeline: Timeline) -> np.ndarray:
     return seen
 
 
-def test_all_factors_give_the_filter_of_the_paper() -> None:
-    """(v_j/√d_j)·(v_i√d_i) summed over a history is row u of R D^-½ V Vᵀ D^½, up to scale."""
-    timeline = two_tastes()
-    found = spectral(timeline, ITEMS + 2, seed=0)
+def uneven() -> Timeline:
+    """Users with one to eight events, so that who and what is had more often weighs more."""
+    rng = np.random.default_rng(1)
+    counts = rng.integers(1, 9, PEOPLE)
+    item = [rng.permutation(ITEMS)[:n] ** 2 // ITEMS + 1 for n in counts]
+    return Timeline.build(
+        np.repeat(np.arange(1, PEOPLE + 1), counts), np.concatenate(item).astype(np.int32),
+        np.concatenate([np.arange(n) for n in counts]),
+        n_users=PEOPLE + 1, first_seen=np.zeros(ITEMS + 2, np.int64), timed=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("powers", [(0.5, 0.5), (0.35, 0.45), (0.0, 1.0)])
+@pytest.mark.parametrize("dimension", [ITEMS + 2, 3])
+def test_factors_give_the_filter_of_the_paper(powers: tuple[float, float], dimension: int) -> None:
+    """(v_j/d_j^b)·(v_i d_i^b) summed over a history is row u of R D^-b V Vᵀ D^b, up to scale."""
+    timeline = uneven()
+    found = spectral(timeline, dimension, seed=0, powers=powers)
     seen = dense(timeline)
-    per_user = np.maximum(seen.sum(1, keepdims=True), 1)
-    per_item = np.maximum(seen.sum(0), 1)
-    _, s, vt = np.linalg.svd(seen / np.sqrt(per_user) / np.sqrt(per_item))
-    v = vt[: (s > 1e-6).sum()].T
-    wanted = seen / np.sqrt(per_item) @ v @ v.T * np.sqrt(per_item)  # (U, I)
+    per_user = np.maximum(seen.sum(1, keepdims=True), 1) ** powers[0]
+    per_item = np.maximum(seen.sum(0), 1) ** powers[1]
+    _, s, vt = np.linalg.svd(seen / per_user / per_item)
+    v = vt[: min((s > 1e-6).sum(), dimension)].T
+    wanted = seen / per_item @ v @ v.T * per_item  # (U, I)
     got = seen @ found.history @ found.item.T
     scale = (got * wanted).sum() / (wanted**2).sum()
     assert scale > 0
@@ -122,7 +137,7 @@ def towers(**rules: object) -> TwoTower:
 @pytest.mark.parametrize("table", ["shared", "weighted", "own"])
 def test_a_history_of_the_started_towers_is_the_sum_that_was_factored(table: str) -> None:
     timeline, model = two_tastes(), towers(history_table=table).eval()
-    start(model, timeline, "spectral", 0)
+    start(model, timeline, SPECTRAL, 0)
     rows = torch.arange(ITEMS + 1)
     entries = model.embed_history(rows).detach().numpy()
     np.testing.assert_allclose(entries[1:], spectral(timeline, 4, 0).history[1:-1], atol=1e-5)
@@ -131,7 +146,7 @@ def test_a_history_of_the_started_towers_is_the_sum_that_was_factored(table: str
 def test_rows_without_an_id_keep_what_they_had() -> None:
     timeline, model = two_tastes(), towers()
     before = model.item_tower.inputs.ids.weight[0].clone()
-    start(model, timeline, "company", 0)
+    start(model, timeline, COMPANY, 0)
     assert torch.equal(model.item_tower.inputs.ids.weight[0], before)
     assert model.item_tower.inputs.ids.weight[1:].norm(dim=1).min() > 0.99 * LENGTH
 
@@ -143,7 +158,7 @@ def test_without_item_ids_there_is_nothing_to_start() -> None:
         items.spec(0, {}), FeatureSpec(),
     )  # fmt: skip
     with pytest.raises(ConfigError, match="item_id is false"):
-        start(model, two_tastes(), "spectral", 0)
+        start(model, two_tastes(), SPECTRAL, 0)
 
 
 def test_in_windows_only_what_stands_together_goes_together() -> None:
@@ -180,7 +195,7 @@ def test_in_windows_only_what_stands_together_goes_together() -> None:
 @pytest.mark.parametrize("table", ["weighted", "own", "offset"])
 def test_with_inner_products_the_towers_start_as_the_filter(table: str, score: str) -> None:
     timeline, model = two_tastes(), towers(history_table=table, score=score).eval()
-    start(model, timeline, "spectral", 0)
+    start(model, timeline, SPECTRAL, 0)
     rows, found = torch.arange(1, ITEMS + 1), spectral(timeline, 4, 0)
     items = model.item_tower(model.embed_items(rows)).detach().numpy()
     entries = model.embed_history(rows).detach().numpy()

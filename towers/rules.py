@@ -27,6 +27,9 @@ Span = Annotated[str | None, AfterValidator(_span)]
 """A span of time such as "10m", "3h" or "30d"."""
 
 
+Power = Annotated[float, Field(ge=0, le=1)]
+
+
 class TrainingRules(Strict):
     """[training]: how the towers learn."""
 
@@ -135,6 +138,10 @@ class TrainingRules(Strict):
     start_window: int = Field(0, ge=0)
     """spectral: what was had within so many consecutive events goes together, where their order
     means something; 0: all that a user had."""
+    start_powers: tuple[Power, Power] = (0.5, 0.5)
+    """spectral: an event weighs (events of its user)^-a · (events of its item)^-b in the
+    decomposition. Half and half is the usual normalisation; a smaller a lets those who did more say
+    more, a smaller b what is had more often."""
     start_code: int = Field(0, ge=0)
     """company: so many dimensions of an id vector start as a random code instead, by which what the
     user had can be told from what is like it. With towers.look_back, which then starts by answering

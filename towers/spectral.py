@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from scipy import sparse
 
+    from towers.rules import TrainingRules
     from towers.two_tower import TwoTower
 
 
@@ -44,13 +45,19 @@ class Spectral:
     user: np.ndarray
 
 
-def spectral(timeline: Timeline, dimension: int, seed: int, window: int = 0) -> Spectral:
-    """Factor the symmetrically normalised interactions R̃ = Du^-½ R Di^-½ ≈ P Σ Vᵀ.
+def spectral(
+    timeline: Timeline,
+    dimension: int,
+    seed: int,
+    window: int = 0,
+    powers: tuple[float, float] = (0.5, 0.5),
+) -> Spectral:
+    """Factor the normalised interactions R̃ = Du^-a R Di^-b ≈ P Σ Vᵀ.
 
-    R̃ Vᵀ V is the ideal low-pass filter of graph signal processing (GF-CF; Shen et al., CIKM 2021)
-    applied to a user's items: user u scores item i by Σ over j in u's history of
-    (v_j / √d_j) · (v_i √d_i), so that the first bracket is what j adds to a history and the second
-    what i is found by.
+    R̃ Vᵀ V is the ideal low-pass filter of graph signal processing (GF-CF; Shen et al., CIKM 2021,
+    with a = b = ½) applied to a user's items: user u scores item i by Σ over j in u's history of
+    (v_j / d_j^b) · (v_i d_i^b), so that the first bracket is what j adds to a history and the
+    second what i is found by.
 
     Where the order of a history means something, a row of R is not a whole user but `window`
     consecutive events, so that what goes together is what stands together. Windows overlap by half.
@@ -60,6 +67,8 @@ def spectral(timeline: Timeline, dimension: int, seed: int, window: int = 0) -> 
         dimension: D; beyond the rank of R̃ the columns are zero.
         seed: of the randomised decomposition (Halko et al., 2011).
         window: events of a row; 0: all of a user.
+        powers: a and b. With a = ½ everybody weighs alike in the decomposition, with 0 each event;
+            with b = ½ every item does.
     """
     from scipy import sparse
     from sklearn.utils.extmath import randomized_svd
@@ -69,13 +78,15 @@ def spectral(timeline: Timeline, dimension: int, seed: int, window: int = 0) -> 
     had = _counts_once(rows, np.asarray(timeline.item)[events], shape)
     per_row = np.maximum(np.asarray(had.sum(1), np.float32)[:, 0], 1)
     per_item = np.maximum(np.asarray(had.sum(0), np.float32)[0], 1)
-    scaled = sparse.diags(per_row**-0.5) @ had @ sparse.diags(per_item**-0.5)
+    of_row, of_item = powers
+    scaled = sparse.diags(per_row**-of_row) @ had @ sparse.diags(per_item**-of_item)
     scaled = sparse.csr_matrix(scaled, dtype=np.float32)
     rank = min(dimension, *shape)
     _, _, vt = randomized_svd(scaled, rank, n_iter=POWER, random_state=seed)
     v = np.zeros((shape[1], dimension), np.float32)
     v[:, :rank] = vt.T
-    item, history = v * np.sqrt(per_item)[:, None], v / np.sqrt(per_item)[:, None]
+    popularity = (per_item**of_item)[:, None]
+    item, history = v * popularity, v / popularity
     item /= _mean_length(item)
     # A mean of the history then has length 1 on average, like everything else that is added to it.
     whole = (timeline.n_users, timeline.n_items)
@@ -172,24 +183,21 @@ CODE_LENGTH, AGAINST = 0.7, 2.0
 own code at first."""
 
 
-def start(
-    model: TwoTower, timeline: Timeline, kind: str, seed: int, window: int = 0, code: int = 0
-) -> None:
+def start(model: TwoTower, timeline: Timeline, rules: TrainingRules, seed: int) -> None:
     """Set a model's id tables from a training side; what it reads of content stays as it is.
 
     Args:
         model: both towers.
         timeline: the training side.
-        kind: "spectral" or "company".
+        rules: of which `start`, "spectral" or "company", and what else begins with its name.
         seed: of the decomposition.
-        window: see `spectral`.
-        code: company: last dimensions that are a random code.
 
     Raises:
         ConfigError: the model has no item ids, several members, or no dimensions beside the code.
     """
     from towers.two_tower import ITEM_LENGTHS
 
+    kind, code = rules.start, rules.start_code
     ids = getattr(model.item_tower.inputs, "ids", None)
     if ids is None:
         raise ConfigError(
@@ -212,7 +220,8 @@ def start(
         own = tower.history_ids if model.rules.history_table == "own" else None
         _set([(table, vectors) for table in (ids, own) if table is not None])
         return
-    found = spectral(timeline, model.rules.dimension, seed, window)
+    dimension = model.rules.dimension
+    found = spectral(timeline, dimension, seed, rules.start_window, rules.start_powers)
     dot = model.rules.score in ITEM_LENGTHS
     # A cosine has directions alone; elsewhere lengths say what is often had.
     item = found.item if dot else _unit(found.item)

@@ -97,8 +97,7 @@ def towers(config: RunConfig, dataset: Dataset, validation: Validation, size: in
     shape = config.towers.model_copy(update={"dimension": size})
     began = time.perf_counter()
     model = build_model(dataset, shape, item_text=None, seed=config.seed)
-    rules = config.training
-    start(model, events.timeline, rules.start, config.seed, rules.start_window)
+    start(model, events.timeline, config.training, config.seed)
     seconds = time.perf_counter() - began
     model.eval()
     items = encode_items(model, np.arange(dataset.n_items))
