@@ -374,7 +374,7 @@ def test_the_module_hands_the_correction_of_users_to_its_objective(plan: str, hi
         torch.testing.assert_close(scores.user_log_weight, log_weight)
     loss = 0.75 * softmax(scores) + 0.25 * softmax(scores.transposed())
     torch.testing.assert_close(module.loss(batch), loss.mean())
-    bare, _ = parts(rules_of(batches=plan, symmetric=0.25, logq=False), history=history)
+    bare, _ = parts(rules_of(batches=plan, symmetric=0.25, logq=0.0), history=history)
     assert bare.eval().scores(batch, *bare.encode(batch)).user_log_weight is None
 
 

@@ -7,7 +7,14 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from torch import Tensor
 
 from recsys.metrics import hit_rate_at, ndcg_at, recall_at
@@ -27,6 +34,11 @@ Span = Annotated[str | None, AfterValidator(_span)]
 """A span of time such as "10m", "3h" or "30d"."""
 
 
+def _number(value: object) -> object:
+    return float(value) if isinstance(value, bool) else value
+
+
+Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
 Power = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -91,8 +103,10 @@ class TrainingRules(Strict):
     where it is not said), in the ids of the log."""
     given_per_query: int = Field(10, ge=1)
     """Of the negatives given for a user, at most so many are drawn for each example."""
-    logq: bool = True
-    """Correct drawn negatives by their inclusion probability."""
+    logq: Share = 1.0
+    """Correct drawn negatives by their inclusion probability to this power. 1 (or true): the score
+    says what is likely. 0 (or false): how much likelier than its popularity an item is. Between
+    them popular items are taken down a little, which helps new ones into the lists."""
     counts: Literal["exact", "streaming"] = "exact"
     """How often each item is drawn: counted beforehand, or estimated from the stream as it goes."""
     known: Literal["all", "past", "none"] = "all"

@@ -113,7 +113,7 @@ class TwoTowerModule(lightning.LightningModule):
     def scores(self, batch: Batch, users: Tensor, items: Tensor) -> Scores:
         """What the objective sees."""
         rules = self.rules
-        log_weight = -batch.log_inclusion if rules.logq else torch.zeros_like(batch.log_inclusion)
+        log_weight = -rules.logq * batch.log_inclusion
         queued = None
         if self.remembered is not None and len(batch.queued):
             queued, usable = self.remembered.read(batch.queued)
@@ -124,7 +124,7 @@ class TwoTowerModule(lightning.LightningModule):
         tile = max(1, MOST_LOGITS // len(log_weight)) if rules.tile == "auto" else rules.tile
         of_users = None
         if rules.logq and batch.user_log_inclusion is not None:
-            of_users = -batch.user_log_inclusion
+            of_users = -rules.logq * batch.user_log_inclusion
         several = users.ndim == 3
         found = Scores(
             users=users[:, 0] if several else users,
