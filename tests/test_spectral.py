@@ -58,18 +58,21 @@ def uneven() -> Timeline:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("powers", [(0.5, 0.5), (0.35, 0.45), (0.0, 1.0)])
+@pytest.mark.parametrize("powers", [(0.5, 0.5, 0.0), (0.35, 0.45, 0.5), (0.0, 1.0, 1.0)])
 @pytest.mark.parametrize("dimension", [ITEMS + 2, 3])
-def test_factors_give_the_filter_of_the_paper(powers: tuple[float, float], dimension: int) -> None:
-    """(v_j/d_j^b)·(v_i d_i^b) summed over a history is row u of R D^-b V Vᵀ D^b, up to scale."""
+def test_factors_give_the_filter_of_the_paper(
+    powers: tuple[float, float, float], dimension: int
+) -> None:
+    """(v_j/d_j^b)·(σ^c v_i d_i^b) over a history is row u of R D^-b V Σ^c Vᵀ D^b, up to scale."""
     timeline = uneven()
     found = spectral(timeline, dimension, seed=0, powers=powers)
     seen = dense(timeline)
     per_user = np.maximum(seen.sum(1, keepdims=True), 1) ** powers[0]
     per_item = np.maximum(seen.sum(0), 1) ** powers[1]
     _, s, vt = np.linalg.svd(seen / per_user / per_item)
-    v = vt[: min((s > 1e-6).sum(), dimension)].T
-    wanted = seen / per_item @ v @ v.T * per_item  # (U, I)
+    rank = min((s > 1e-6).sum(), dimension)
+    v = vt[:rank].T
+    wanted = seen / per_item @ (v * s[:rank] ** powers[2]) @ v.T * per_item  # (U, I)
     got = seen @ found.history @ found.item.T
     scale = (got * wanted).sum() / (wanted**2).sum()
     assert scale > 0

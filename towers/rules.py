@@ -152,10 +152,11 @@ class TrainingRules(Strict):
     start_window: int = Field(0, ge=0)
     """spectral: what was had within so many consecutive events goes together, where their order
     means something; 0: all that a user had."""
-    start_powers: tuple[Power, Power] = (0.5, 0.5)
-    """spectral: an event weighs (events of its user)^-a · (events of its item)^-b in the
-    decomposition. Half and half is the usual normalisation; a smaller a lets those who did more say
-    more, a smaller b what is had more often."""
+    start_powers: tuple[Power, Power, Power] = (0.5, 0.5, 0.0)
+    """spectral: [a, b, c]. An event weighs (events of its user)^-a · (events of its item)^-b in the
+    decomposition, and a direction (its singular value)^c in the score. [.5, .5, 0] is the usual
+    low-pass filter; a smaller a lets those who did more say more, a larger c trusts the leading
+    directions more."""
     start_code: int = Field(0, ge=0)
     """company: so many dimensions of an id vector start as a random code instead, by which what the
     user had can be told from what is like it. With towers.look_back, which then starts by answering

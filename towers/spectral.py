@@ -50,14 +50,14 @@ def spectral(
     dimension: int,
     seed: int,
     window: int = 0,
-    powers: tuple[float, float] = (0.5, 0.5),
+    powers: tuple[float, float, float] = (0.5, 0.5, 0.0),
 ) -> Spectral:
     """Factor the normalised interactions R̃ = Du^-a R Di^-b ≈ P Σ Vᵀ.
 
-    R̃ Vᵀ V is the ideal low-pass filter of graph signal processing (GF-CF; Shen et al., CIKM 2021,
-    with a = b = ½) applied to a user's items: user u scores item i by Σ over j in u's history of
-    (v_j / d_j^b) · (v_i d_i^b), so that the first bracket is what j adds to a history and the
-    second what i is found by.
+    R̃ V Vᵀ is the ideal low-pass filter of graph signal processing (GF-CF; Shen et al., CIKM 2021,
+    with a = b = ½) applied to a user's items; R̃ V Σ^c Vᵀ lets its edge fall softly. User u scores
+    item i by Σ over j in u's history of (v_j / d_j^b) · (σ^c v_i d_i^b), so that the first bracket
+    is what j adds to a history and the second what i is found by.
 
     Where the order of a history means something, a row of R is not a whole user but `window`
     consecutive events, so that what goes together is what stands together. Windows overlap by half.
@@ -67,8 +67,9 @@ def spectral(
         dimension: D; beyond the rank of R̃ the columns are zero.
         seed: of the randomised decomposition (Halko et al., 2011).
         window: events of a row; 0: all of a user.
-        powers: a and b. With a = ½ everybody weighs alike in the decomposition, with 0 each event;
-            with b = ½ every item does.
+        powers: a, b and c. With a = ½ everybody weighs alike in the decomposition, with 0 each
+            event does; so with b and items. With c = 0 all D directions count alike, with more the
+            leading ones more.
     """
     from scipy import sparse
     from sklearn.utils.extmath import randomized_svd
@@ -78,15 +79,16 @@ def spectral(
     had = _counts_once(rows, np.asarray(timeline.item)[events], shape)
     per_row = np.maximum(np.asarray(had.sum(1), np.float32)[:, 0], 1)
     per_item = np.maximum(np.asarray(had.sum(0), np.float32)[0], 1)
-    of_row, of_item = powers
+    of_row, of_item, of_value = powers
     scaled = sparse.diags(per_row**-of_row) @ had @ sparse.diags(per_item**-of_item)
     scaled = sparse.csr_matrix(scaled, dtype=np.float32)
     rank = min(dimension, *shape)
-    _, _, vt = randomized_svd(scaled, rank, n_iter=POWER, random_state=seed)
+    _, sigma, vt = randomized_svd(scaled, rank, n_iter=POWER, random_state=seed)
     v = np.zeros((shape[1], dimension), np.float32)
     v[:, :rank] = vt.T
     popularity = (per_item**of_item)[:, None]
     item, history = v * popularity, v / popularity
+    item[:, :rank] *= (sigma / max(float(sigma[0]), 1e-9)) ** of_value
     item /= _mean_length(item)
     # A mean of the history then has length 1 on average, like everything else that is added to it.
     whole = (timeline.n_users, timeline.n_items)
