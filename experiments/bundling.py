@@ -97,7 +97,7 @@ def make_bundle(
         coder=ItemCoder.of(dataset),
         manifest={
             "config": config.model_dump(mode="json"),
-            "warm_items": dataset.n_warm_items,
+            "warm_items": dataset.n_refit_items if config.training.refits else dataset.n_warm_items,
             "prepared": str(dataset.path.resolve()),
             "prepared_digest": dataset.manifest["input"]["digest"],
             "protocol": protocol(config, dataset),

@@ -154,19 +154,19 @@ class Untrained:
 
     def make(self) -> TwoTower:
         """Towers that know nothing of the validation side."""
-        return self._until(Side.TRAIN)
+        return self._towers(Side.TRAIN, Side.TRAIN)
 
     def remake(self) -> TwoTower:
-        """Towers that are to learn from the validation side, too: its company says more of texts.
-
-        Where texts are read without it, they are read once.
+        """Towers that are to learn from the validation side, too: what it is the first to know has
+        ids, and its company says more of texts. Where it says nothing of texts, they are read once.
         """
-        return self._until(Side.VALID if self.config.learns_company else Side.TRAIN)
+        texts = Side.VALID if self.config.learns_company else Side.TRAIN
+        return self._towers(texts, Side.VALID)
 
-    def _until(self, side: Side) -> TwoTower:
-        if side not in self._texts:
-            self._texts[side] = text_vectors(self.config, self.dataset, side)
-        self.encoder, items, users = self._texts[side]
+    def _towers(self, texts: Side, until: Side) -> TwoTower:
+        if texts not in self._texts:
+            self._texts[texts] = text_vectors(self.config, self.dataset, texts)
+        self.encoder, items, users = self._texts[texts]
         return build_model(
             self.dataset,
             self.config.towers,
@@ -174,6 +174,7 @@ class Untrained:
             user_text=users,
             texts=text_tower(self.config, self.dataset, self.encoder),
             seed=self.config.seed,
+            until=until,
         )
 
 

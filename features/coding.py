@@ -263,12 +263,13 @@ def beside_shown(frame: pl.DataFrame, name: str, lengths: np.ndarray) -> np.ndar
     return values
 
 
-def rows_of(codes: Codes, warm: np.ndarray) -> tuple[np.ndarray, pl.Series]:
-    """The final row of each code, and the ids of rows 1, 2, …: warm ones first, each part by id.
+def rows_of(codes: Codes, since: np.ndarray) -> tuple[np.ndarray, pl.Series]:
+    """The final row of each code, and the ids of rows 1, 2, …: those of the first side first, each
+    part by id.
 
     Args:
         codes: of one sort of id.
-        warm: (codes,) bool.
+        since: (codes,) int8, the first side that each is learned from.
 
     Raises:
         DataError: an id is empty.
@@ -276,7 +277,7 @@ def rows_of(codes: Codes, warm: np.ndarray) -> tuple[np.ndarray, pl.Series]:
     ids = codes.ids
     if (ids == "").any():
         raise DataError("The log holds an empty user or item id. Fill it in, or drop those rows.")
-    frame = pl.DataFrame({"id": ids, "cold": ~warm}).with_row_index("code").sort("cold", "id")
+    frame = pl.DataFrame({"id": ids, "since": since}).with_row_index("code").sort("since", "id")
     rows = np.empty(len(ids), np.int32)
     rows[frame["code"].to_numpy()] = np.arange(1, len(ids) + 1, dtype=np.int32)
     return rows, frame["id"]

@@ -20,7 +20,7 @@ from recsys.ragged import Ragged
 from recsys.vocab import Vocab
 
 FORMAT = "recsys.prepared"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Rises also when a reader gives other rows, so that nothing prepared before is taken for it."""
 MANIFEST = "manifest.json"
 
@@ -33,6 +33,7 @@ class Dataset:
         fresh: whether this very call of `prepare` wrote it; False when it stood there unchanged.
         n_items, n_users: number of rows, row 0 included.
         n_warm_items, n_warm_users: rows 1 … n_warm (inclusive) have a positive on the train side.
+        n_refit_items, n_refit_users: rows 1 … n_refit have one on the train or validation side.
         event_user, event_item: (E,) int32; event_time: (E,) int64; event_weight: (E,) float32;
             event_side: (E,) uint8: the positives of all sides, sorted by user, time, source row.
         event_past: (E,) int32, how many events of the same user have a strictly smaller time.
@@ -99,6 +100,8 @@ class Dataset:
         self.n_users: int = manifest["n_users"]
         self.n_warm_items: int = manifest["n_warm_items"]
         self.n_warm_users: int = manifest["n_warm_users"]
+        self.n_refit_items: int = manifest["n_refit_items"]
+        self.n_refit_users: int = manifest["n_refit_users"]
         self.context_sizes: dict[str, int] = manifest["context_sizes"]
         self._arrays = {
             name.removesuffix(".npy"): self._map(name, entry)

@@ -123,7 +123,7 @@ def training_events(
     passed: bool = False,
 ) -> TrainingEvents:
     """What is learned from: events, their strengths, skips and context, and what uniform negatives
-    are drawn from (items known at the cut-off).
+    are drawn from (items known at the cut-off or learned from).
 
     Args:
         dataset: prepared.
@@ -139,13 +139,16 @@ def training_events(
         all_skips = Ragged(np.asarray(dataset.skip_offsets), dataset.skip_item)
         weights = Ragged(np.asarray(dataset.skip_offsets), dataset.skip_weight)
         found, skip_weight = all_skips.take(kept), weights.take(kept).values
-    candidates = np.flatnonzero(dataset.item_known)
+    timeline = timeline_until(dataset, until, passed)
+    known = np.asarray(dataset.item_known).astype(bool)
+    known[timeline.item] = True  # what the validation side is the first to know is learned, too
+    candidates = np.flatnonzero(known)
     learned = None
     if since is not None and len(kept):
         times = np.asarray(dataset.event_time)[kept]
         learned = np.flatnonzero(times > times.max() - since)
     return TrainingEvents(
-        timeline=timeline_until(dataset, until, passed),
+        timeline=timeline,
         weight=_strength(weight),
         skips=found,
         skip_weight=skip_weight,

@@ -203,14 +203,15 @@ class _Preparation:
         self, coded: Coded, frame: pl.DataFrame, requests: Requests | None, cold: np.ndarray
     ) -> tuple[pl.DataFrame, Requests | None, pl.Series, pl.Series, np.ndarray]:
         """Provisional codes → final rows."""
-        train = (pl.col("kind") == Kind.POSITIVE) & (pl.col("side") == Side.TRAIN)
-        learned = frame.filter(train)
+        positive = frame.filter(pl.col("kind") == Kind.POSITIVE)
         tables = {}
         for name, codes in (("item", coded.items), ("user", coded.users)):
-            warm = np.zeros(len(codes.ids), bool)
-            warm[learned[name].to_numpy()] = True
-            tables[name] = rows_of(codes, warm)
-            self.manifest[f"n_warm_{name}s"] = int(warm.sum())
+            since = np.full(len(codes.ids), Side.TEST, np.int8)
+            for side in (Side.VALID, Side.TRAIN):
+                since[positive.filter(pl.col("side") == side)[name].to_numpy()] = side
+            tables[name] = rows_of(codes, since)
+            self.manifest[f"n_warm_{name}s"] = int((since == Side.TRAIN).sum())
+            self.manifest[f"n_refit_{name}s"] = int((since != Side.TEST).sum())
         (item_rows, items), (user_rows, users) = tables["item"], tables["user"]
         frame = frame.with_columns(
             pl.Series("user", user_rows[frame["user"].to_numpy()]),

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -100,21 +100,19 @@ def build() -> Callable[..., Built]:
 
         from experiments.bundling import make_bundle
         from experiments.config import loads
-        from experiments.run import fit, prepare, text_vectors
-        from towers.build import build_model
+        from experiments.run import Untrained, fit, prepare
 
         torch.set_num_threads(1)
         config = loads(f'out = "{folder.as_posix()}"\n{toml}')
         dataset = prepare(config)
-        encoder, items, users = text_vectors(config, dataset)
-
-        def make() -> Any:
-            return build_model(
-                dataset, config.towers, item_text=items, user_text=users, seed=config.seed
-            )
-
-        model = fit(config, dataset, make, folder=folder / "fit").model if trained else make()
-        path = make_bundle(config, dataset, model.eval(), encoder, folder / "bundle")
+        towers = Untrained(config, dataset)
+        if trained:
+            model = fit(
+                config, dataset, towers.make, remake=towers.remake, folder=folder / "fit"
+            ).model
+        else:
+            model = towers.remake()
+        path = make_bundle(config, dataset, model.eval(), towers.encoder, folder / "bundle")
         return Built(config, dataset, path)
 
     return build

@@ -84,6 +84,7 @@ def build_model(
     user_text: np.ndarray | None = None,
     texts: Callable[[], TextTower] | None = None,
     seed: int,
+    until: Side = Side.TRAIN,
 ) -> TwoTower:
     """Towers for a dataset, seeded.
 
@@ -95,6 +96,8 @@ def build_model(
         texts: gives an untrained text encoder over the item rows, where it is to learn with the
             towers; `item_text` is then left out.
         seed: of the initial weights.
+        until: the last side that they learn from: who and what it is the first to know has id
+            vectors, too.
 
     Raises:
         ConfigError: the towers are to read times or statistics, and the log has no clock; or what
@@ -102,6 +105,9 @@ def build_model(
     """
     _need_clock(rules, dataset)
     _need_lists(rules, dataset)
+    warm_items, warm_users = dataset.n_warm_items, dataset.n_warm_users
+    if until != Side.TRAIN:
+        warm_items, warm_users = dataset.n_refit_items, dataset.n_refit_users
     if rules.text_share and item_text is None and texts is None:
         raise ConfigError(
             "towers.text_share is a share of what items' texts say, and these items have none. "
@@ -123,7 +129,7 @@ def build_model(
     item_sizes = {name: size for name, (_, size) in dataset.item_categories.items()}
     user_sizes = {name: size for name, (_, size) in dataset.user_categories.items()}
     item_spec = items.spec(
-        dataset.n_warm_items + 1 if rules.item_id else 0,
+        warm_items + 1 if rules.item_id else 0,
         item_sizes,
         len(STATISTICS) if uses_statistics(rules, dataset) else 0,
     )
@@ -137,7 +143,7 @@ def build_model(
             items,
             users,
             item_spec,
-            users.spec(dataset.n_warm_users + 1 if rules.user_id else 0, user_sizes),
+            users.spec(warm_users + 1 if rules.user_id else 0, user_sizes),
             tuple(dataset.context_sizes.values()),
             learned,
         )

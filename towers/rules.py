@@ -183,6 +183,11 @@ class TrainingRules(Strict):
     precision: str = "32-true"
     """As Lightning's Trainer takes it: 32-true, bf16-mixed, 16-mixed."""
 
+    @property
+    def refits(self) -> bool:
+        """Whether the final towers learn from the validation side, too."""
+        return self.refit or self.epochs == 0
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.monitor != "auc":

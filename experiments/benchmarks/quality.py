@@ -96,7 +96,7 @@ def towers(config: RunConfig, dataset: Dataset, validation: Validation, size: in
     events = training_events(dataset, skips=False, until=Side.VALID)
     shape = config.towers.model_copy(update={"dimension": size})
     began = time.perf_counter()
-    model = build_model(dataset, shape, item_text=None, seed=config.seed)
+    model = build_model(dataset, shape, item_text=None, seed=config.seed, until=Side.VALID)
     start(model, events.timeline, config.training, config.seed)
     seconds = time.perf_counter() - began
     model.eval()
