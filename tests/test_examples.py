@@ -202,6 +202,10 @@ def test_training_events_carry_their_own_weights_skips_and_context() -> None:
     assert events.context[:, 0].tolist() == [0, 1, 4]
     assert events.candidates.tolist() == [1, 2, 5]
     assert training_events(dataset(), skips=False).skips is None
+    # Learned from the validation side, too: its item 3 is then drawn as any other.
+    assert training_events(dataset(), skips=False, until=Side.VALID).candidates.tolist() == [
+        1, 2, 3, 5,
+    ]  # fmt: skip
 
 
 def side_of(data: Any, **options: Any) -> Validation:

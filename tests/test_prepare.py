@@ -219,7 +219,7 @@ CLICKS = interactions(
 def test_impressions_become_requests_and_skips_of_their_clicks(tmp_path):
     log = a_log(CLICKS, impressions=REQUESTS)
     data = prepare(log, THIRDS, SkipRules(horizon="1h"), tmp_path / "p")
-    assert data.items.ids.to_list() == ["y", "z", "v", "w", "x"]
+    assert data.items.ids.to_list() == ["y", "z", "w", "v", "x"]
     assert data.request_user.tolist() == [1, 1, 2, 2, 2]
     assert data.request_time.tolist() == [n * HOUR for n in (1, 9, 2, 3, 12)]
     assert data.request_side.tolist() == [0, 1, 0, 0, 2]
@@ -235,7 +235,7 @@ def test_impressions_become_requests_and_skips_of_their_clicks(tmp_path):
     assert data.manifest["skips"]["total"] == {"same_request": 5, "no_click": 2}
     assert data.manifest["skips"]["labelled"]
     # v was shown, never chosen; its first appearance counts.
-    assert data.item_first_seen[3] == 3 * HOUR and data.item_known.tolist() == [0, 1, 1, 1, 0, 1]
+    assert data.item_first_seen[4] == 3 * HOUR and data.item_known.tolist() == [0, 1, 1, 0, 1, 1]
 
 
 def test_skips_can_be_switched_off(tmp_path):
@@ -371,6 +371,11 @@ def test_no_users_future_is_in_anyones_past(tmp_path_factory, rows, kind):
         assert (data.event_time[after] >= data.event_time[event]).all()
     warm = set(data.event_item[data.event_side == Side.TRAIN])
     assert warm == set(range(1, data.n_warm_items + 1))
+    for rows, most in (
+        (data.event_item, data.n_refit_items),
+        (data.event_user, data.n_refit_users),
+    ):
+        assert set(rows[data.event_side != Side.TEST]) == set(range(1, most + 1))
 
 
 def on_disk(folder: Path) -> Log:

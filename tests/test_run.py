@@ -375,3 +375,42 @@ def test_texts_learn_company_of_the_train_side_first_and_of_both_for_the_refit(
     before = plain.encoder
     plain.remake()
     assert plain.encoder is before  # nothing new to learn from: read once
+
+
+def test_what_the_validation_side_is_the_first_to_know_has_ids_once_it_is_learned(
+    tmp_path: Path,
+) -> None:
+    """A catalogue that renews itself: each item is chosen within a short time of its life."""
+    import torch
+
+    from experiments.bundling import make_bundle
+    from experiments.run import Untrained, prepare
+    from serving.manifest import read_manifest
+
+    random = np.random.default_rng(0)
+    n = 2000
+    born = np.arange(n) // 20
+    frame = pl.DataFrame(
+        {
+            "user": [f"u{x}" for x in random.integers(0, 40, n)],
+            "item": [f"i{x}" for x in born + random.integers(0, 5, n)],
+            "time": 1_700_000_000 + np.arange(n) * 60,
+        }
+    )
+    frame.write_parquet(tmp_path / "log.parquet")
+    config = loads(
+        f'out = "{tmp_path.as_posix()}"\n[data]\nlog = "{tmp_path.as_posix()}/log.parquet"\n'
+        "[split]\nvalid = 0.2\ntest = 0.1\n[towers]\nuser_id = true\n"
+    )
+    dataset = prepare(config)
+    assert dataset.n_refit_items > dataset.n_warm_items + 10
+    towers = Untrained(config, dataset)
+    first, again = towers.make().eval(), towers.remake().eval()
+    assert first.item_tower.inputs.ids.num_embeddings == dataset.n_warm_items + 1
+    assert again.item_tower.inputs.ids.num_embeddings == dataset.n_refit_items + 1
+    news = torch.arange(dataset.n_warm_items + 1, dataset.n_refit_items + 1)
+    with torch.no_grad():
+        alike = [len(model.embed_items(news).unique(dim=0)) for model in (first, again)]
+    assert alike == [1, len(news)]
+    path = make_bundle(config, dataset, again, None, tmp_path / "bundle")
+    assert read_manifest(path)["warm_items"] == dataset.n_refit_items
