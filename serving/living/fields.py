@@ -10,6 +10,7 @@ import polars as pl
 from recsys.errors import QueryError
 
 _INT = 2**63
+_UNITS = {"ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 
 
 def field_value(name: str, value: Any, dtype: pl.DataType, separator: str) -> Any:
@@ -50,9 +51,34 @@ def field_value(name: str, value: Any, dtype: pl.DataType, separator: str) -> An
             value = _moment(name, value, dtype)
         try:
             return pl.Series(name, [value], dtype=dtype, strict=True)[0]
-        except (pl.exceptions.PolarsError, TypeError, ValueError, OverflowError):
+        # A time that Python cannot hold makes Polars panic, which is no Exception.
+        except (
+            pl.exceptions.PolarsError, pl.exceptions.PanicException, TypeError, ValueError,
+            OverflowError,
+        ):  # fmt: skip
             pass
-    raise QueryError(f"{name!r} holds {value!r}, but the catalogue has a column of {dtype}.")
+    raise QueryError(
+        f"{name!r} holds {value!r}, but the catalogue has a column of {dtype}. "
+        f"Give {_fitting(dtype)}."
+    )
+
+
+def _fitting(dtype: pl.DataType) -> str:
+    """What a column takes, in words."""
+    if isinstance(dtype, pl.Date):
+        return "a date in ISO 8601, or days since 1970, within the years 1 to 9999"
+    if isinstance(dtype, pl.Datetime):
+        unit = _UNITS[dtype.time_unit]
+        return f"a time in ISO 8601, or {unit} since 1970, within the years 1 to 9999"
+    if isinstance(dtype, pl.Duration):
+        return f"a whole number of {_UNITS[dtype.time_unit]}"
+    if isinstance(dtype, pl.List | pl.Array):
+        return f"a list of {dtype.inner}"
+    if isinstance(dtype, pl.Boolean):
+        return "true or false"
+    if dtype.is_integer():
+        return "a whole number that fits"
+    return "a number" if dtype.is_numeric() else "a value of that type"
 
 
 def _moment(name: str, value: str, dtype: pl.DataType) -> date | datetime:
