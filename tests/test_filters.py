@@ -15,6 +15,8 @@ from recsys.errors import QueryError
 from serving.answers.asks import Filter
 from serving.answers.filters import Filters, Kept
 
+CLOCK = [datetime(2024, 1, 1, hour) for hour in (0, 10, 10, 23)] + [None, datetime(2024, 1, 2)]
+"""In UTC."""
 CATALOG = pl.DataFrame(
     {
         "item": [f"i{n}" for n in range(6)],
@@ -26,6 +28,10 @@ CATALOG = pl.DataFrame(
         "tags": [["x", "y"], ["y"], [], None, ["x", None], ["z"]],
         "sizes": [[1, 2], [2], [], None, [3], [1]],
         "day": [date(2024, 1, d) for d in range(1, 6)] + [None],
+        "naive": pl.Series(CLOCK, dtype=pl.Datetime("ms")),
+        "utc": pl.Series(CLOCK, dtype=pl.Datetime("us", "UTC")),
+        "berlin": pl.Series(CLOCK, dtype=pl.Datetime("ns", "Europe/Berlin")),
+        "times": pl.Series([[one] for one in CLOCK], dtype=pl.List(pl.Datetime("us", "UTC"))),
         "kind": pl.Series(["p", "q", "p", None, "q", "p"], dtype=pl.Categorical),
     }
 )
@@ -82,6 +88,24 @@ def test_ranges_by_hand(column: str, bounds: tuple[Any, Any], kept: list[int] | 
     if kept is None:  # seconds since 1970, in UTC
         bounds, kept = (1_704_153_600.0, 1_704_240_000.0), [1, 2]
     assert _kept(ranges={column: bounds}) == kept
+
+
+@pytest.mark.parametrize("column", ["naive", "utc", "berlin", "times"])
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("2024-01-01", [0]),
+        ("2024-01-01T10:00", [1, 2]),
+        ("2024-01-01T10:00:00Z", [1, 2]),
+        ("2024-01-02T00:00+14:00", [1, 2]),
+        ("2024-01-01T23:00:00-01:00", [5]),
+        ("2024-01-01T10:00:00.000001", []),
+        ("0001-01-01T00:00:00+14:00", []),  # before the first year that Python knows
+        ("9999-12-31T23:59:59-14:00", []),
+    ],
+)
+def test_times_with_and_without_a_zone_meet_in_utc(column: str, text: str, kept: list[int]) -> None:
+    assert _kept(equals={column: (text,)}) == kept
 
 
 def test_all_conditions_must_hold() -> None:

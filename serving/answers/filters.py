@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from datetime import date, datetime
+from datetime import UTC, date, datetime, timedelta
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -27,6 +27,9 @@ LEAST = -(2**63)
 """Smallest whole number that is compared; what lies beyond either end equals nothing but it."""
 SECONDS = 1_000_000
 """Microseconds of a second."""
+_MOMENT = pl.Datetime("us")
+"""Times of every unit and zone, in UTC."""
+_START, _TICK = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
 
 
 class Kept:
@@ -127,7 +130,10 @@ class Filters:
             inner: Any = dtype.inner if isinstance(dtype, pl.List | pl.Array) else dtype
             wanted = sorted({_value(name, inner, value) for value in values})
             compared = _compared(inner)
-            column = pl.col(name).cast(pl.List(compared) if several else compared)
+            column = pl.col(name)
+            if isinstance(inner, pl.Datetime):
+                column = column.cast(pl.List(_MOMENT) if several else _MOMENT)
+            column = column.cast(pl.List(compared) if several else compared)
             # One by one: a list of the values would be an empty one's error, and they are few.
             hits = [
                 column.list.contains(pl.lit(value, compared)) if several else column == value
@@ -169,11 +175,15 @@ def _compared(dtype: Any) -> Any:
     """The type in which values of a column are compared."""
     if isinstance(dtype, pl.Categorical | pl.Enum):
         return pl.String
+    if isinstance(dtype, pl.Datetime):
+        return pl.Int64  # microseconds since 1970: one with a zone and one without cannot meet
     return pl.Int64 if dtype.is_integer() and dtype != pl.UInt64 else dtype
 
 
 def _value(name: str, dtype: Any, value: Value) -> Any:
-    """The value as the column holds it; numbers and truth values may come as text from a URL."""
+    """The value as it is compared with the column's; numbers and truth values may come as text
+    from a URL. Times are microseconds since 1970; without an offset they are UTC.
+    """
     try:
         if isinstance(dtype, pl.String | pl.Categorical | pl.Enum) and isinstance(value, str):
             return value
@@ -188,7 +198,10 @@ def _value(name: str, dtype: Any, value: Value) -> Any:
             if math.isfinite(number_):
                 return number_
         if isinstance(dtype, pl.Datetime) and isinstance(value, str):
-            return datetime.fromisoformat(value)
+            moment = datetime.fromisoformat(value)
+            if moment.tzinfo is None:
+                moment = moment.replace(tzinfo=UTC)
+            return (moment - _START) // _TICK
         if isinstance(dtype, pl.Date) and isinstance(value, str):
             return date.fromisoformat(value)
     except (ValueError, KeyError, OverflowError):
@@ -216,7 +229,7 @@ def _number(name: str, dtype: Any) -> pl.Expr:
     if dtype.is_numeric():
         return pl.col(name).cast(pl.Float64)
     if isinstance(dtype, pl.Date | pl.Datetime):
-        return pl.col(name).cast(pl.Datetime("us")).dt.epoch("us").cast(pl.Float64) / SECONDS
+        return pl.col(name).cast(_MOMENT).dt.epoch("us").cast(pl.Float64) / SECONDS
     raise QueryError(
         f"Column {name!r} holds {_words(dtype)}, so that a range says nothing. "
         "Ask for equal values instead."
