@@ -114,22 +114,21 @@ class Batcher:
         busy = self._busy or self._size or self._closed
         return self.rules.alone and not busy and self._turn is None
 
-    async def answer(
-        self, engine: Answerer, asks: Sequence[Ask], deadline: float
-    ) -> list[Reply | QueryError]:
+    async def answer(self, engine: Answerer, asks: Sequence[Ask], deadline: float) -> list[Outcome]:
         """Answers of one engine in the order of the questions.
 
         Args:
             engine: who answers.
-            asks: one, or the questions of a batch.
+            asks: one, or the questions of a batch; of these each may fail in its own place.
             deadline: in seconds of time.monotonic().
 
         Raises:
             Refusal: the queue is full, or the deadline has passed.
+            Exception: what went wrong with the only one.
         """
         loop = asyncio.get_running_loop()
         if len(asks) == 1 and self.rules.alone and quick(asks[0]) and await self._alone():
-            return engine.answer(asks)
+            return list(engine.answer(asks))
         jobs = [_Job(loop.create_future(), deadline, engine, ask) for ask in asks]
         self._put(jobs, bulk=len(jobs) > 1)
         return await self._wait(jobs, deadline)
@@ -184,8 +183,11 @@ class Batcher:
         except TimeoutError:
             raise _late() from None
         for outcome in outcomes:
-            # An answer may be that the question is wrong; anything else went wrong with us.
-            if isinstance(outcome, Exception) and not isinstance(outcome, QueryError):
+            # An answer may be that the question is wrong; anything else went wrong with us, and
+            # costs the others of a batch nothing. What comes late is late for all of them.
+            if not isinstance(outcome, Exception) or isinstance(outcome, QueryError):
+                continue
+            if len(outcomes) == 1 or isinstance(outcome, Refusal):
                 raise outcome
         if len(outcomes) == 1 and jobs[0].call is not None and isinstance(outcomes[0], QueryError):
             raise outcomes[0]
