@@ -8,6 +8,7 @@ Legend: N item rows, n index positions, R rows of a small table.
 from __future__ import annotations
 
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from datetime import UTC, date, datetime, timedelta
@@ -23,6 +24,10 @@ from serving.answers.asks import Filter, Value
 
 KEPT_BYTES = 64 << 20
 """Memory that kept masks may take; one over a million items takes a megabyte."""
+KEPT_MOST = 4096
+"""Masks that are kept, however small they are."""
+ENTRY_BYTES = 200
+"""Memory that one more kept thing takes beside itself and its key."""
 LEAST = -(2**63)
 """Smallest whole number that is compared; what lies beyond either end equals nothing but it."""
 SECONDS = 1_000_000
@@ -32,12 +37,23 @@ _MOMENT = pl.Datetime("us")
 _START, _TICK = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
 
 
-class Kept:
-    """The values asked for last, up to a number of bytes; safe to use from several threads."""
+def key_bytes(key: Hashable) -> int:
+    """Memory of a key, nearly: its texts, which a request may make a megabyte long, most of all."""
+    size = sys.getsizeof(key)
+    return size + sum(map(key_bytes, key)) if isinstance(key, tuple) else size
 
-    def __init__(self, limit: int = KEPT_BYTES) -> None:
-        self._limit, self._held = limit, 0
-        self._values: OrderedDict[Hashable, np.ndarray] = OrderedDict()
+
+class Kept:
+    """The values asked for last; safe to use from several threads.
+
+    Args:
+        limit: bytes of the values and of their keys.
+        most: values.
+    """
+
+    def __init__(self, limit: int = KEPT_BYTES, most: int = KEPT_MOST) -> None:
+        self._limit, self._most, self._held = limit, most, 0
+        self._values: OrderedDict[Hashable, tuple[np.ndarray, int]] = OrderedDict()
         self._lock = Lock()
 
     def get(self, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -45,20 +61,24 @@ class Kept:
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
-                return self._values[key]
+                return self._values[key][0]
         value = make()
+        size = value.nbytes + key_bytes(key) + ENTRY_BYTES
         with self._lock:
-            if key not in self._values and value.nbytes <= self._limit:
-                self._values[key] = value
-                self._held += value.nbytes
-                while self._held > self._limit:
-                    self._held -= self._values.popitem(last=False)[1].nbytes
+            if key not in self._values and size <= self._limit:
+                self._values[key] = value, size
+                self._held += size
+                while self._held > self._limit or len(self._values) > self._most:
+                    self._held -= self._values.popitem(last=False)[1][1]
         return value
 
     @property
     def held(self) -> int:
-        """Bytes of the values that are kept."""
+        """Bytes of what is kept."""
         return self._held
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 class Filters:
@@ -236,4 +256,4 @@ def _number(name: str, dtype: Any) -> pl.Expr:
     )
 
 
-__all__ = ["Filters", "Kept"]
+__all__ = ["Filters", "Kept", "key_bytes"]
