@@ -26,6 +26,15 @@ class QueryError(RecsysError):
     """A question that the recommender cannot answer as it was put."""
 
 
+def as_exception(error: BaseException) -> Exception:
+    """The error as whoever waits for another thread's work may be given it.
+
+    What is no Exception (a panic of Polars, a SystemExit in a library) would end the waiting
+    thread too.
+    """
+    return error if isinstance(error, Exception) else RuntimeError(repr(error))
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a phrase that names the known name nearest to `name`, or lists what is known."""
     known = list(known)

@@ -216,6 +216,85 @@ def test_whoever_gives_up_costs_no_answer_to_others() -> None:
     asyncio.run(run())
 
 
+class Panic(BaseException):
+    """As Polars raises it: no Exception."""
+
+
+def test_work_that_panics_costs_no_thread() -> None:
+    async def run() -> None:
+        batcher = Batcher(BatchRules(threads=2))
+
+        def panic(error: BaseException) -> None:
+            raise error
+
+        for error in (Panic("out-of-range date"), SystemExit(3), KeyboardInterrupt()) * 2:
+            with pytest.raises(RuntimeError, match=type(error).__name__):
+                await batcher.call(lambda error=error: panic(error), soon())
+        before = list(batcher._threads)
+        assert all(thread.is_alive() for thread in before)
+        assert await batcher.call(lambda: 5, soon()) == 5
+        assert batcher._threads == before
+        batcher.close()
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_panics_costs_the_others_nothing() -> None:
+    class Panicking(Gate):
+        def answer(self, asks: Sequence[Ask]) -> list[Reply | QueryError]:
+            try:
+                return super().answer(asks)
+            except ZeroDivisionError as error:
+                raise Panic(str(error)) from None
+
+    async def run() -> None:
+        batcher, engine = Batcher(), Panicking(open=True)
+        hold = Gate()
+        first = await begun(batcher, hold, "first")
+        tasks = [await begun(batcher, engine, text) for text in ("a", "boom", "b")]
+        hold.go.release()
+        await first
+        one, two, three = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(two, RuntimeError) and "1 at once" in str(two)
+        assert (one[0].ids, three[0].ids) == (["a"], ["b"])
+        batcher.close()
+
+    asyncio.run(run())
+
+
+def test_a_thread_outlives_errors_between_two_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        batcher, tell = Batcher(), Batcher._tell
+        broken = [Panic("once")]
+
+        def telling(self: Batcher, jobs: Any) -> None:
+            tell(self, jobs)
+            if broken:
+                raise broken.pop()
+
+        monkeypatch.setattr(Batcher, "_tell", telling)
+        for _ in range(2):
+            assert await batcher.call(lambda: 5, soon()) == 5
+        assert not broken and len(batcher._threads) == 1 and batcher._threads[0].is_alive()
+        batcher.close()
+
+    asyncio.run(run())
+
+
+def test_a_thread_that_is_gone_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        batcher = Batcher()
+        with monkeypatch.context() as patch:
+            patch.setattr(Batcher, "_run", Batcher._step)  # ends after one job
+            assert await batcher.call(lambda: 1, soon()) == 1
+            batcher._threads[0].join(5)
+        assert await batcher.call(lambda: 2, soon()) == 2
+        assert [thread.is_alive() for thread in batcher._threads] == [True]
+        batcher.close()
+
+    asyncio.run(run())
+
+
 # --- quick questions ------------------------------------------------------------------------------
 
 

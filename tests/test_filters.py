@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import date, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,17 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from serving_cases import no_view, small
 
 from recsys.errors import QueryError
 from serving.answers.asks import Filter
-from serving.answers.filters import Filters, Kept
+from serving.answers.choices import CHOICES, Choices
+from serving.answers.filters import KEPT_MOST, Filters, Kept
+from serving.answers.stock import Stock
+from serving.answers.windows import Windows
 
+CLOCK = [datetime(2024, 1, 1, hour) for hour in (0, 10, 10, 23)] + [None, datetime(2024, 1, 2)]
+"""In UTC."""
 CATALOG = pl.DataFrame(
     {
         "item": [f"i{n}" for n in range(6)],
@@ -26,6 +33,10 @@ CATALOG = pl.DataFrame(
         "tags": [["x", "y"], ["y"], [], None, ["x", None], ["z"]],
         "sizes": [[1, 2], [2], [], None, [3], [1]],
         "day": [date(2024, 1, d) for d in range(1, 6)] + [None],
+        "naive": pl.Series(CLOCK, dtype=pl.Datetime("ms")),
+        "utc": pl.Series(CLOCK, dtype=pl.Datetime("us", "UTC")),
+        "berlin": pl.Series(CLOCK, dtype=pl.Datetime("ns", "Europe/Berlin")),
+        "times": pl.Series([[one] for one in CLOCK], dtype=pl.List(pl.Datetime("us", "UTC"))),
         "kind": pl.Series(["p", "q", "p", None, "q", "p"], dtype=pl.Categorical),
     }
 )
@@ -82,6 +93,24 @@ def test_ranges_by_hand(column: str, bounds: tuple[Any, Any], kept: list[int] | 
     if kept is None:  # seconds since 1970, in UTC
         bounds, kept = (1_704_153_600.0, 1_704_240_000.0), [1, 2]
     assert _kept(ranges={column: bounds}) == kept
+
+
+@pytest.mark.parametrize("column", ["naive", "utc", "berlin", "times"])
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("2024-01-01", [0]),
+        ("2024-01-01T10:00", [1, 2]),
+        ("2024-01-01T10:00:00Z", [1, 2]),
+        ("2024-01-02T00:00+14:00", [1, 2]),
+        ("2024-01-01T23:00:00-01:00", [5]),
+        ("2024-01-01T10:00:00.000001", []),
+        ("0001-01-01T00:00:00+14:00", []),  # before the first year that Python knows
+        ("9999-12-31T23:59:59-14:00", []),
+    ],
+)
+def test_times_with_and_without_a_zone_meet_in_utc(column: str, text: str, kept: list[int]) -> None:
+    assert _kept(equals={column: (text,)}) == kept
 
 
 def test_all_conditions_must_hold() -> None:
@@ -151,20 +180,61 @@ def test_a_mask_is_made_once_and_the_oldest_is_forgotten() -> None:
     made: list[str] = []
 
     def mask(name: str) -> Any:
-        return lambda: made.append(name) or np.ones(40, bool)
+        return lambda: made.append(name) or np.ones(4000, bool)
 
-    kept = Kept(limit=100)
+    kept = Kept(limit=10_000)
     for name in "aabab":
         kept.get(name, mask(name))
-    assert made == ["a", "b"] and kept.held == 80
+    assert made == ["a", "b"] and 8000 < kept.held < 9000
     kept.get("c", mask("c"))  # a was asked for before b
-    assert kept.held == 80
+    assert 8000 < kept.held < 9000
     kept.get("b", mask("b"))
     assert made == ["a", "b", "c"]
     kept.get("a", mask("a"))
     assert made == ["a", "b", "c", "a"]
-    kept.get("big", lambda: np.ones(500, bool))
-    assert kept.held == 80
+    kept.get("big", lambda: np.ones(50_000, bool))
+    assert 8000 < kept.held < 9000
+
+
+def test_what_was_asked_counts_as_memory_too() -> None:
+    """A small catalogue's masks are nothing beside the texts that a request may bring."""
+    kept = Kept(limit=1 << 20)
+    for n in range(50):
+        kept.get(("equals", "title", (f"{n}" * 100_000,)), lambda: np.ones(6, bool))
+    assert 100_000 < kept.held <= 1 << 20 and 1 < len(kept) < 11
+    kept.get(("equals", "title", ("x" * (2 << 20),)), lambda: np.ones(6, bool))
+    assert kept.held <= 1 << 20 and len(kept) > 1  # too large to be kept, and costs no other
+    filters = Filters(CATALOG, np.arange(1, 7), limit=1 << 20)
+    for n in range(50):
+        filters.mask(Filter(equals={"category": tuple(f"{n} {m}" * 500 for m in range(100))}))
+    assert filters._kept.held <= 1 << 20 and len(filters._kept) < 11
+
+
+def test_small_masks_are_kept_up_to_a_number() -> None:
+    kept = Kept()
+    for n in range(5000):
+        kept.get(("range", "price", n, None), lambda: np.ones(6, bool))
+    assert len(kept) == KEPT_MOST == 4096
+    assert kept.held > 4096 * 200
+    made: list[int] = []
+    kept.get(("range", "price", 4999, None), lambda: made.append(1) or np.ones(6, bool))
+    assert not made
+
+
+def test_choices_count_what_was_asked(tmp_path: Path) -> None:
+    served = small(tmp_path, items=300)
+    stock = Stock(served, no_view(served), Windows(served.bundle, served.position), None)
+    choices = Choices(served.bundle, limit=1 << 20)
+    for n in range(10):
+        choices.of(Filter(equals={"category": (f"{n}" * 300_000,)}), stock)
+    assert 300_000 < choices.held <= 1 << 20
+    one = Filter(equals={"category": ("c1",)})
+    assert choices.of(one, stock) is choices.of(one, stock)
+    large = Filter(equals={"category": ("x" * (2 << 20),)})  # the last one stays, whatever it is
+    assert choices.of(large, stock) is choices.of(large, stock)
+    for n in range(50):
+        choices.of(Filter(equals={"category": (f"{n}",)}), stock)
+    assert choices.held < 1 << 20 and len(choices._known) == CHOICES
 
 
 def test_the_same_conditions_have_one_key_whatever_their_order() -> None:

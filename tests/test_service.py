@@ -167,6 +167,29 @@ def test_a_batch_answers_each_or_says_what_is_wrong_with_it(app: Front, host: Fa
     assert len(four["items"]) == 2
 
 
+def test_what_breaks_on_one_of_a_batch_stands_in_its_place(
+    app: Front, caplog: pytest.LogCaptureFixture
+) -> None:
+    boom = {"kind": "search", "text": "boom"}
+    fine = {"kind": "similar", "items": ["i1"], "k": 1}
+    for requests in (
+        [fine, boom, {**fine, "user": "b1"}, boom],  # several of one variant
+        [fine, fine, {**boom, "user": "b1"}],  # the only one of its variant
+        [{**fine, "user": "b1"}, boom],
+    ):
+        caplog.clear()
+        got = ask(app, "POST", "/v1/batch", {"requests": requests}, headers={"x-request-id": "r"})
+        assert got.status == 200
+        for place, (one, said) in enumerate(zip(requests, got.json()["answers"], strict=True)):
+            if one.get("text") == "boom":
+                assert said["error"]["code"] == "internal"
+                assert said["error"]["request_id"] == f"r.{place}"
+                assert f"request r.{place} failed" in caplog.text
+            else:
+                assert said["items"] == [ITEM]
+    assert ask(app, "POST", "/v1/batch", {"requests": [boom]}).json()["answers"][0]["error"]
+
+
 # --- items, users, events -------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from serving.answers.asks import Filter
-from serving.answers.filters import KEPT_BYTES, Filters
+from serving.answers.filters import ENTRY_BYTES, KEPT_BYTES, Filters, key_bytes
 from serving.answers.stock import Choice, Stock
 from serving.bundle import Bundle
 
@@ -30,7 +30,7 @@ class Choices:
 
     Args:
         bundle: whose catalogue is filtered.
-        limit: bytes of masks over columns that are kept.
+        limit: bytes of masks over columns that are kept; and of choices, with what was asked.
     """
 
     def __init__(self, bundle: Bundle, limit: int = KEPT_BYTES) -> None:
@@ -40,8 +40,14 @@ class Choices:
         self._filters = Filters(
             bundle.catalog, bundle.rows, limit, dict.fromkeys(columns, separator)
         )
-        self._known: OrderedDict[Any, Choice] = OrderedDict()
+        self._limit = limit
+        self._known: OrderedDict[Any, tuple[Choice, int]] = OrderedDict()
         self._lock = Lock()
+
+    @property
+    def held(self) -> int:
+        """Bytes of the choices that are kept, and of the filters they were made of."""
+        return sum(size for _, size in self._known.values())
 
     def of(self, filter: Filter, stock: Stock) -> Choice:
         """What a filter lets through.
@@ -57,18 +63,21 @@ class Choices:
             filter = replace(filter, deny=())  # left out of what is found
             if filter.empty:
                 return stock.open
-        key = stock, filter.key()
+        said = filter.key()
+        key = stock, said
         with self._lock:
             if (known := self._known.get(key)) is not None:
                 self._known.move_to_end(key)
-                return known
+                return known[0]
         choice = self._chosen(filter, stock)
+        masks = choice.extra.nbytes + (0 if choice.mask is None else choice.mask.nbytes)
+        size = masks + key_bytes(said) + ENTRY_BYTES
         with self._lock:
-            self._known[key] = choice
+            self._known[key] = choice, size
             # What was open before something changed is asked for no more.
             for old in [old for old in self._known if old[0] is not stock]:
                 del self._known[old]
-            while len(self._known) > CHOICES:
+            while len(self._known) > CHOICES or (self.held > self._limit and len(self._known) > 1):
                 self._known.popitem(last=False)
         return choice
 

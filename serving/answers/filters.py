@@ -8,9 +8,10 @@ Legend: N item rows, n index positions, R rows of a small table.
 from __future__ import annotations
 
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from datetime import date, datetime
+from datetime import UTC, date, datetime, timedelta
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -23,18 +24,36 @@ from serving.answers.asks import Filter, Value
 
 KEPT_BYTES = 64 << 20
 """Memory that kept masks may take; one over a million items takes a megabyte."""
+KEPT_MOST = 4096
+"""Masks that are kept, however small they are."""
+ENTRY_BYTES = 200
+"""Memory that one more kept thing takes beside itself and its key."""
 LEAST = -(2**63)
 """Smallest whole number that is compared; what lies beyond either end equals nothing but it."""
 SECONDS = 1_000_000
 """Microseconds of a second."""
+_MOMENT = pl.Datetime("us")
+"""Times of every unit and zone, in UTC."""
+_START, _TICK = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
+
+
+def key_bytes(key: Hashable) -> int:
+    """Memory of a key, nearly: its texts, which a request may make a megabyte long, most of all."""
+    size = sys.getsizeof(key)
+    return size + sum(map(key_bytes, key)) if isinstance(key, tuple) else size
 
 
 class Kept:
-    """The values asked for last, up to a number of bytes; safe to use from several threads."""
+    """The values asked for last; safe to use from several threads.
 
-    def __init__(self, limit: int = KEPT_BYTES) -> None:
-        self._limit, self._held = limit, 0
-        self._values: OrderedDict[Hashable, np.ndarray] = OrderedDict()
+    Args:
+        limit: bytes of the values and of their keys.
+        most: values.
+    """
+
+    def __init__(self, limit: int = KEPT_BYTES, most: int = KEPT_MOST) -> None:
+        self._limit, self._most, self._held = limit, most, 0
+        self._values: OrderedDict[Hashable, tuple[np.ndarray, int]] = OrderedDict()
         self._lock = Lock()
 
     def get(self, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -42,20 +61,24 @@ class Kept:
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
-                return self._values[key]
+                return self._values[key][0]
         value = make()
+        size = value.nbytes + key_bytes(key) + ENTRY_BYTES
         with self._lock:
-            if key not in self._values and value.nbytes <= self._limit:
-                self._values[key] = value
-                self._held += value.nbytes
-                while self._held > self._limit:
-                    self._held -= self._values.popitem(last=False)[1].nbytes
+            if key not in self._values and size <= self._limit:
+                self._values[key] = value, size
+                self._held += size
+                while self._held > self._limit or len(self._values) > self._most:
+                    self._held -= self._values.popitem(last=False)[1][1]
         return value
 
     @property
     def held(self) -> int:
-        """Bytes of the values that are kept."""
+        """Bytes of what is kept."""
         return self._held
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 class Filters:
@@ -127,7 +150,10 @@ class Filters:
             inner: Any = dtype.inner if isinstance(dtype, pl.List | pl.Array) else dtype
             wanted = sorted({_value(name, inner, value) for value in values})
             compared = _compared(inner)
-            column = pl.col(name).cast(pl.List(compared) if several else compared)
+            column = pl.col(name)
+            if isinstance(inner, pl.Datetime):
+                column = column.cast(pl.List(_MOMENT) if several else _MOMENT)
+            column = column.cast(pl.List(compared) if several else compared)
             # One by one: a list of the values would be an empty one's error, and they are few.
             hits = [
                 column.list.contains(pl.lit(value, compared)) if several else column == value
@@ -169,11 +195,15 @@ def _compared(dtype: Any) -> Any:
     """The type in which values of a column are compared."""
     if isinstance(dtype, pl.Categorical | pl.Enum):
         return pl.String
+    if isinstance(dtype, pl.Datetime):
+        return pl.Int64  # microseconds since 1970: one with a zone and one without cannot meet
     return pl.Int64 if dtype.is_integer() and dtype != pl.UInt64 else dtype
 
 
 def _value(name: str, dtype: Any, value: Value) -> Any:
-    """The value as the column holds it; numbers and truth values may come as text from a URL."""
+    """The value as it is compared with the column's; numbers and truth values may come as text
+    from a URL. Times are microseconds since 1970; without an offset they are UTC.
+    """
     try:
         if isinstance(dtype, pl.String | pl.Categorical | pl.Enum) and isinstance(value, str):
             return value
@@ -188,7 +218,10 @@ def _value(name: str, dtype: Any, value: Value) -> Any:
             if math.isfinite(number_):
                 return number_
         if isinstance(dtype, pl.Datetime) and isinstance(value, str):
-            return datetime.fromisoformat(value)
+            moment = datetime.fromisoformat(value)
+            if moment.tzinfo is None:
+                moment = moment.replace(tzinfo=UTC)
+            return (moment - _START) // _TICK
         if isinstance(dtype, pl.Date) and isinstance(value, str):
             return date.fromisoformat(value)
     except (ValueError, KeyError, OverflowError):
@@ -216,11 +249,11 @@ def _number(name: str, dtype: Any) -> pl.Expr:
     if dtype.is_numeric():
         return pl.col(name).cast(pl.Float64)
     if isinstance(dtype, pl.Date | pl.Datetime):
-        return pl.col(name).cast(pl.Datetime("us")).dt.epoch("us").cast(pl.Float64) / SECONDS
+        return pl.col(name).cast(_MOMENT).dt.epoch("us").cast(pl.Float64) / SECONDS
     raise QueryError(
         f"Column {name!r} holds {_words(dtype)}, so that a range says nothing. "
         "Ask for equal values instead."
     )
 
 
-__all__ = ["Filters", "Kept"]
+__all__ = ["Filters", "Kept", "key_bytes"]

@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from recsys.errors import QueryError
+from recsys.errors import QueryError, as_exception
 from serving.answers.asks import Ask, Filter, Reply
 from serving.http.wire import Code, Refusal
 
 log = logging.getLogger("recsys.serve")
 
-Outcome = Reply | QueryError | BaseException
+Outcome = Reply | QueryError | Exception
 
 
 class Answerer(Protocol):
@@ -114,22 +114,21 @@ class Batcher:
         busy = self._busy or self._size or self._closed
         return self.rules.alone and not busy and self._turn is None
 
-    async def answer(
-        self, engine: Answerer, asks: Sequence[Ask], deadline: float
-    ) -> list[Reply | QueryError]:
+    async def answer(self, engine: Answerer, asks: Sequence[Ask], deadline: float) -> list[Outcome]:
         """Answers of one engine in the order of the questions.
 
         Args:
             engine: who answers.
-            asks: one, or the questions of a batch.
+            asks: one, or the questions of a batch; of these each may fail in its own place.
             deadline: in seconds of time.monotonic().
 
         Raises:
             Refusal: the queue is full, or the deadline has passed.
+            Exception: what went wrong with the only one.
         """
         loop = asyncio.get_running_loop()
         if len(asks) == 1 and self.rules.alone and quick(asks[0]) and await self._alone():
-            return engine.answer(asks)
+            return list(engine.answer(asks))
         jobs = [_Job(loop.create_future(), deadline, engine, ask) for ask in asks]
         self._put(jobs, bulk=len(jobs) > 1)
         return await self._wait(jobs, deadline)
@@ -168,6 +167,7 @@ class Batcher:
             else:
                 self._single.extend(jobs)
             self._size += len(jobs)
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
             if len(self._threads) < self.rules.threads:
                 self._start()
             self._ready.notify()
@@ -183,8 +183,11 @@ class Batcher:
         except TimeoutError:
             raise _late() from None
         for outcome in outcomes:
-            # An answer may be that the question is wrong; anything else went wrong with us.
-            if isinstance(outcome, BaseException) and not isinstance(outcome, QueryError):
+            # An answer may be that the question is wrong; anything else went wrong with us, and
+            # costs the others of a batch nothing. What comes late is late for all of them.
+            if not isinstance(outcome, Exception) or isinstance(outcome, QueryError):
+                continue
+            if len(outcomes) == 1 or isinstance(outcome, Refusal):
                 raise outcome
         if len(outcomes) == 1 and jobs[0].call is not None and isinstance(outcomes[0], QueryError):
             raise outcomes[0]
@@ -196,12 +199,16 @@ class Batcher:
         thread = threading.Thread(
             target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=True
         )
-        self._threads.append(thread)
         thread.start()
+        self._threads.append(thread)
 
     def _run(self) -> None:
-        while self._step():
-            pass
+        while True:
+            try:
+                if not self._step():
+                    return
+            except BaseException:  # a thread that ends here would be missing from then on
+                log.exception("a thread of %s goes on after an error", self._name)
 
     def _step(self) -> bool:
         """Do what waits; False at the end.
@@ -243,8 +250,8 @@ class Batcher:
             if job.call is not None:
                 try:
                     job.outcome = job.call()
-                except Exception as error:
-                    job.outcome = error
+                except BaseException as error:  # a panic of Polars is no Exception
+                    job.outcome = as_exception(error)
             else:
                 groups.setdefault(id(job.engine), []).append(job)
         for group in groups.values():
@@ -257,13 +264,13 @@ class Batcher:
             outcomes: Sequence[Outcome] = engine.answer(asks)
             if len(outcomes) != len(asks):
                 raise RuntimeError(f"{len(asks)} questions, but {len(outcomes)} answers")
-        except Exception as error:
+        except BaseException as error:
             if len(jobs) > 1:  # one that breaks the engine must not cost the others their answer
                 log.exception("a batch of %d failed; each is answered alone", len(jobs))
                 for job in jobs:
                     self._answer([job])
                 return
-            outcomes = [error]
+            outcomes = [as_exception(error)]
         for job, outcome in zip(jobs, outcomes, strict=True):
             job.outcome = outcome
 

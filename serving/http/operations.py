@@ -19,7 +19,7 @@ import orjson
 
 from recsys.errors import QueryError, RecsysError
 from serving.answers.asks import Ask, CursorError, Reply, UnknownItem
-from serving.http.batcher import Batcher, BatchRules
+from serving.http.batcher import Batcher, BatchRules, Outcome
 from serving.http.guard import Receive, Scope, body, parameters, segment
 from serving.http.keys import Hashed, Keys, Role
 from serving.http.metrics import Metrics
@@ -42,6 +42,8 @@ from serving.living.journal import JournalError
 from serving.living.live import Event
 
 log = logging.getLogger("recsys.serve")
+
+MISTAKE = "This is a mistake of ours; it is logged."
 
 
 class Exposures(Protocol):
@@ -214,7 +216,7 @@ class Operations:
         deadline = call.start + self.rules.batch_deadline
         outcomes = await asyncio.gather(
             *(
-                self.answers.answer(engine, [requests[p].to_ask() for p in places], deadline)
+                self._each(engine, [requests[p].to_ask() for p in places], deadline)
                 for engine, places in groups.values()
             )
         )
@@ -225,12 +227,24 @@ class Operations:
                 request = f"{call.request_id}.{place}"
                 if isinstance(reply, QueryError):
                     answers[place] = said(refused(reply), request)
+                elif isinstance(reply, Exception):
+                    log.error("request %s failed", request, exc_info=reply)
+                    answers[place] = said(Refusal(Code.INTERNAL, MISTAKE), request)
                 else:
                     answers[place] = self._said(
                         reply, request, requests[place].user, variant, model, call
                     )
         call.variant = next(iter(groups)) if len(groups) == 1 else ""
         return orjson.dumps({"request_id": call.request_id, "answers": answers})
+
+    async def _each(self, engine: Any, asks: list[Ask], deadline: float) -> list[Outcome]:
+        """Answers of a batch; whatever goes wrong with one question stands in its place."""
+        try:
+            return await self.answers.answer(engine, asks, deadline)
+        except Refusal:
+            raise
+        except Exception as error:  # of the only one that is asked of this engine
+            return [error] * len(asks)
 
     def _asked(self, call: Call, model: type[Any], own: dict[str, Any]) -> Any:
         values = from_query(call.scope["query_string"])
@@ -248,6 +262,7 @@ class Operations:
         (reply,) = await self.answers.answer(engine, [ask], call.start + self.rules.deadline)
         if isinstance(reply, QueryError):
             raise refused(reply) from None
+        assert isinstance(reply, Reply)  # of a single one, anything else was raised
         return orjson.dumps(
             self._said(reply, call.request_id, given.user, call.variant, call.model, call)
         )

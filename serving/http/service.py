@@ -21,7 +21,7 @@ from serving.http.front import Front
 from serving.http.guard import error_body
 from serving.http.keys import KeyFile, Keys
 from serving.http.metrics import Metrics, counter, gauge, of_host
-from serving.http.operations import Call, Exposures, Operations, ServiceRules, log, refused
+from serving.http.operations import MISTAKE, Call, Exposures, Operations, ServiceRules, log, refused
 from serving.http.page_files import PageFiles
 from serving.http.wire import STATUS, Code, Refusal
 
@@ -102,7 +102,7 @@ async def _run(operations: Operations, operation: Operation, call: Call, **ids: 
         return _error(call, refused(error))
     except Exception:
         log.exception("request %s failed", call.request_id)
-        return _error(call, Refusal(Code.INTERNAL, "This is a mistake of ours; it is logged."))
+        return _error(call, Refusal(Code.INTERNAL, MISTAKE))
     return _reply(call, 200, content)
 
 

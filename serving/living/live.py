@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from features.coder import unknown_columns
-from recsys.errors import BundleError, DataError, QueryError
+from recsys.errors import BundleError, DataError, QueryError, as_exception
 from serving.living.journal import Change, Event, Journal, JournalError, Stored, body_of
 from serving.living.overlay import EVENTS_KEPT, LiveView, Newcomer, Overlay, Posted
 from serving.living.together import Together
@@ -44,6 +44,25 @@ class _Item:
 @dataclass(frozen=True)
 class _Events:
     events: tuple[Event, ...]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What one commit is to change.
+
+    Args:
+        answers: one each that waits; those of events are only known once they are written.
+        now: id → body, None: deleted.
+        events: of all who wait, in their order.
+        puts: the items as each model reads them.
+        at: microseconds of the commit.
+    """
+
+    answers: list[int | Exception]
+    now: dict[str, bytes | None]
+    events: list[Event]
+    puts: list[list[Newcomer]]
+    at: int
 
 
 @dataclass
@@ -192,14 +211,21 @@ class Living:
         """One commit for all that waits; each answered, or with the reason it was refused."""
         with self._lock:
             try:
-                return self._try(wanted)
-            except (QueryError, JournalError) as error:
-                if len(wanted) == 1 or isinstance(error, JournalError):
-                    return [error] * len(wanted)
-                # One of them spoils it for all: one at a time.
-                return [self._write([one])[0] for one in wanted]
+                read = self._read(wanted)
+                changes = [Change(id, body) for id, body in read.now.items()]
+                places = self._append(changes, read.events, read.at)
+            except JournalError as error:
+                return [error] * len(wanted)
+            except BaseException as error:  # a panic of Polars is no Exception
+                if len(wanted) == 1:
+                    return [as_exception(error)]
+            else:
+                return self._take(wanted, read, places)
+            # One of them spoils it for all, and nothing of it is taken: one at a time.
+            return [self._write([one])[0] for one in wanted]
 
-    def _try(self, wanted: Sequence[_Item | _Events]) -> list[int | Exception]:
+    def _read(self, wanted: Sequence[_Item | _Events]) -> _Read:
+        """All of it as every model reads it; nothing is changed."""
         answers: list[int | Exception] = []
         now: dict[str, bytes | None] = {}
         read: list[dict[str, Any]] = [{} for _ in self._overlays]
@@ -228,14 +254,20 @@ class Living:
             )
             for overlay, each in zip(self._overlays, read, strict=True)
         ]
-        places = self._append([Change(id, body) for id, body in now.items()], events, at)
+        return _Read(answers, now, events, puts, at)
+
+    def _take(
+        self, wanted: Sequence[_Item | _Events], read: _Read, places: Sequence[int | None]
+    ) -> list[int | Exception]:
+        """Show what is on disk now, and answer each."""
+        answers, now, events = read.answers, read.now, read.events
         self._items |= now
-        self._put_at |= put_at
+        self._put_at |= dict.fromkeys(now, read.at)
         users = self._remember(
             Stored(seq, event) for seq, event in zip(places, events, strict=True) if seq is not None
         )
         gone = [id for id, body in now.items() if body is None]
-        for overlay, newcomers in zip(self._overlays, puts, strict=True):
+        for overlay, newcomers in zip(self._overlays, read.puts, strict=True):
             overlay.change(newcomers, gone, users)
         for attaching in self._attaching:
             attaching.items |= now.keys()
