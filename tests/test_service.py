@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from serving.http.batcher import BatchRules
 from serving.http.front import Front
 from serving.http.keys import Keys, make_key
 from serving.http.service import ServiceRules, make_app
+from serving.living.exposures import ExposureLog
 
 # --- questions ------------------------------------------------------------------------------------
 
@@ -317,6 +319,26 @@ def test_metrics_tell_of_requests_models_and_queues(app: Front) -> None:
     ):
         assert line in text
     assert float(text.split("\nrecsys_resident_bytes ")[1].split("\n")[0]) > 1e6
+
+
+def test_metrics_tell_of_a_log_that_cannot_be_written(
+    host: FakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExposureLog(tmp_path, seconds=60) as log:
+        app = make_app(host, exposures=log)
+        with monkeypatch.context() as patched:
+            patched.setattr("serving.living.exposures._frame", lambda some: 1 // 0)
+            log.shown("r", "u", 1, ["a", "b"], "m", "v")
+            with pytest.raises(ZeroDivisionError):
+                log.flush()
+        text = ask(app, "GET", "/metrics").body.decode()
+        for line in (
+            "recsys_exposures_waiting 2.0",
+            "recsys_exposures_writing 1.0",
+            "recsys_exposures_failures_total 1.0",
+        ):
+            assert line in text
+        app.close()
 
 
 def test_logs_are_one_line_a_request_without_keys_or_bodies(
