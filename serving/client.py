@@ -145,7 +145,7 @@ class Event(TypedDict, total=False):
     """What a user did with an item.
 
     `time`: microseconds since 1970, now when absent; `event`: "click" when absent; `request`: the
-    request id of the answer that showed the item.
+    request id of the answer that showed the item; `id`: a new one when absent.
     """
 
     user: Required[str]
@@ -278,9 +278,14 @@ class Client:
     def post_events(self, events: Sequence[Event]) -> int:
         """Tell what users did; how many events are on disk now.
 
-        Give events an `id`: the same one sent twice counts once.
+        An event without an `id` is given one: the same one sent twice counts once, so that asking
+        again after no answer does no harm. To send events again yourself, give them ids.
         """
-        return int(self._json("POST", "/v1/events", {"events": list(events)})["written"])
+        named = [
+            event if event.get("id") is not None else {**event, "id": uuid.uuid4().hex}
+            for event in events
+        ]
+        return int(self._json("POST", "/v1/events", {"events": named})["written"])
 
     def user(self, id: str) -> dict[str, Any]:
         """What is known of a user: the history, posted events."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.client import Client, ServiceError
+from serving.client import Client, Event, ServiceError
 
 ANSWER = {
     "request_id": "r1", "model": "abc", "variant": "a", "fallback": None,
@@ -177,6 +177,17 @@ def test_a_service_is_asked_again_when_it_says_when(fake: Fake, status: int, cod
     assert time.perf_counter() - began >= 1.0
     assert fake.asked[0][3] == fake.asked[1][3] == {"text": "tea"}
     assert fake.asked[0][2]["X-Request-ID"] == fake.asked[1][2]["X-Request-ID"]
+
+
+def test_events_keep_their_ids_when_they_are_sent_again(fake: Fake) -> None:
+    fake.play({"error": {"code": "overloaded", "message": "Busy."}}, 503, Retry_After="0")
+    fake.play({"request_id": "r", "written": 3})
+    event: Event = {"user": "u", "item": "i"}
+    with Client(fake.url) as client:
+        assert client.post_events([event, event, {**event, "id": "mine"}]) == 3
+    first, again = (body["events"] for *_, body in fake.asked)
+    assert first == again and event == {"user": "u", "item": "i"}
+    assert first[2]["id"] == "mine" and len({one["id"] for one in first}) == 3
 
 
 def test_a_service_that_stays_busy_is_given_up(fake: Fake) -> None:

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from service_cases import ITEM, FakeEngine, FakeExposures, FakeHost, FakeLiving, ask, asked
+from service_cases import (
+    ITEM,
+    OPEN,
+    FakeEngine,
+    FakeExposures,
+    FakeHost,
+    FakeLiving,
+    ask,
+    asked,
+    served,
+)
 from service_cases import app as app
 from service_cases import exposures as exposures
 from service_cases import host as host
 from service_cases import living as living
 
+from serving.client import Client, ServiceError
 from serving.http.batcher import BatchRules
 from serving.http.front import Front
 from serving.http.keys import Keys, make_key
 from serving.http.service import ServiceRules, make_app
 from serving.living.exposures import ExposureLog
+from serving.living.live import Event
 
 # --- questions ------------------------------------------------------------------------------------
 
@@ -294,6 +308,32 @@ def test_a_deadline_and_a_full_queue_say_try_again(host: FakeHost) -> None:
     # What waited too long was never begun.
     assert [one.text for one in host.engines["a"].asks] == ["slow"]
     assert app.operations.answers.dropped == 2
+
+
+def test_a_write_past_its_deadline_is_not_asked_for_again(host: FakeHost) -> None:
+    """It is still done; a client that heard of a time to ask again would have it done twice."""
+    living = Slow()
+    app = make_app(host, living, rules=ServiceRules(deadline=0.05), keys=OPEN)
+    with served(app) as port, Client(f"http://127.0.0.1:{port}") as client:
+        with pytest.raises(ServiceError, match="again with the same event ids") as late:
+            client.post_events([{"user": "u", "item": "i"}])
+        assert (late.value.code, late.value.retry_after) == ("deadline", None)
+        with pytest.raises(ServiceError, match="safe to send it again") as late:
+            client.put_item("i", {"title": "t"})
+        assert (late.value.code, late.value.retry_after) == ("deadline", None)
+    app.close()
+    assert len(living.posted) == 1
+
+
+class Slow(FakeLiving):
+    """Takes longer than anybody waits."""
+
+    def put_item(self, id: str, item: Mapping[str, Any]) -> None:
+        time.sleep(0.2)
+
+    def post_events(self, events: Sequence[Event]) -> Any:
+        time.sleep(0.2)
+        return super().post_events(events)
 
 
 # --- metrics, logs, page --------------------------------------------------------------------------
