@@ -310,6 +310,23 @@ def test_a_deadline_and_a_full_queue_say_try_again(host: FakeHost) -> None:
     assert app.operations.answers.dropped == 2
 
 
+def test_the_log_has_the_events_that_the_journal_has(
+    host: FakeHost, exposures: FakeExposures
+) -> None:
+    """One sent twice stands there once, and one that came too late to be answered stands there."""
+    living = Slow()
+    app = make_app(host, living, exposures, ServiceRules(deadline=0.05), OPEN)
+    one, two = ({"user": "u", "item": "i", "id": name} for name in ("e1", "e2"))
+    assert ask(app, "POST", "/v1/events", {"events": [one]}).code == "deadline"
+    living.seconds = 0.0
+    app.operations.rules = ServiceRules()
+    for _ in range(2):
+        assert ask(app, "POST", "/v1/events", {"events": [two]}).json()["written"] == 1
+    app.close()
+    for posted in (exposures.posted, living.posted):
+        assert sorted(str(event.id) for event in posted) == ["e1", "e2"]
+
+
 def test_a_write_past_its_deadline_is_not_asked_for_again(host: FakeHost) -> None:
     """It is still done; a client that heard of a time to ask again would have it done twice."""
     living = Slow()
@@ -328,11 +345,13 @@ def test_a_write_past_its_deadline_is_not_asked_for_again(host: FakeHost) -> Non
 class Slow(FakeLiving):
     """Takes longer than anybody waits."""
 
-    def put_item(self, id: str, item: Mapping[str, Any]) -> None:
-        time.sleep(0.2)
+    seconds = 0.2
 
-    def post_events(self, events: Sequence[Event]) -> Any:
-        time.sleep(0.2)
+    def put_item(self, id: str, item: Mapping[str, Any]) -> None:
+        time.sleep(self.seconds)
+
+    def post_events(self, events: Sequence[Event]) -> list[Event]:
+        time.sleep(self.seconds)
         return super().post_events(events)
 
 

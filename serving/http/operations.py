@@ -305,10 +305,15 @@ class Operations:
             )
             for one in read(EventsRequest, await self._body(call)).events
         ]  # fmt: skip
-        again = "send again with the same event ids"
-        await self._write(call, lambda: self.living.post_events(events), again)
-        if self.exposures is not None:
-            self.exposures.events(events)
+
+        def work() -> None:
+            # Here, so that the log for training has what the journal has: each event once, and
+            # also those for which nobody waited to the end.
+            new = self.living.post_events(events)
+            if new and self.exposures is not None:
+                self.exposures.events(new)
+
+        await self._write(call, work, "send again with the same event ids")
         return self._written(call, len(events))
 
     async def _write(
