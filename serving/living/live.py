@@ -302,7 +302,8 @@ class Living:
     def prune(self, before: int | None = None) -> dict[str, int]:
         """Forget what every loaded model holds by itself; from the journal too, for good.
 
-        Not done by itself: a service that goes back to an older bundle needs what came since.
+        Not done by itself, but by `recsys prune`: a service that goes back to an older bundle needs
+        what came since.
 
         Args:
             before: microseconds; items put or deleted before that moment are forgotten whether or
