@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.handing import export, golden, promote, publish, rollback
+from experiments.handing import export, golden, promote, prune, publish, rollback
 from experiments.serve import serve
 from experiments.terminal import BundlePath, Json, Verbs, aside, print_json, progress
 from recsys.errors import QueryError
@@ -406,7 +406,7 @@ def replay(
     print(replay_(folder, uri))
 
 
-for verb in (serve, publish, rollback, golden, promote, export):
+for verb in (serve, publish, rollback, prune, golden, promote, export):
     app.command()(verb)
 
 

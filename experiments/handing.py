@@ -82,6 +82,53 @@ def rollback(
     print_json({"version": path.name, "path": str(path)}) if json else print(path)
 
 
+def prune(
+    journal: Annotated[Path, typer.Argument(metavar="JOURNAL", help="A stopped service's.")],
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE...", help="Bundles, or folders with CURRENT.")
+    ],
+    json: Json = False,
+) -> None:
+    """Have a journal forget what the bundles hold by now.
+
+    That is items that all of them describe alike, deletions of items that none has, and events that
+    stand in the histories of all; what no service reads any more, too: a user's events before the
+    newest thousand, where they are older than the bundles. Of a folder with CURRENT all published
+    bundles count, for a service may be rolled back to them. Name every model that may still answer.
+
+    \b
+    Example:
+      recsys prune live models/shop
+    """
+    from recsys.errors import ConfigError
+    from serving.answers.served import Served
+    from serving.hosting.sources import CURRENT, FolderSource
+    from serving.living.journal import FILE
+    from serving.living.live import Living
+    from serving.publish import versions
+
+    if not (journal / FILE).is_file():
+        raise ConfigError(f"{journal} is no journal. Name the folder of recsys serve --journal.")
+    folders: list[Path] = []
+    for source in sources:
+        folders.append(FolderSource(source).latest()[1])
+        if (source / CURRENT).exists():
+            folders += [version.path for version in versions(source)]
+    folders = list(dict.fromkeys(folder.resolve() for folder in folders))
+    with aside(), Living(journal) as living:
+        for folder in folders:
+            living.attach(Served.load(folder))
+        forgotten = living.prune()
+    if json:
+        print_json({**forgotten, "bundles": [str(folder) for folder in folders]})
+        return
+    held = f"{len(folders)} bundles hold" if len(folders) > 1 else "the bundle holds"
+    print(
+        f"{journal}: {forgotten['items']:,} items and {forgotten['events']:,} events forgotten "
+        f"that {held}"
+    )
+
+
 def golden(
     bundle: Annotated[
         Path, typer.Argument(metavar="BUNDLE", help="A bundle, or a folder with CURRENT.")

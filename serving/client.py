@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Required, Self, TypedDict, Unpack
+from typing import Any, Literal, Required, Self, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
 import urllib3
@@ -21,13 +21,16 @@ from urllib3.exceptions import HTTPError, MaxRetryError, ReadTimeoutError
 
 from recsys.errors import RecsysError
 
+T = TypeVar("T")
+
 
 class ServiceError(RecsysError):
     """The service refused, or did not answer.
 
     Args:
         code: the service's own ("unknown_item", "rate_limited", …); "unreachable", "timeout" or
-            "bad_answer" when nothing that the service said can be told.
+            "bad_answer" when nothing that the service said can be told; "invalid" also of what
+            cannot be sent.
         message: a sentence for people.
         status: of HTTP; None: no answer came.
         request_id: finds the request in the service's log.
@@ -145,7 +148,7 @@ class Event(TypedDict, total=False):
     """What a user did with an item.
 
     `time`: microseconds since 1970, now when absent; `event`: "click" when absent; `request`: the
-    request id of the answer that showed the item.
+    request id of the answer that showed the item; `id`: a new one when absent.
     """
 
     user: Required[str]
@@ -252,23 +255,29 @@ class Client:
             {**request, "vector": _plain(request["vector"])} if "vector" in request else request
             for request in requests
         ]
-        said = self._json("POST", "/v1/batch", {"requests": plain})
-        return [_error(one, None) if "error" in one else _answer(one) for one in said["answers"]]
+
+        def read(said: Any) -> list[Answer | ServiceError]:
+            answers = said["answers"]
+            if len(answers) != len(plain):
+                raise ValueError(f"{len(answers)} answers to {len(plain)} questions")
+            return [_error(one, None) if "error" in one else _answer(one) for one in answers]
+
+        return self._json("POST", "/v1/batch", read, {"requests": plain})
 
     # ------------------------------------------------------------------ items, users, events
 
     def item(self, id: str) -> dict[str, Any]:
         """What the catalogue says of an item."""
-        return self._json("GET", _path("items", id))["item"]
+        return self._json("GET", _path("items", id), lambda said: dict(said["item"]))
 
     def put_item(self, id: str, item: Mapping[str, Any]) -> None:
         """Add an item, or replace it; it is on disk and findable when this returns."""
-        self._json("PUT", _path("items", id), item)
+        self._json("PUT", _path("items", id), _written, item)
 
     def delete_item(self, id: str) -> bool:
         """Take an item out of all answers; whether there was one."""
         try:
-            self._json("DELETE", _path("items", id))
+            self._json("DELETE", _path("items", id), _written)
         except ServiceError as error:
             if error.code != "unknown_item":
                 raise
@@ -278,19 +287,24 @@ class Client:
     def post_events(self, events: Sequence[Event]) -> int:
         """Tell what users did; how many events are on disk now.
 
-        Give events an `id`: the same one sent twice counts once.
+        An event without an `id` is given one: the same one sent twice counts once, so that asking
+        again after no answer does no harm. To send events again yourself, give them ids.
         """
-        return int(self._json("POST", "/v1/events", {"events": list(events)})["written"])
+        named = [
+            event if event.get("id") is not None else {**event, "id": uuid.uuid4().hex}
+            for event in events
+        ]
+        return self._json("POST", "/v1/events", _written, {"events": named})
 
     def user(self, id: str) -> dict[str, Any]:
         """What is known of a user: the history, posted events."""
-        return self._json("GET", _path("users", id))["user"]
+        return self._json("GET", _path("users", id), lambda said: dict(said["user"]))
 
     # ------------------------------------------------------------------ the service itself
 
     def model(self) -> list[dict[str, Any]]:
         """Facts of each of the models that answer."""
-        return self._json("GET", "/v1/model")["models"]
+        return self._json("GET", "/v1/model", lambda said: [dict(one) for one in said["models"]])
 
     def live(self) -> bool:
         """Whether the process answers at all; False also when nothing can be reached."""
@@ -309,9 +323,16 @@ class Client:
     # ------------------------------------------------------------------ the wire
 
     def _ask(self, route: str, question: Mapping[str, Any]) -> Answer:
-        return _answer(self._json("POST", f"/v1/{route}", _given(question)))
+        return self._json("POST", f"/v1/{route}", _answer, _given(question))
 
-    def _json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def _json(
+        self,
+        method: str,
+        path: str,
+        read: Callable[[Any], T],
+        body: Mapping[str, Any] | None = None,
+    ) -> T:
+        """What `read` makes of the answer; where it cannot, another than the service answered."""
         response, request_id = self._send(method, path, body)
         text = response.data
         try:
@@ -320,7 +341,10 @@ class Client:
             said = None
         if response.status >= 400 or not isinstance(said, dict):
             raise _error(said, response.status, request_id, text, response.headers)
-        return said
+        try:
+            return read(said)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _error(None, response.status, request_id, text) from error
 
     def _send(
         self,
@@ -334,7 +358,12 @@ class Client:
         encoded = None
         if body is not None:
             headers["Content-Type"] = "application/json"
-            encoded = json.dumps(body, allow_nan=False).encode()
+            try:
+                encoded = json.dumps(body, allow_nan=False).encode()
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ServiceError(
+                    "invalid", f"This cannot be sent as JSON: {error}.", request_id=request_id
+                ) from error
         try:
             response = self._pool.request(
                 method, self.url + path, body=encoded, headers=headers, retries=retries
@@ -351,8 +380,11 @@ class Client:
 
 
 def _path(kind: str, id: str) -> str:
-    # A lone dot would be taken for a folder of the path and vanish.
-    return f"/v1/{kind}/{quote(id, safe='').replace('.', '%2E')}"
+    try:
+        # A lone dot would be taken for a folder of the path and vanish.
+        return f"/v1/{kind}/{quote(id, safe='').replace('.', '%2E')}"
+    except UnicodeEncodeError as error:
+        raise ServiceError("invalid", f"The id {id!r} is no valid Unicode.") from error
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -363,7 +395,11 @@ def _plain(vector: Any) -> list[float]:
     return vector.tolist() if hasattr(vector, "tolist") else list(vector)
 
 
-def _answer(said: Mapping[str, Any]) -> Answer:
+def _written(said: Any) -> int:
+    return int(said["written"])
+
+
+def _answer(said: Any) -> Answer:
     items = [
         Item(i["id"], i["score"], i.get("fields"), i.get("explanation")) for i in said["items"]
     ]

@@ -136,8 +136,11 @@ class FakeLiving:
     def delete_item(self, id: str) -> bool:
         return self.items.pop(id, None) is not None
 
-    def post_events(self, events: Sequence[Event]) -> None:
-        self.posted.extend(events)
+    def post_events(self, events: Sequence[Event]) -> list[Event]:
+        had = {event.id for event in self.posted} - {None}
+        new = [event for event in events if event.id not in had]
+        self.posted.extend(new)
+        return new
 
 
 class FakeExposures:

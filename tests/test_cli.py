@@ -27,6 +27,7 @@ VERBS += [
     "serve",
     "publish",
     "rollback",
+    "prune",
     "golden",
     "promote",
     "export",

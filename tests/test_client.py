@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.client import Client, ServiceError
+from serving.client import Client, Event, ServiceError
 
 ANSWER = {
     "request_id": "r1", "model": "abc", "variant": "a", "fallback": None,
@@ -179,6 +179,17 @@ def test_a_service_is_asked_again_when_it_says_when(fake: Fake, status: int, cod
     assert fake.asked[0][2]["X-Request-ID"] == fake.asked[1][2]["X-Request-ID"]
 
 
+def test_events_keep_their_ids_when_they_are_sent_again(fake: Fake) -> None:
+    fake.play({"error": {"code": "overloaded", "message": "Busy."}}, 503, Retry_After="0")
+    fake.play({"request_id": "r", "written": 3})
+    event: Event = {"user": "u", "item": "i"}
+    with Client(fake.url) as client:
+        assert client.post_events([event, event, {**event, "id": "mine"}]) == 3
+    first, again = (body["events"] for *_, body in fake.asked)
+    assert first == again and event == {"user": "u", "item": "i"}
+    assert first[2]["id"] == "mine" and len({one["id"] for one in first}) == 3
+
+
 def test_a_service_that_stays_busy_is_given_up(fake: Fake) -> None:
     busy = {"error": {"code": "overloaded", "message": "Busy.", "request_id": "r"}}
     for _ in range(2):
@@ -226,9 +237,45 @@ def test_live_and_ready_are_asked_once(fake: Fake) -> None:
 
 
 def test_a_vector_with_nan_never_leaves(fake: Fake) -> None:
-    with Client(fake.url) as client, pytest.raises(ValueError, match="JSON"):
-        client.vector([float("nan")])
+    with Client(fake.url) as client:
+        with pytest.raises(ServiceError, match="JSON") as refused:
+            client.vector([float("nan")])
+        assert refused.value.code == "invalid" and refused.value.status is None
+        with pytest.raises(ServiceError, match="Unicode") as refused:
+            client.item("\ud800")
+        assert refused.value.code == "invalid"
     assert not fake.asked
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"status": "ok"},
+        {"items": "x", "item": 1, "user": 1, "models": 1, "answers": 1, "written": ""},
+        {"items": [1], "item": "x", "user": "x", "models": ["x"], "answers": [], "written": None},
+    ],
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.similar("a"),
+        lambda client: client.batch([{"kind": "search", "text": "tea"}]),
+        lambda client: client.item("a"),
+        lambda client: client.put_item("a", {"title": "t"}),
+        lambda client: client.delete_item("a"),
+        lambda client: client.post_events([{"user": "u", "item": "i"}]),
+        lambda client: client.user("u"),
+        lambda client: client.model(),
+    ],
+)
+def test_json_of_another_service_is_a_bad_answer(
+    fake: Fake, said: dict[str, Any], call: Callable[[Client], Any]
+) -> None:
+    fake.play(said)
+    with Client(fake.url) as client, pytest.raises(ServiceError, match="Status 200") as refused:
+        call(client)
+    assert refused.value.code == "bad_answer" and refused.value.request_id
+    assert len(fake.asked) == 1
 
 
 def test_threads_share_a_client(fake: Fake) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import polars as pl
@@ -96,6 +98,74 @@ def test_a_part_that_cannot_be_written_is_tried_again(
     assert read(tmp_path).sort("time")["request"].to_list()[:5] == ["r0", "r1", "r", "r2", "r3"]
 
 
+def failing(*_: object, **__: object) -> None:
+    """What Polars raises of a full disk, which is no OSError."""
+    raise pl.exceptions.ComputeError("parquet: underlying IO error: No space left on device")
+
+
+def test_what_polars_says_of_a_full_disk_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ExposureLog(tmp_path, seconds=0.02) as log:
+        with monkeypatch.context() as patched:
+            patched.setattr(pl.DataFrame, "write_parquet", failing)
+            log.shown("r1", "u", 1, ["a", "b"], "m", "v")
+            with pytest.raises(OSError, match="No space left"):
+                log.flush()
+            wait_for(lambda: log.failures > 2)
+            assert log.alive and log.written == 0 and log.waiting == 2
+            assert "No space left" in str(log.last_error)
+        wait_for(lambda: log.written == 2)
+        assert log.last_error is None
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("cannot be written" in one for one in said) == 1  # not one every second
+    assert sum("written again" in one for one in said) == 1
+    assert read(tmp_path)["item"].to_list() == ["a", "b"]
+
+
+def test_the_thread_that_writes_outlives_any_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExposureLog(tmp_path, seconds=0.02) as log:
+        with monkeypatch.context() as patched:
+            patched.setattr("serving.living.exposures._frame", lambda some: 1 // 0)
+            log.events([Event("u", "a", 1), Event("u", "b", 2)])
+            wait_for(lambda: log.failures > 1)
+            assert log.alive and log.waiting == 2
+        wait_for(lambda: log.written == 2)
+    assert read(tmp_path)["item"].to_list() == ["a", "b"] and not log.alive
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of a megabyte, where one may be made."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here (that takes root)")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_row(small_disk: Path) -> None:
+    with ExposureLog(small_disk / "log", seconds=0.02) as log:
+        log.shown("r0", "u", 0, ["a"], "m", "v")
+        wait_for(lambda: log.written == 1)
+        with open(small_disk / "filler", "wb", buffering=0) as filler, suppress(OSError):
+            while filler.write(bytes(4096)):
+                pass
+        for n in range(1, 200):
+            log.shown(f"r{n}", "u", n, [f"i{j}" for j in range(20)], "m", "v")
+        wait_for(lambda: log.failures > 1)
+        assert log.alive and log.written == 1 and log.waiting == 199 * 20
+        (small_disk / "filler").unlink()
+        wait_for(lambda: log.waiting == 0)
+    assert read(small_disk / "log")["time"].sort().to_list() == sorted(
+        [0, *(n for n in range(1, 200) for _ in range(20))]
+    )
+
+
 def test_one_process_writes_a_folder(tmp_path: Path) -> None:
     with ExposureLog(tmp_path), pytest.raises(DataError, match="Another process writes"):
         ExposureLog(tmp_path)
@@ -143,8 +213,6 @@ def test_a_crash_at_any_step_of_joining_loses_and_repeats_nothing(
 
         monkeypatch.setattr(module, name, call)
 
-    import shutil
-
     counted("rename", os)
     counted("replace", os)
     counted("rmtree", shutil)
@@ -160,6 +228,64 @@ def test_a_crash_at_any_step_of_joining_loses_and_repeats_nothing(
     Parts(tmp_path).close()
     assert numbers(tmp_path) == [0, 1, 2]
     assert not [f for f in tmp_path.iterdir() if f.name != ".lock" and f.suffix != ".parquet"]
+
+
+@pytest.mark.parametrize("step", ["sink", "rename", "replace", "rmtree"])
+@pytest.mark.parametrize("again", ["later", "start"])
+def test_parts_that_cannot_become_one_file_are_tried_again_and_never_written_twice(
+    step: str, again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.living.parts.JOIN_AGAIN", 0.0)
+    replace = os.replace
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def replaced(source: Path, target: Path) -> None:
+        # Only the joined file; a part is renamed by the same function.
+        full() if Path(source).name.startswith(".log-") else replace(source, target)
+
+    with monkeypatch.context() as patched:
+        if step == "sink":
+            patched.setattr(pl, "scan_parquet", failing)  # what is laid together
+        elif step == "rename":
+            patched.setattr(os, "rename", full)
+        elif step == "replace":
+            patched.setattr(os, "replace", replaced)
+        else:
+            patched.setattr(shutil, "rmtree", full)
+        parts = Parts(tmp_path, parts=3)
+        for n in range(4):
+            parts.write(frame(n))
+        if again == "start":  # the disk is still full then
+            parts.close()
+            parts = Parts(tmp_path, parts=3)
+    parts.write(frame(4))
+    assert numbers(tmp_path) == list(range(5))
+    parts.close()
+    Parts(tmp_path).close()
+    assert numbers(tmp_path) == list(range(5))
+    assert not [f for f in tmp_path.iterdir() if f.name != ".lock" and f.suffix != ".parquet"]
+    assert not list(tmp_path.glob(".log-*"))
+
+
+def test_a_part_that_was_renamed_but_not_synced_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = Parts(tmp_path)
+    parts.write(frame(0))
+
+    def failing_folders(path: Path) -> None:
+        if path.is_dir():
+            raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("recsys.files.sync", failing_folders)
+        with pytest.raises(OSError, match="Input/output"):
+            parts.write(frame(1))
+    parts.write(frame(1))
+    assert numbers(tmp_path) == [0, 1]
+    parts.close()
 
 
 def visible(file: Path) -> bool:

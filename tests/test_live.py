@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -276,15 +277,27 @@ def test_events_count_at_once_in_the_order_of_time(living: Living, served: Serve
     overlay = living.attach(served)
     a, b = served.bundle.items.ids[:2]
     late = (served.bundle.cutoff or 0) + SECOND
-    assert living.post_events([Event("u", a, late + 5, id="x"), Event("u", b, late)]) == 2
+    came = [Event("u", a, late + 5, id="x"), Event("u", b, late)]
+    assert living.post_events(came) == came
     assert overlay.view.events["u"] == ((b, late, 1.0), (a, late + 5, 1.0))
-    assert living.post_events([Event("u", a, late + 5, id="x")]) == 0
+    assert living.post_events([Event("u", a, late + 5, id="x")]) == []
     living.post_events([Event("u", "unborn", late + 2, strength=2.0), Event("u", a, late, "shown")])
     assert overlay.view.events["u"] == ((b, late, 1.0), (a, late + 5, 1.0))
     living.put_item("unborn", NEW)
     assert overlay.view.events["u"][1] == ("unborn", late + 2, 2.0)
     living.delete_item("unborn")
     assert overlay.view.events["u"] == ((b, late, 1.0), (a, late + 5, 1.0))
+
+
+def test_of_many_who_post_the_same_event_at_once_one_is_told_that_it_is_new(tmp_path: Path) -> None:
+    with Living(tmp_path) as living, ThreadPoolExecutor(16) as threads:
+        posts = [
+            [Event("u", "i", n, id=f"e{n % 8}"), Event("u", "i", n, id=f"f{n}")] for n in range(64)
+        ]
+        told = list(threads.map(living.post_events, posts))
+    assert all(set(new) <= set(post) for new, post in zip(told, posts, strict=True))
+    ids = sorted(event.id or "" for new in told for event in new)
+    assert ids == sorted([f"e{n}" for n in range(8)] + [f"f{n}" for n in range(64)])
 
 
 def test_an_event_that_the_timeline_holds_counts_once(living: Living, served: Served) -> None:

@@ -73,7 +73,7 @@ class Machine(RuleBasedStateMachine):
     def post(self, user: str, n: int, time: int, key: int | None) -> None:
         event = Event(user, self.id(n), 2**51 + time, id=None if key is None else str(key))
         new = key is None or all(one.id != str(key) for one in self.events)
-        assert self.living.post_events([event]) == new
+        assert self.living.post_events([event]) == [event] * new
         if new:
             self.events.append(event)
 

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Built
+from serving_cases import NEW
+from serving_cases import table as table
 
 from recsys.errors import BundleError
 from serving.manifest import check, read_manifest, write_manifest
@@ -256,3 +259,49 @@ def test_the_commands_say_where_the_bundle_is(
     assert whole(folder) == "b"
     assert f'"version": "{version(bundles[0])}"' in said("rollback", folder, "--json")
     assert whole(folder) == "a"
+
+
+def test_a_journal_forgets_what_every_bundle_holds(
+    tiny: Built,
+    plain: Built,
+    table: dict[str, dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from experiments import cli
+    from serving.answers.served import Served
+    from serving.living.live import Event, Living
+
+    def said(*arguments: object, code: int = 0) -> str:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["prune", *(str(argument) for argument in arguments)])
+        assert (ended.value.code or 0) == code
+        out, err = capsys.readouterr()
+        return err if code else out
+
+    def kept() -> tuple[set[str], int]:
+        with Living(journal) as living:
+            return set(living._items), living.facts()["journal"]["events"]
+
+    journal, shop, bundle = tmp_path / "live", tmp_path / "shop", Served.load(tiny.bundle).bundle
+    publish(plain.bundle, shop)  # of another shop: it holds nothing of this
+    publish(tiny.bundle, shop)
+    user, row, at = (
+        int(column[0])
+        for column in (bundle.timeline.user, bundle.timeline.item, bundle.timeline.time)
+    )
+    name, item = bundle.users.ids[user - 1], bundle.items.ids[row - 1]
+    with Living(journal) as living:
+        living.put_item(item, table[item])
+        living.put_item("new", NEW)
+        living.post_events([Event(name, item, at), Event(name, item, at + 1), Event("x", item, at)])
+        assert "open in another process" in said(journal, tiny.bundle, code=2)
+    # What the service may be rolled back to counts, too.
+    assert said(journal, shop) == f"{journal}: 0 items and 0 events forgotten that 2 bundles hold\n"
+    assert kept() == ({item, "new"}, 3)
+    assert "1 items and 1 events" in said(journal, tiny.bundle)
+    assert kept() == ({"new"}, 2)
+    assert '"items": 0' in said(journal, tiny.bundle, "--json")
+    assert "no journal" in said(tmp_path / "lvie", tiny.bundle, code=2)
+    assert not (tmp_path / "lvie").exists()
+    assert "neither a bundle" in said(journal, tmp_path, code=2)

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
-from service_cases import ITEM, FakeEngine, FakeExposures, FakeHost, FakeLiving, ask, asked
+from service_cases import (
+    ITEM,
+    OPEN,
+    FakeEngine,
+    FakeExposures,
+    FakeHost,
+    FakeLiving,
+    ask,
+    asked,
+    served,
+)
 from service_cases import app as app
 from service_cases import exposures as exposures
 from service_cases import host as host
 from service_cases import living as living
 
+from serving.client import Client, ServiceError
 from serving.http.batcher import BatchRules
 from serving.http.front import Front
 from serving.http.keys import Keys, make_key
 from serving.http.service import ServiceRules, make_app
+from serving.living.exposures import ExposureLog
+from serving.living.live import Event
 
 # --- questions ------------------------------------------------------------------------------------
 
@@ -317,6 +333,51 @@ def test_a_deadline_and_a_full_queue_say_try_again(host: FakeHost) -> None:
     assert app.operations.answers.dropped == 2
 
 
+def test_the_log_has_the_events_that_the_journal_has(
+    host: FakeHost, exposures: FakeExposures
+) -> None:
+    """One sent twice stands there once, and one that came too late to be answered stands there."""
+    living = Slow()
+    app = make_app(host, living, exposures, ServiceRules(deadline=0.05), OPEN)
+    one, two = ({"user": "u", "item": "i", "id": name} for name in ("e1", "e2"))
+    assert ask(app, "POST", "/v1/events", {"events": [one]}).code == "deadline"
+    living.seconds = 0.0
+    app.operations.rules = ServiceRules()
+    for _ in range(2):
+        assert ask(app, "POST", "/v1/events", {"events": [two]}).json()["written"] == 1
+    app.close()
+    for posted in (exposures.posted, living.posted):
+        assert sorted(str(event.id) for event in posted) == ["e1", "e2"]
+
+
+def test_a_write_past_its_deadline_is_not_asked_for_again(host: FakeHost) -> None:
+    """It is still done; a client that heard of a time to ask again would have it done twice."""
+    living = Slow()
+    app = make_app(host, living, rules=ServiceRules(deadline=0.05), keys=OPEN)
+    with served(app) as port, Client(f"http://127.0.0.1:{port}") as client:
+        with pytest.raises(ServiceError, match="again with the same event ids") as late:
+            client.post_events([{"user": "u", "item": "i"}])
+        assert (late.value.code, late.value.retry_after) == ("deadline", None)
+        with pytest.raises(ServiceError, match="safe to send it again") as late:
+            client.put_item("i", {"title": "t"})
+        assert (late.value.code, late.value.retry_after) == ("deadline", None)
+    app.close()
+    assert len(living.posted) == 1
+
+
+class Slow(FakeLiving):
+    """Takes longer than anybody waits."""
+
+    seconds = 0.2
+
+    def put_item(self, id: str, item: Mapping[str, Any]) -> None:
+        time.sleep(self.seconds)
+
+    def post_events(self, events: Sequence[Event]) -> list[Event]:
+        time.sleep(self.seconds)
+        return super().post_events(events)
+
+
 # --- metrics, logs, page --------------------------------------------------------------------------
 
 
@@ -340,6 +401,26 @@ def test_metrics_tell_of_requests_models_and_queues(app: Front) -> None:
     ):
         assert line in text
     assert float(text.split("\nrecsys_resident_bytes ")[1].split("\n")[0]) > 1e6
+
+
+def test_metrics_tell_of_a_log_that_cannot_be_written(
+    host: FakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExposureLog(tmp_path, seconds=60) as log:
+        app = make_app(host, exposures=log)
+        with monkeypatch.context() as patched:
+            patched.setattr("serving.living.exposures._frame", lambda some: 1 // 0)
+            log.shown("r", "u", 1, ["a", "b"], "m", "v")
+            with pytest.raises(ZeroDivisionError):
+                log.flush()
+        text = ask(app, "GET", "/metrics").body.decode()
+        for line in (
+            "recsys_exposures_waiting 2.0",
+            "recsys_exposures_writing 1.0",
+            "recsys_exposures_failures_total 1.0",
+        ):
+            assert line in text
+        app.close()
 
 
 def test_logs_are_one_line_a_request_without_keys_or_bodies(

@@ -320,18 +320,28 @@ class Operations:
             )
             for one in read(EventsRequest, await self._body(call)).events
         ]  # fmt: skip
-        await self._write(call, lambda: self.living.post_events(events))
-        if self.exposures is not None:
-            self.exposures.events(events)
+
+        def work() -> None:
+            # Here, so that the log for training has what the journal has: each event once, and
+            # also those for which nobody waited to the end.
+            new = self.living.post_events(events)
+            if new and self.exposures is not None:
+                self.exposures.events(new)
+
+        await self._write(call, work, "send again with the same event ids")
         return self._written(call, len(events))
 
-    async def _write(self, call: Call, work: Callable[[], Any]) -> Any:
+    async def _write(
+        self, call: Call, work: Callable[[], Any], again: str = "send it again"
+    ) -> Any:
         no_parameters(call)
         try:
             return await asked(self.writes, work, call.start + self.rules.deadline)
         except Refusal as refusal:
             if refusal.code == Code.DEADLINE:
-                refusal.message = "Not written in time, perhaps later; it is safe to send it again."
+                # Whoever obeys a Retry-After takes it that nothing was done.
+                refusal.retry = None
+                refusal.message = f"Not written in time, perhaps later; it is safe to {again}."
             raise
         except (OSError, JournalError) as error:  # a full disk, a journal that is closed
             log.error("a write failed", exc_info=error)

@@ -24,6 +24,7 @@ from serving.http.metrics import Metrics, counter, gauge, of_host
 from serving.http.operations import MISTAKE, Call, Exposures, Operations, ServiceRules, log, refused
 from serving.http.page_files import PageFiles
 from serving.http.wire import STATUS, Code, Refusal
+from serving.living.exposures import ExposureLog
 
 __all__ = ["Keys", "ServiceRules", "make_app"]
 
@@ -169,6 +170,12 @@ def _more_metrics(operations: Operations, front: Front) -> Iterable[Metric]:
         )
     dropped = front.hot.dropped + int(getattr(operations.exposures, "dropped", 0))
     yield counter("recsys_exposures_dropped", "Shown answers that were not written down.", dropped)
+    if isinstance(written := operations.exposures, ExposureLog):
+        yield gauge("recsys_exposures_waiting", "Rows that wait for the disk.", written.waiting)
+        yield gauge("recsys_exposures_writing", "1: the thread that writes lives.", written.alive)
+        yield counter(
+            "recsys_exposures_failures", "Parts that were not written at once.", written.failures
+        )
     if isinstance(operations.keys, KeyFile):
         keys = operations.keys.facts()
         yield gauge("recsys_keys_valid", "Keys that are valid.", keys["valid"])

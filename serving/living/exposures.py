@@ -6,6 +6,7 @@ reads the folder back: clicks as positives, with what was shown beside them and 
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -19,6 +20,8 @@ import polars as pl
 from recsys.errors import DataError
 from serving.living.journal import Event
 from serving.living.parts import Parts
+
+log = logging.getLogger("recsys.serve")
 
 SHOWN = "shown"
 NOBODY = "request:"
@@ -69,7 +72,7 @@ class ExposureLog:
     Attributes:
         written: rows on disk.
         dropped: rows that were not taken.
-        failures: parts that could not be written at once.
+        failures: how often a part could not be written.
         last_error: why not, the last time; None once writing went well again.
 
     Raises:
@@ -149,6 +152,11 @@ class ExposureLog:
         """Rows in memory."""
         return self._size
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread that writes lives; it ends with `close` alone."""
+        return self._thread.is_alive()
+
     # ------------------------------------------------------------------ writing
 
     def flush(self) -> None:
@@ -156,10 +164,28 @@ class ExposureLog:
 
         Raises:
             OSError: it cannot be written; it waits on.
+            Exception: as much, for a reason that nobody thought of.
         """
         with self._writing:
-            while self._waiting:
-                self._write_part()
+            try:
+                while self._waiting:
+                    self._write_part()
+            except Exception as error:
+                self._failed(error)
+                raise
+
+    def _failed(self, error: Exception) -> None:
+        self.failures += 1
+        said = str(error) or type(error).__name__
+        if said != self.last_error:  # a disk stays full for hours, and is tried every second
+            log.error(
+                "The exposure log %s cannot be written; %d rows wait, and are tried again: %s",
+                self.folder,
+                self._size,
+                said,
+                exc_info=None if isinstance(error, OSError) else error,
+            )
+        self.last_error = said
 
     def close(self) -> None:
         """Write what waits and end; a second call does nothing.
@@ -174,7 +200,7 @@ class ExposureLog:
         try:
             self.flush()
             self._parts.close()
-        except OSError as error:
+        except Exception as error:
             raise DataError(
                 f"{self._size} rows of the exposure log cannot be written to {self.folder}: "
                 f"{error}. Make room before the service is started again."
@@ -197,8 +223,9 @@ class ExposureLog:
                     return  # `close` writes the rest
             try:
                 self.flush()
-            except OSError:
-                # Noted in `failures`; a full disk is not worth a try every millisecond.
+            except Exception:
+                # Noted in `failures`; whatever it is, what comes next wants a thread that writes.
+                # A full disk is not worth a try every millisecond.
                 time.sleep(min(self.seconds, 1.0))
 
     def _write_part(self) -> None:
@@ -211,15 +238,15 @@ class ExposureLog:
                 some.append(one)
         try:
             self._parts.write(_frame(some))
-        except OSError as error:
+        except Exception:
             with self._change:
                 self._waiting.extendleft(reversed(some))
-            self.failures += 1
-            self.last_error = str(error)
             raise
         with self._change:
             self._size -= size
             self.written += size
+        if self.last_error is not None:
+            log.warning("The exposure log %s is written again.", self.folder)
         self.last_error = None
 
 

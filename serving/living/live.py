@@ -44,6 +44,7 @@ class _Item:
 @dataclass(frozen=True)
 class _Events:
     events: tuple[Event, ...]
+    new: list[Event] = field(default_factory=list)  # filled once they are written
 
 
 @dataclass(frozen=True)
@@ -185,11 +186,11 @@ class Living:
         _check_text("The item's id", id)
         return bool(self._ask(_Item(id, None, None)))
 
-    def post_events(self, events: Sequence[Event]) -> int:
+    def post_events(self, events: Sequence[Event]) -> list[Event]:
         """Remember what users did, all of it or nothing.
 
         Returns:
-            How many were new; one whose id came before counts no second time.
+            Those that were new; one whose id came before counts no second time.
 
         Raises:
             QueryError: an event says something that cannot be.
@@ -197,7 +198,10 @@ class Living:
         """
         for event in events:
             _check_event(event)
-        return int(self._ask(_Events(tuple(events)))) if events else 0
+        wanted = _Events(tuple(events))
+        if events:
+            self._ask(wanted)
+        return wanted.new
 
     def _ask(self, wanted: _Item | _Events) -> int:
         try:
@@ -272,12 +276,14 @@ class Living:
         for attaching in self._attaching:
             attaching.items |= now.keys()
             attaching.users |= users.keys()
-        # How many of each caller's events were new.
+        # Which of each caller's events were new.
         start = 0
         for place, one in enumerate(wanted):
             if isinstance(one, _Events):
                 end = start + len(one.events)
-                answers[place] = sum(seq is not None for seq in places[start:end])
+                told = zip(one.events, places[start:end], strict=True)
+                one.new[:] = [event for event, seq in told if seq is not None]
+                answers[place] = len(one.new)
                 start = end
         return answers
 
@@ -328,7 +334,8 @@ class Living:
     def prune(self, before: int | None = None) -> dict[str, int]:
         """Forget what every loaded model holds by itself; from the journal too, for good.
 
-        Not done by itself: a service that goes back to an older bundle needs what came since.
+        Not done by itself, but by `recsys prune`: a service that goes back to an older bundle needs
+        what came since.
 
         Args:
             before: microseconds; items put or deleted before that moment are forgotten whether or

@@ -4,14 +4,17 @@ A part a second would be 86,400 files a day. So parts are written into a folder 
 when it is full it becomes one file. A reader, and a start after a crash at any point, finds every
 row once: the whole is written under a hidden name, the parts are hidden by renaming their folder,
 the whole is shown by renaming it, and only then the parts are removed. Names that begin with a dot
-are what `features.sources.files` passes over.
+are what `features.sources.files` passes over. Parts that cannot be laid together (a full disk) stay
+as they are, and are tried again later: they are read as well as one file.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import polars as pl
@@ -20,8 +23,12 @@ from filelock import FileLock, Timeout
 from recsys.errors import DataError
 from recsys.files import atomic_write
 
+log = logging.getLogger("recsys.serve")
+
 FULL_PARTS, FULL_ROWS = 600, 1_000_000
 """When the parts of an open folder become one file."""
+JOIN_AGAIN = 60.0
+"""Seconds after which full folders that could not become one file are tried again."""
 
 
 class Parts:
@@ -53,6 +60,8 @@ class Parts:
                 f"The folder {self.folder} cannot be used for a log: {error}."
             ) from error
         self._last = self._count = self._rows = 0
+        self._full: list[Path] = []  # open folders that are to become one file
+        self._join_at = 0.0  # monotonic seconds, before which none is tried
         self._recover()
         self._begin()
 
@@ -63,13 +72,20 @@ class Parts:
             OSError: it cannot be written, and is not there.
         """
         path = self._open / f"{self._now()}.parquet"
-        with atomic_write(path) as temporary:
-            frame.write_parquet(temporary, compression="zstd")
+        try:
+            with atomic_write(path) as temporary:
+                frame.write_parquet(temporary, compression="zstd")
+        except (OSError, pl.exceptions.PolarsError) as error:
+            with suppress(OSError):  # renamed but not synced: the caller will write it again
+                path.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise
+            raise OSError(str(error)) from error  # what Polars makes of a full disk
         self._count, self._rows = self._count + 1, self._rows + len(frame)
         if self._count >= self._most[0] or self._rows >= self._most[1]:
-            full = self._open
+            self._full.append(self._open)
             self._begin()
-            self._join(full)
+        self._join_full()
         return path
 
     def close(self) -> None:
@@ -85,36 +101,59 @@ class Parts:
         self._open = self.folder / f"open-{self._now()}"
         self._count = self._rows = 0
 
-    def _join(self, full: Path) -> None:
-        """Make one file of an open folder to which nothing is added any more."""
-        hidden, whole = _names(full)
-        with atomic_write(whole.with_name(f".{whole.name}")) as temporary:
-            pl.scan_parquet(sorted(full.glob("*.parquet"))).sink_parquet(
-                temporary, compression="zstd"
-            )
-        os.rename(full, hidden)
-        self._show(hidden, whole)
+    def _join_full(self) -> None:
+        """Try to make one file of each full folder; raises nothing, for no row hangs on it."""
+        if not self._full or time.monotonic() < self._join_at:
+            return
+        for full in self._full[:]:
+            try:
+                self._join(full)
+                self._full.remove(full)
+            except Exception as error:
+                self._join_at = time.monotonic() + JOIN_AGAIN
+                log.warning(
+                    "The parts in %s cannot become one file yet: %s. They stay, and are tried "
+                    "again in %.0f s.", full, error, JOIN_AGAIN,
+                )  # fmt: skip
 
-    def _show(self, hidden: Path, whole: Path) -> None:
-        aside = whole.with_name(f".{whole.name}")
+    def _join(self, full: Path) -> None:
+        """Make one file of an open folder to which nothing is added any more.
+
+        May be called again after it failed at any step.
+        """
+        hidden, whole, aside = _names(full)
+        if full.exists():
+            with atomic_write(aside) as temporary:
+                pl.scan_parquet(sorted(full.glob("*.parquet"))).sink_parquet(
+                    temporary, compression="zstd"
+                )
+            os.rename(full, hidden)
         if aside.exists():
             os.replace(aside, whole)
-        shutil.rmtree(hidden)
+        if hidden.exists():
+            shutil.rmtree(hidden)
 
     def _recover(self) -> None:
         """Finish or undo what a killed process left between two steps."""
-        for hidden in sorted(self.folder.glob(".open-*/")):
-            self._show(hidden, _names(hidden.with_name(hidden.name[1:]))[1])
-        for left in (*self.folder.glob(".log-*"), *self.folder.glob("open-*/.*")):
-            left.unlink()
+        hidden = [path.with_name(path.name[1:]) for path in sorted(self.folder.glob(".open-*/"))]
+        self._full += hidden
+        self._join_full()
+        # Of a folder that is still hidden, the file aside is what shows its rows again.
+        wanted = {_names(full)[2] for full in self._full}
+        for pattern in (".log-*", "..log-*", "open-*/.*"):
+            for left in self.folder.glob(pattern):
+                if left not in wanted:
+                    left.unlink()
         for full in sorted(self.folder.glob("open-*/")):
             if next(full.glob("*.parquet"), None) is None:
                 full.rmdir()
             else:
-                self._join(full)
+                self._full.append(full)
+        self._join_full()
 
 
-def _names(full: Path) -> tuple[Path, Path]:
-    """What an open folder is called while it is hidden, and the file it becomes."""
+def _names(full: Path) -> tuple[Path, Path, Path]:
+    """What an open folder is called while hidden, the file it becomes, and that file aside."""
     stamp = full.name.removeprefix("open-")
-    return full.with_name(f".{full.name}"), full.with_name(f"log-{stamp}.parquet")
+    whole = full.with_name(f"log-{stamp}.parquet")
+    return full.with_name(f".{full.name}"), whole, full.with_name(f".{whole.name}")
