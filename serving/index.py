@@ -279,13 +279,6 @@ class HnswIndex:
 
     def nearest(
         self, query: np.ndarray, k: int, out: Collection[int] = (), room: int = 0
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        """`nearest_one` as (k,) int64 rows and (k,) float32 scores."""
-        found = self.nearest_one(query, k, out, room)
-        return found and (np.array(found[0], np.int64), np.array(found[1], np.float32))
-
-    def nearest_one(
-        self, query: np.ndarray, k: int, out: Collection[int] = (), room: int = 0
     ) -> tuple[list[int], list[float]] | None:
         """One query with nothing but rows to leave out, in half the time of `search`.
 
@@ -311,13 +304,9 @@ class HnswIndex:
         if (found := self._within_reach(point, min(self._nodes, breadth))) is None:
             return None
         # A few plain numbers are ordered sooner than arrays of them; what is left over is not read.
-        if out:
-            near, away = found[0][0].tolist(), found[1][0].tolist()
-            pairs = zip(away, near, strict=True)
-            kept = sorted(islice((pair for pair in pairs if pair[1] not in out), k))
-        else:
-            near, away = found[0][0, :k].tolist(), found[1][0, :k].tolist()
-            kept = sorted(zip(away, near, strict=True))
+        end = None if out else k
+        pairs = zip(found[1][0, :end].tolist(), found[0][0, :end].tolist(), strict=True)
+        kept = sorted(islice((pair for pair in pairs if pair[1] not in out), k))
         if len(kept) < k:
             return None
         rows = [row for _, row in kept]

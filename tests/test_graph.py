@@ -298,11 +298,12 @@ def test_one_query_at_a_time_finds_what_search_finds(space: str, seed: int) -> N
 def test_equals_of_one_query_come_by_the_smaller_row() -> None:
     vectors = np.concatenate([np.eye(24, dtype=np.float32), clusters(2000)])
     near = HnswIndex(vectors, GRAPH).nearest(np.eye(24, dtype=np.float32)[3], 1)
-    assert near is not None and near[0].tolist() == [3]
+    assert near is not None and near[0] == [3]
     index = HnswIndex(np.abs(vectors[:400]).round(2), GRAPH.model_copy(update={"exact_breadth": 1}))
     near = index.nearest(np.ones(24, np.float32), 50)
     assert near is not None
-    assert sorted(zip(-near[1], near[0], strict=True)) == list(zip(-near[1], near[0], strict=True))
+    pairs = [(-score, row) for row, score in zip(*near, strict=True)]
+    assert sorted(pairs) == pairs
 
 
 @pytest.mark.parametrize(
@@ -341,7 +342,7 @@ def test_unit_vectors_are_read_from_the_graph_alone(tmp_path: Path) -> None:
         assert (np.diff(scores) <= 0).all()
         for query, row, score in zip(queries, rows, scores, strict=True):
             near = index.nearest(query, 9)
-            assert near is not None and near[0].tolist() == row.tolist()
+            assert near is not None and near[0] == row.tolist()
             np.testing.assert_allclose(near[1], score, 1e-6)
 
 

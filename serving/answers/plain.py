@@ -48,7 +48,7 @@ class Plain:
             usual = vector is not None and vector.shape == self._shape
             if vector is None or not usual or not np.abs(vector).max() <= LARGEST:
                 return None
-            found = index.nearest_one(vector, ask.k)
+            found = index.nearest(vector, ask.k)
         elif ask.kind == "recommend" and self._one:
             try:
                 question = self._reader.read(0, ask, stock)
@@ -58,9 +58,7 @@ class Plain:
                 return None
             out = question.exclude.tolist()
             vector = self._askers.encode([question.asker], stock.view)[0]
-            found = index.nearest_one(
-                vector, ask.k, frozenset(out), min(len(out), ask.k + FIRST_TRY)
-            )
+            found = index.nearest(vector, ask.k, frozenset(out), min(len(out), ask.k + FIRST_TRY))
         else:
             return None
         if found is None:
