@@ -29,7 +29,7 @@ from features.examples import consecutive, timeline_until, training_events
 from features.given import given_negatives
 from features.prepare import prepare as prepare_log
 from recsys.errors import ConfigError, DataError
-from recsys.files import canonical_json, sha256_bytes
+from recsys.files import canonical_json, read_json, sha256_bytes, write_json
 from recsys.split import duration
 from recsys.tables import Side
 from serving.manifest import read_manifest
@@ -221,13 +221,21 @@ def fit(
         seed=config.seed,
         passed=config.towers.passed_over,
     )
-    refolder = folder / "refit"
-    if resume and (refolder / "last.ckpt").exists():
-        module, epochs = TwoTowerModule(model, rules), best_epoch(folder)
+    refolder, chosen = folder / "refit", folder / "chosen.json"
+    # A checkpoint says for how long nothing had become better, but not that this had been the end:
+    # going on from the last one would train an epoch more, and might choose another.
+    asked = {"epochs": rules.epochs, "patience": rules.patience}
+    found = read_json(chosen) if resume and chosen.exists() else {}
+    if resume and ((refolder / "last.ckpt").exists() or found.items() >= asked.items()):
+        module = TwoTowerModule(model, rules).eval()
+        epochs = found.get("best_epoch") or best_epoch(folder)
     else:
+        chosen.unlink(missing_ok=True)  # it spoke of another training
         module, epochs = _learn(
             config, dataset, model, validation, rules.epochs, folder, logger=logger, resume=resume
         )
+        if validation is not None:
+            write_json(chosen, {**asked, "best_epoch": epochs})
     if validation is None:
         return module
     if rules.refit:
