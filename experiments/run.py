@@ -419,12 +419,21 @@ def _check_same(config: RunConfig, folder: Path) -> None:
         flatten(one.model_dump(mode="json", exclude=free))
         for one in (load(folder / "run.toml"), config)
     )
-    for key in now:
-        if key not in ("training.epochs", "training.patience") and then[key] != now[key]:
-            raise ConfigError(
-                f"{folder} was started with {key} = {then[key]!r}, and now it is {now[key]!r}. "
-                f"Go on with {folder}/run.toml, or start a new run."
-            )
+    free = {"training.epochs", "training.patience"}
+    absent = object()
+    other = [
+        key
+        for key in sorted(then.keys() | now.keys())
+        if key not in free and then.get(key, absent) != now.get(key, absent)
+    ]
+    for key in other:
+        if any(deeper.startswith(f"{key}.") for deeper in other):
+            continue  # a table came or went, and what stands in it says more
+        was, is_now = (repr(flat[key]) if key in flat else "not set" for flat in (then, now))
+        raise ConfigError(
+            f"{folder} was started with {key} = {was}, and now it is {is_now}. "
+            f"Go on with {folder}/run.toml, or start a new run."
+        )
 
 
 def record_scorecard(tracker: Tracker, scorecard: dict[str, Any], bundle: Path) -> None:

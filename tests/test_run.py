@@ -297,6 +297,23 @@ def test_a_choice_of_epochs_that_had_ended_is_not_taken_up_again(
     assert learn(tmp_path / "one", once)[1] == took
 
 
+def test_a_table_that_came_or_went_is_named_when_a_run_is_to_go_on(
+    market_run: str, tmp_path: Path
+) -> None:
+    from experiments.config import dump
+    from experiments.run import train
+
+    def config(*options: str) -> Any:
+        return _quiet(market_run, tmp_path, "[training]", 'objective = "margin_softmax"', *options)
+
+    bare, more = config(), config("[training.objective_options]", "margin = 0.25")
+    for then, now, said in ((bare, more, "not set, and now it is 0.25"),
+                            (more, bare, "0.25, and now it is not set")):  # fmt: skip
+        (tmp_path / "run.toml").write_text(dump(then))
+        with pytest.raises(ConfigError, match=f"training.objective_options.margin = {said}"):
+            train(now, resume=tmp_path)
+
+
 def test_given_files_are_a_split_like_any_other_and_valid_may_be_absent(
     market: Path, market_run: str, tmp_path: Path
 ) -> None:
