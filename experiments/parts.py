@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.contest import MODEL, Baselines, Ranking, score_shown
-from experiments.questions import EvaluateRules
+from experiments.questions import EvaluateRules, refresh_said
 from features.examples import Questions
 from recsys.intervals import Bootstrap, Estimate
 from recsys.metrics import impression_metrics, recall_at
@@ -204,6 +204,8 @@ def impressions(
     parts = {"warm": clicked_cold == 0, "cold": clicked_cold == clicked_all}
     return {
         "requests": len(mixed),
+        # Other times than those of the targets may need another one.
+        "refresh": refresh_said(times if timed else None, rules, each_event=each_event),
         **compared(values, users, rules, seed),
         "slices": {
             name: {

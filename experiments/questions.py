@@ -15,11 +15,11 @@ from pydantic import Field, field_validator, model_validator
 from features.examples import Questions, ask
 from features.timeline import Timeline
 from recsys.ragged import Ragged
-from recsys.split import duration
+from recsys.split import duration, duration_text
 from recsys.tables import Strict
 from serving.bundle import Bundle
 from serving.later import CodedLater
-from towers.build import moments_of
+from towers.build import moments_of, refresh_of
 
 RANKED = ("recall", "ndcg", "mrr", "hit_rate")
 Baseline = Literal["popularity", "recent_popularity", "newest", "co_occurrence", "text"]
@@ -149,6 +149,25 @@ def questions_of(
     return questions, moments_of(
         questions.queries.times, duration(rules.refresh), cutoff=bundle.cutoff
     )
+
+
+def refresh_said(times: np.ndarray | None, rules: EvaluateRules, *, each_event: bool) -> str:
+    """How often items and their statistics were refreshed for queries, as a scorecard says it.
+
+    Args:
+        times: (Q,) of the queries; None without a clock.
+        rules: what was asked for.
+        each_event: each is asked at its own time; otherwise all at the cut-off.
+    """
+    if times is None:
+        return "none"
+    if not each_event:
+        return "once, at the cut-off"
+    asked = duration(rules.refresh)
+    used = refresh_of(times, asked)
+    if used == asked:
+        return rules.refresh
+    return f"{rules.refresh} asked, {duration_text(used)} used"
 
 
 def by_moment(moments: np.ndarray | None, size: int) -> Iterator[tuple[int | None, np.ndarray]]:

@@ -29,7 +29,7 @@ from features.examples import consecutive, timeline_until, training_events
 from features.given import given_negatives
 from features.prepare import prepare as prepare_log
 from recsys.errors import ConfigError, DataError
-from recsys.files import canonical_json, sha256_bytes
+from recsys.files import canonical_json, read_json, sha256_bytes, write_json
 from recsys.split import duration
 from recsys.tables import Side
 from serving.manifest import read_manifest
@@ -222,13 +222,21 @@ def fit(
         seed=config.seed,
         passed=config.towers.passed_over,
     )
-    refolder = folder / "refit"
-    if resume and (refolder / "last.ckpt").exists():
-        module, epochs = TwoTowerModule(model, rules), best_epoch(folder)
+    refolder, chosen = folder / "refit", folder / "chosen.json"
+    # A checkpoint says for how long nothing had become better, but not that this had been the end:
+    # going on from the last one would train an epoch more, and might choose another.
+    asked = {"epochs": rules.epochs, "patience": rules.patience}
+    found = read_json(chosen) if resume and chosen.exists() else {}
+    if resume and ((refolder / "last.ckpt").exists() or found.items() >= asked.items()):
+        module = TwoTowerModule(model, rules).eval()
+        epochs = found.get("best_epoch") or best_epoch(folder)
     else:
+        chosen.unlink(missing_ok=True)  # it spoke of another training
         module, epochs = _learn(
             config, dataset, model, validation, rules.epochs, folder, logger=logger, resume=resume
         )
+        if validation is not None:
+            write_json(chosen, {**asked, "best_epoch": epochs})
     if validation is None:
         return module
     if rules.refit:
@@ -412,12 +420,21 @@ def _check_same(config: RunConfig, folder: Path) -> None:
         flatten(one.model_dump(mode="json", exclude=free))
         for one in (load(folder / "run.toml"), config)
     )
-    for key in now:
-        if key not in ("training.epochs", "training.patience") and then[key] != now[key]:
-            raise ConfigError(
-                f"{folder} was started with {key} = {then[key]!r}, and now it is {now[key]!r}. "
-                f"Go on with {folder}/run.toml, or start a new run."
-            )
+    free = {"training.epochs", "training.patience"}
+    absent = object()
+    other = [
+        key
+        for key in sorted(then.keys() | now.keys())
+        if key not in free and then.get(key, absent) != now.get(key, absent)
+    ]
+    for key in other:
+        if any(deeper.startswith(f"{key}.") for deeper in other):
+            continue  # a table came or went, and what stands in it says more
+        was, is_now = (repr(flat[key]) if key in flat else "not set" for flat in (then, now))
+        raise ConfigError(
+            f"{folder} was started with {key} = {was}, and now it is {is_now}. "
+            f"Go on with {folder}/run.toml, or start a new run."
+        )
 
 
 def record_scorecard(tracker: Tracker, scorecard: dict[str, Any], bundle: Path) -> None:

@@ -13,7 +13,12 @@ import numpy as np
 
 from experiments import parts
 from experiments.contest import Baselines, rank
-from experiments.questions import EvaluateRules, questions_of, without_later_events
+from experiments.questions import (
+    EvaluateRules,
+    questions_of,
+    refresh_said,
+    without_later_events,
+)
 from recsys.errors import ConfigError
 from recsys.intervals import Estimate
 from recsys.metrics import coverage, gini, mean_popularity, novelty, ranking_metrics
@@ -98,6 +103,8 @@ def judge(
     scorecard["impressions"] = parts.impressions(
         extended, baselines, coded, cold, rules, each_event=each_event, seed=seed, told=told
     )
+    times = None if moments is None else queries.times
+    refresh = refresh_said(times, rules, each_event=each_event)
     scorecard["protocol"] = protocol | {
         "queries": "each event" if each_event else "one cut-off",
         "queries_judged": len(queries),
@@ -110,7 +117,8 @@ def judge(
         "items": "those that exist and are available at the query",
         "unknown_targets": "count as misses",
         "baselines": "rank the same items for the same queries with the same past",
-        "item_statistics": rules.refresh if bundle.model.uses_statistics else "none",
+        "refresh": refresh,
+        "item_statistics": refresh if bundle.model.uses_statistics else "none",
         "search": "exact",
         "intervals": f"95 %, bootstrap over users, {rules.resamples} resamples",
     }

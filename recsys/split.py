@@ -36,6 +36,14 @@ def duration(text: str) -> int:
     return sum(round(float(number) * _UNITS[unit]) for number, unit in parts)
 
 
+def duration_text(time: int) -> str:
+    """The text of microseconds in the largest unit that divides them: `duration` the other way."""
+    for unit, size in reversed(_UNITS.items()):
+        if time % size == 0:
+            return f"{time // size}{unit}"
+    return f"{time / SECOND:f}".rstrip("0") + "s"
+
+
 def instant(text: str) -> int:
     """Microseconds since 1970 of an ISO time; without a zone it is UTC.
 

@@ -316,18 +316,31 @@ def _points(frame: pl.DataFrame, id: str, payload: list[str]) -> pl.DataFrame:
     names = frame[id] + "#" + frame["interest"].cast(pl.String) if id == "user" else frame[id]
     # The one loop over rows: there is no SHA-1 over a column (2 µs an id).
     points = pl.Series("id", [str(uuid.uuid5(NAMESPACE, f"{id}:{name}")) for name in names])
-    dates = [pl.col(name).dt.to_string("%Y-%m-%dT%H:%M:%S%.6fZ")
-             for name, kind in frame.schema.items() if isinstance(kind, pl.Datetime)]  # fmt: skip
+    fields = [_said(pl.col(name), frame.schema[name]) for name in payload]
     return (
-        frame.with_columns(points, *dates)
+        # What the catalogue itself calls "id" stays what it is there.
+        frame.select(points, "vector", pl.struct(fields).alias("payload"))
         .select(
-            pl.struct("id", "vector", pl.struct(payload).alias("payload")).alias("points"),
+            pl.struct("id", "vector", "payload").alias("points"),
             upload=pl.int_range(pl.len()) // POINTS_AT_ONCE,
         )
         .group_by("upload", maintain_order=True)
         .agg("points")
         .select("points")
     )
+
+
+def _said(value: pl.Expr, kind: pl.DataType) -> pl.Expr:
+    """A field as JSON is to say it: times in UTC, decimals as numbers."""
+    if isinstance(kind, pl.List):
+        inner = kind.inner
+        if isinstance(inner, pl.Datetime) or inner.is_decimal():
+            return value.list.eval(_said(pl.element(), inner))  # type: ignore[arg-type]
+    if isinstance(kind, pl.Datetime):
+        if kind.time_zone is not None:
+            value = value.dt.convert_time_zone("UTC")
+        return value.dt.to_string("%Y-%m-%dT%H:%M:%S%.6fZ")
+    return value.cast(pl.Float64) if kind.is_decimal() else value
 
 
 def _payload_type(kind: pl.DataType) -> str | None:

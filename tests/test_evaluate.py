@@ -15,7 +15,7 @@ from experiments.evaluate import evaluate_bundle, later_log, protocol
 from experiments.evaluate import test_side as later_side  # the name is not that of a test
 from experiments.scorecard import judge
 from recsys.errors import BundleError, ConfigError, DataError
-from serving.later import extend
+from serving.later import Later, extend
 from serving.recommender import Recommender
 
 DAY = 86_400
@@ -210,3 +210,21 @@ def test_a_bundle_against_itself_differs_by_nothing_and_is_not_in_the_verdict(ti
 def test_only_bundles_of_the_same_data_can_be_paired(tiny: Any, plain: Any) -> None:
     with pytest.raises(ConfigError, match=r"know different items \(\d+ and \d+"):
         evaluate_bundle(tiny.bundle, against=[plain.bundle])
+
+
+def test_the_refresh_that_was_used_is_stated_where_it_is_not_the_one_asked_for(plain: Any) -> None:
+    """A query a minute for 1,100 minutes: 500 moments are the most that items are made for."""
+    recommender = Recommender.load(plain.bundle)
+    users, items = (recommender.bundle.users.ids, recommender.bundle.items.ids)
+    n = np.arange(1100)
+    later = Later(
+        users.gather(n % len(users)),
+        items.gather(n % len(items)),
+        recommender.bundle.cutoff + n * 60_000_000,
+        np.empty((len(n), 0), np.int64),
+    )
+    asked = {"refresh": "1m", "drop_seen": False, "baselines": ()}
+    rules = plain.config.evaluate.model_copy(update=asked)
+    card = judge(recommender, later, rules, each_event=True, protocol={})
+    assert card["protocol"]["refresh"] == "1m asked, 4m used"
+    assert card["protocol"]["item_statistics"] == "none"  # items are born all the same

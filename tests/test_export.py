@@ -175,6 +175,37 @@ def test_dates_lists_and_gaps_of_a_catalogue_become_a_payload() -> None:
     assert kinds == {"tags": "keyword", "price": "float", "from": "datetime", "vector": None}
 
 
+def test_an_own_id_other_zones_and_decimals_of_a_catalogue_stay_what_they_are() -> None:
+    from datetime import UTC, datetime
+    from decimal import Decimal
+    from zoneinfo import ZoneInfo
+
+    summer = datetime(2024, 7, 2, 1, 30, tzinfo=ZoneInfo("Europe/Berlin"))
+    frame = pl.DataFrame(
+        {
+            "item": ["a"],
+            "vector": pl.Series(np.ones((1, 2), np.float32)),
+            "id": ["its own"],
+            "here": pl.Series([summer], dtype=pl.Datetime("us", "Europe/Berlin")),
+            "utc": pl.Series([summer.astimezone(UTC)], dtype=pl.Datetime("ms", "UTC")),
+            "price": pl.Series([Decimal("1.50")], dtype=pl.Decimal(10, 2)),
+            "prices": pl.Series([[Decimal("1.50"), None]], dtype=pl.List(pl.Decimal(10, 2))),
+            "dates": pl.Series([[summer]], dtype=pl.List(pl.Datetime("us", "Europe/Berlin"))),
+        }
+    )
+    payload = [name for name in frame.columns if name != "vector"]
+    line = exports._points(frame, "item", payload).write_ndjson()
+    (point,) = json.loads(line)["points"]
+    assert uuid.UUID(point["id"])
+    utc = "2024-07-01T23:30:00.000000Z"
+    assert point["payload"] == {
+        "item": "a", "id": "its own", "here": utc, "utc": utc,
+        "price": 1.5, "prices": [1.5, None], "dates": [utc],
+    }  # fmt: skip
+    floats = {n for n in payload if exports._payload_type(frame.schema[n]) == "float"}
+    assert floats == {"price", "prices"}
+
+
 def test_an_item_keeps_its_id_in_qdrant() -> None:
     """A golden value: another one would leave old points beside new ones."""
     frame = pl.DataFrame({"item": ["i1"], "vector": pl.Series(np.ones((1, 2), np.float32))})

@@ -244,6 +244,76 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_towers(
     assert json.loads((run / "track.json").read_text())["status"] == "FINISHED"
 
 
+def test_a_choice_of_epochs_that_had_ended_is_not_taken_up_again(
+    market_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped early, then killed before the refit's first checkpoint."""
+    import torch
+
+    from experiments import run as runs
+
+    torch.set_num_threads(1)
+    lines: list[str] = []
+    monkeypatch.setattr(runs, "say", lines.append)
+
+    def learn(folder: Path, more: str, resume: bool = False) -> tuple[dict[str, Any], int]:
+        """The weights, and how many epochs the choice took."""
+        rules = f"[training]\nlearning_rate = 0.02\nbatch_size = 64\n{more}\n"
+        config = _quiet(market_run, tmp_path / "out", rules)
+        towers = runs.Untrained(config, runs.prepare(config))
+        lines.clear()
+        module = runs.fit(config, towers.dataset, towers.make, folder=folder, resume=resume)
+        said = f"at most {config.training.epochs},"
+        return module.state_dict(), sum(said in line for line in lines)
+
+    def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+        return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+    once = "epochs = 30\npatience = 1\nrefit = false"
+    first, took = learn(tmp_path / "one", once)
+    best = (tmp_path / "one/checkpoints/best.ckpt").read_bytes()
+    again, more = learn(tmp_path / "one", once, resume=True)
+    assert 1 < took < 30 and more == 0 and same(first, again)
+    assert (tmp_path / "one/checkpoints/best.ckpt").read_bytes() == best
+
+    twice = "epochs = 30\npatience = 1"
+    whole, took = learn(tmp_path / "whole", twice)
+    with monkeypatch.context() as patch:
+        real = runs._learn
+
+        def killed(*given: Any, **named: Any) -> Any:
+            if given[3] is None:  # nothing to choose on: the refit
+                raise KeyboardInterrupt
+            return real(*given, **named)
+
+        patch.setattr(runs, "_learn", killed)
+        with pytest.raises(KeyboardInterrupt):
+            learn(tmp_path / "cut", twice)
+    resumed, more = learn(tmp_path / "cut", twice, resume=True)
+    assert more == 0 and same(whole, resumed)
+
+    # Another number of epochs is a choice yet to be made, and a new run knows nothing of an old.
+    assert learn(tmp_path / "one", once.replace("30", "40"), resume=True)[1] > 0
+    assert learn(tmp_path / "one", once)[1] == took
+
+
+def test_a_table_that_came_or_went_is_named_when_a_run_is_to_go_on(
+    market_run: str, tmp_path: Path
+) -> None:
+    from experiments.config import dump
+    from experiments.run import train
+
+    def config(*options: str) -> Any:
+        return _quiet(market_run, tmp_path, "[training]", 'objective = "margin_softmax"', *options)
+
+    bare, more = config(), config("[training.objective_options]", "margin = 0.25")
+    for then, now, said in ((bare, more, "not set, and now it is 0.25"),
+                            (more, bare, "0.25, and now it is not set")):  # fmt: skip
+        (tmp_path / "run.toml").write_text(dump(then))
+        with pytest.raises(ConfigError, match=f"training.objective_options.margin = {said}"):
+            train(now, resume=tmp_path)
+
+
 def test_given_files_are_a_split_like_any_other_and_valid_may_be_absent(
     market: Path, market_run: str, tmp_path: Path
 ) -> None:

@@ -221,6 +221,7 @@ def test_at_one_cut_off_nothing_of_the_later_log_is_known(
         )
         assert other["impressions"] == card["impressions"]
     assert card["protocol"]["queries"] == "one cut-off"
+    assert card["protocol"]["refresh"] == "once, at the cut-off"
 
 
 def test_an_item_exists_only_after_the_event_that_it_came_with(trader: Recommender) -> None:
@@ -291,6 +292,7 @@ def test_without_a_clock_the_targets_are_not_history_and_not_seen(adjacency: Any
     # Three items of the taste are left, and they are the targets: co-occurrence finds them all.
     card = judge(recommender, later, rules, each_event=each, protocol={})
     assert card["baselines"]["co_occurrence"]["recall_at_3"]["value"] == 1.0
+    assert card["protocol"]["refresh"] == "none"
     assert "recent_popularity" not in card["baselines"] and "newest" not in card["baselines"]
     assert card["verdict"].startswith("The baseline co_occurrence wins")
     changed = _scrambled(later, np.zeros(len(later.time), bool))
@@ -376,6 +378,7 @@ def test_every_metric_is_value_low_high_under_the_names_of_the_contract(
     assert set(shown["model"]) == {"auc", "mrr", "ndcg_at_5", "ndcg_at_10"}
     assert shown["requests"] > 10 and set(shown["slices"]) <= {"warm", "cold"}
     assert card["protocol"]["a"] == 1 and card["protocol"]["item_statistics"] == "1h"
+    assert card["protocol"]["refresh"] == shown["refresh"] == "1h"
     index = {k: v for k, v in card["index"].items() if isinstance(v, dict)}
     assert len(index) == 2 and all("recall_at_" in name for name in index)
     groups = [card, shown, *card["slices"].values(), *shown["slices"].values()]

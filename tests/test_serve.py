@@ -32,7 +32,7 @@ from serving.client import Client, ServiceError
 from serving.http.keys import Keys, make_key
 from serving.http.logs import json_logs
 from serving.http.rates import parse_rates
-from serving.http.running import bind, is_local, own_names
+from serving.http.running import bind, is_local, own_names, run
 from serving.http.service import make_app
 
 OPEN = Keys(open_writes=True)
@@ -82,6 +82,26 @@ def test_a_taken_port_is_said_before_a_model_is_loaded() -> None:
         taken.listen()
         with pytest.raises(ConfigError, match="cannot be listened on"):
             bind("127.0.0.1", taken.getsockname()[1])
+
+
+def test_a_port_that_was_taken_meanwhile_ends_the_second_service() -> None:
+    """Both were bound while neither listened, as when two are started at once."""
+    told: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        for what in ("startup", "shutdown"):
+            await receive()
+            await send({"type": f"lifespan.{what}.complete"})
+
+    def started() -> None:
+        told.append("started")
+        os.kill(os.getpid(), signal.SIGTERM)  # else one that announces itself would serve on
+
+    with bind("127.0.0.1", 0) as first, bind("127.0.0.1", first.getsockname()[1]) as second:
+        first.listen()
+        with pytest.raises(ConfigError, match="was taken meanwhile"):
+            run(app, second, started=started)
+    assert not told
 
 
 def test_local_addresses() -> None:

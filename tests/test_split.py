@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from recsys.errors import ConfigError, DataError
-from recsys.split import SplitRules, cold_items, decide, duration, instant
+from recsys.split import SplitRules, cold_items, decide, duration, duration_text, instant
 from recsys.tables import DAY, SECOND, Kind, Side
 
 P, S = int(Kind.POSITIVE), int(Kind.SHOWN)
@@ -170,6 +170,8 @@ def test_a_log_without_positives_is_an_error():
 def test_text_of_durations_and_times():
     assert duration("1d12h") == 36 * 3600 * SECOND == duration("36h")
     assert duration("1.5m") == 90 * SECOND
+    for said in ("90s", "640m", "64h", "1d", "2w", "0.5s"):
+        assert duration_text(duration(said)) == said
     assert instant("1970-01-01T01:00:00+01:00") == 0
     late = datetime(2024, 5, 1, 12, 30, 0, 250_000, tzinfo=UTC)
     assert instant(late.isoformat()) == int(late.timestamp() * 1e6)

@@ -163,6 +163,13 @@ def standardise(model: TwoTower, events: TrainingEvents, seed: int) -> None:
     )
 
 
+def refresh_of(times: np.ndarray, refresh: int, most: int = 500) -> int:
+    """Microseconds between two refreshes: as asked, doubled until at most `most` are needed."""
+    while len(np.unique(times // refresh)) > most:
+        refresh *= 2
+    return refresh
+
+
 def moments_of(
     times: np.ndarray | None, refresh: int, most: int = 500, *, cutoff: int | None = None
 ) -> np.ndarray | None:
@@ -170,13 +177,13 @@ def moments_of(
 
     Args:
         times: (Q,) microseconds, or None.
-        refresh: microseconds between two refreshes; doubled until at most `most` are needed.
+        refresh: microseconds between two refreshes, as they were asked for, see `refresh_of`.
+        most: distinct moments.
         cutoff: of the model that answers; what it was made of is known to every query after it.
     """
     if times is None or len(times) == 0:
         return None
-    while len(np.unique(times // refresh)) > most:
-        refresh *= 2
+    refresh = refresh_of(times, refresh, most)
     moments = times // refresh * refresh
     if cutoff is None:
         return moments

@@ -24,6 +24,8 @@ log = logging.getLogger("recsys.serve")
 LOCAL = ("127.0.0.1", "localhost", "::1")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LISTENERS = 32
+BACKLOG = 2048
+"""Connections that may wait to be let in, as uvicorn has it."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,20 @@ def run(
         bound: as `bind` gave it.
         rules: times.
         started: called when connections are taken.
+
+    Raises:
+        ConfigError: somebody else listens there by now.
     """
     rules = rules or ServerRules()
+    # Two may be bound to one address while neither listens. The second to listen is refused, and
+    # uvloop says nothing of it.
+    try:
+        bound.listen(BACKLOG)
+    except OSError as error:
+        raise ConfigError(
+            f"{url(bound)} was taken meanwhile, while models were being loaded: {error}. "
+            "Name another --host or --port."
+        ) from None
     sys.setswitchinterval(rules.switch)
     # What was loaded stays: the collector need not look through it again and again.
     gc.collect()
