@@ -355,8 +355,8 @@ class Stock:
             out = frozenset() if exclude is None else frozenset(exclude.values.tolist())
             near = index.nearest(queries[0], k, out, min(most, k + FIRST_TRY))
             if near is not None:
-                rows, score = near
-                return np.array([rows], np.int64), np.array([score], np.float32), False
+                rows, near_scores = near
+                return np.array([rows], np.int64), np.array([near_scores], np.float32), False
         places = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         todo = np.arange(len(queries))
