@@ -220,6 +220,7 @@ def fit(
         statistics=model.uses_statistics,
         seed=config.seed,
         passed=config.towers.passed_over,
+        progress=say,
     )
     refolder = folder / "refit"
     if resume and (refolder / "last.ckpt").exists():

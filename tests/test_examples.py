@@ -19,6 +19,7 @@ from features.examples import (
     training_events,
 )
 from features.timeline import Timeline
+from recsys.errors import ConfigError
 from recsys.tables import Side
 from towers.build import moments_of, validation_side
 from towers.rules import TrainingRules
@@ -265,3 +266,26 @@ def test_without_a_validation_side_there_is_nothing_to_ask() -> None:
         data, TrainingRules(), each_event=True, refresh=2, max_history=5, drop_seen=True,
         statistics=False, seed=0,
     ) is None  # fmt: skip
+
+
+def repeating(items: list[int]) -> Any:
+    """The dataset, but users have these items on the validation side."""
+    data = dataset()
+    data.event_item = data.event_item.copy()
+    data.event_item[np.flatnonzero(data.event_side == Side.VALID)] = items
+    return data
+
+
+@pytest.mark.parametrize("each_event", [True, False])
+def test_a_validation_side_of_repeats_alone_is_refused(each_event: bool) -> None:
+    with pytest.raises(ConfigError, match=r"3 in all.*evaluate\.drop_seen = false"):
+        side_of(repeating([1, 2, 2]), each_event=each_event)
+    assert len(side_of(repeating([1, 2, 2]), each_event=each_event, drop_seen=False).queries) > 0
+
+
+def test_it_is_said_when_most_of_the_validation_side_repeats() -> None:
+    said: list[str] = []
+    assert side_of(repeating([1, 2, 5]), progress=said.append).queries.users.tolist() == [2]
+    assert len(said) == 1 and said[0].startswith("2 of 3 positives")
+    side_of(repeating([3, 2, 5]), progress=said.append)
+    assert len(said) == 1
