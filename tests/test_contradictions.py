@@ -35,6 +35,36 @@ def data(of: TrainingEvents, towers: TowerRules | None = None, **rules: Any) -> 
     return InteractionData(of, None, TrainingRules(batch_size=2, **rules), towers=towers)
 
 
+# ------------------------------------------------------------------------- nothing to learn from
+
+
+@pytest.mark.parametrize(
+    ("plan", "towers", "times", "wanted"),
+    [
+        ("sequences", CAUSAL, (5, 5, 5), 'newest 3, which training.batches = "sequences" needs'),
+        ("auto", CAUSAL, (5, 5, 5), 'training.batches = "sequences" needs'),
+        ("sequences", CAUSAL, (1, 5, 5, 5), "two moments among its newest 3"),
+        ("ahead", None, (5, 5, 5), 'two moments, which training.batches = "ahead" needs'),
+        ("random", None, (), "the training side has no positive event"),
+        ("by_user", None, (), "the training side has no positive event"),
+    ],
+)
+def test_batches_without_an_example_are_refused(
+    plan: str, towers: TowerRules | None, times: tuple[int, ...], wanted: str
+) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        data(events(*times), towers, batches=plan)
+
+
+@pytest.mark.parametrize(("plan", "towers"), [("sequences", CAUSAL), ("ahead", None)])
+def test_two_moments_are_enough(plan: str, towers: TowerRules | None) -> None:
+    assert len(data(events(4, 5, 5), towers, batches=plan).batches) == 1
+    assert len(data(events(5, 5), towers, batches="random").batches) == 2
+
+
+# ----------------------------------------------------------------- what does not go together
+
+
 @pytest.mark.parametrize("name", ["since", "half_life", "window_span"])
 @pytest.mark.parametrize("span", ["0s", "0d0h", "0.0000001s"])
 def test_a_span_of_no_time_is_refused(name: str, span: str) -> None:

@@ -32,7 +32,8 @@ class InteractionData(lightning.LightningDataModule):
         given: negatives of each user from a file, or None.
 
     Raises:
-        ConfigError: the rules do not go together or ask for what this log has not.
+        ConfigError: the rules do not go together or ask for what this log has not, or nothing of
+            it is an example.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class InteractionData(lightning.LightningDataModule):
         self._plan = plan_of(rules, self.towers, statistics)
         _need_clock(rules, events)
         self.batches = self._make()
+        if not len(self.batches):
+            raise ConfigError(_no_example(self._plan, self.towers.max_history))
 
     def _make(self, rank: int = 0, world: int = 1) -> Batches:
         rules, towers = self.rules, self.towers
@@ -177,3 +180,19 @@ def _need_clock(rules: TrainingRules, events: TrainingEvents) -> None:
             f"training.skip_correction = {rules.skip_correction} counts how often items were "
             "shown, but this log has no impression lists with a clock: set it to 0."
         )
+
+
+def _no_example(plan: PlanName, max_history: int) -> str:
+    """Why a plan has no batch, and what helps."""
+    there_is_none = "There is no example to learn from: "
+    if plan == "sequences":
+        return (
+            f"{there_is_none}no user has events at two moments among its newest {max_history + 1}, "
+            'which training.batches = "sequences" needs. Set it to "random".'
+        )
+    if plan == "ahead":
+        return (
+            f"{there_is_none}no user has events at two moments, which training.batches = "
+            '"ahead" needs. Set it to "random".'
+        )
+    return f"{there_is_none}the training side has no positive event. Take other values in [split]."
