@@ -221,6 +221,7 @@ def fit(
         statistics=model.uses_statistics,
         seed=config.seed,
         passed=config.towers.passed_over,
+        progress=say,
     )
     refolder, chosen = folder / "refit", folder / "chosen.json"
     # A checkpoint says for how long nothing had become better, but not that this had been the end:

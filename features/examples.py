@@ -12,6 +12,7 @@ import numpy as np
 
 from features.batch import Queries
 from features.batches import TrainingEvents
+from features.firsts import Firsts
 from features.passed import PASSED, PassedOver
 from features.timeline import Timeline
 from recsys.ragged import Ragged
@@ -220,15 +221,13 @@ def ask(
         times = np.full(len(first), cutoff, np.int64)
     repeats = 0
     if drop_seen:
-        had = pairs_in(targets.row_of(), targets.values, past.histories(users, times), past.n_items)
+        # Whole histories, one for each question, would grow with the square of their length.
+        until = np.asarray(past.user_offsets)[users] + past.past(users, times)
+        row = targets.row_of()
+        had = Firsts(past, users).before(users[row], targets.values, until[row])
         repeats = int(had.sum())
         targets = targets.where(~had)
     said = None if context is None else context[first]
     queries = asking(past, users, times, said, last=max_history)
     asked = np.flatnonzero(targets.lengths > 0)
     return Questions(queries.take(asked), targets.take(asked), repeats, first[asked])
-
-
-def pairs_in(query: np.ndarray, item: np.ndarray, past: Ragged, n_items: int) -> np.ndarray:
-    """(T,) bool: whether each (query, item) pair stands in the ragged past."""
-    return np.isin(query * n_items + item, past.row_of() * n_items + past.values.astype(np.int64))

@@ -12,9 +12,10 @@ import numpy as np
 
 from features.batch import Source
 from features.distinct import Distinct
+from features.firsts import Firsts
 from features.parts import Asked
 from features.timeline import Timeline
-from recsys.ragged import Ragged, gather
+from recsys.ragged import Ragged, gather, slots
 from recsys.tables import DAY
 
 SHOWN_WITHIN = 2 * DAY
@@ -147,21 +148,23 @@ class Known:
             return np.empty((2, 0), np.int64)
         users = asked.query_users
         offsets = np.asarray(timeline.user_offsets)
+        # Once a user, not once a query: a heavy user stands in a batch many times.
+        distinct = self._users.add(users, 0)
+        of_query = self._users.place[users]
+        self._users.forget(distinct)
+        start, end = offsets[distinct], offsets[distinct + 1]
+        items = gather(timeline.item, start, end)
+        found = column[items.values]
+        keep = (found >= 0) & (found < n_columns)
         if self.rule == "past":
-            items = gather(timeline.item, offsets[users], asked.until)
-            query, found = items.row_of(), column[items.values]
-            keep = (found >= 0) & (found < n_columns)
-            query, found = query[keep], found[keep]
-        else:
-            # Once a user, not once a query: a heavy user stands in a batch many times.
-            distinct = self._users.add(users, 0)
-            of_query = self._users.place[users]
-            self._users.forget(distinct)
-            items = gather(timeline.item, offsets[distinct], offsets[distinct + 1])
-            found = column[items.values]
-            hits = Ragged(items.offsets, found).where((found >= 0) & (found < n_columns))
-            edges = hits.take(of_query)
-            query, found = edges.row_of(), edges.values
+            events = slots(start, end - start)
+            keep &= self._firsts.are_first[events]
+            first = Ragged(items.offsets, events).where(keep).take(of_query).values
+        edges = Ragged(items.offsets, found).where(keep).take(of_query)
+        query, found = edges.row_of(), edges.values
+        if self.rule == "past":
+            before = first < asked.until[query]
+            query, found = query[before], found[before]
         if asked.owner is None:
             other = found != target[query]
             query, found = query[other], found[other]
@@ -171,18 +174,15 @@ class Known:
         """(S,) bool, whether the user of each query is known to like the item."""
         if self.rule == "none" or not len(query):
             return np.zeros(len(query), bool)
-        keys, first = self._pairs
-        pair = asked.query_users[query] * self.timeline.n_items + item
-        place = np.minimum(np.searchsorted(keys, pair), len(keys) - 1)
-        found = keys[place] == pair
-        # Events of a user are in order of time: the first of an item is before all others.
-        return found if self.rule == "all" else found & (first[place] < asked.until[query])
+        users = asked.query_users[query]
+        until = asked.until[query]
+        if self.rule == "all":
+            until = np.asarray(self.timeline.user_offsets)[users + 1]
+        return self._firsts.before(users, item, until)
 
     @cached_property
-    def _pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sorted user and item of every event as one number, and the first event of each."""
-        keys = self.timeline.user * self.timeline.n_items + self.timeline.item
-        return np.unique(keys, return_index=True)
+    def _firsts(self) -> Firsts:
+        return Firsts(self.timeline)
 
 
 def is_target(asked: Asked, targets: np.ndarray, own: OwnNegatives, n_items: int) -> np.ndarray:

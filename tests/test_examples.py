@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +15,11 @@ from features.examples import (
     Questions,
     ask,
     consecutive,
-    pairs_in,
     timeline_until,
     training_events,
 )
 from features.timeline import Timeline
-from recsys.ragged import Ragged
+from recsys.errors import ConfigError
 from recsys.tables import Side
 from towers.build import moments_of, validation_side
 from towers.rules import TrainingRules
@@ -115,14 +115,20 @@ def test_a_question_without_a_target_left_is_not_asked() -> None:
     assert told(questions([(1, 2, 0)], [])) == []
 
 
-@given(st.lists(st.lists(st.integers(0, 6), max_size=4), min_size=1, max_size=4), EVENTS)
-def test_pairs_stand_in_the_past_or_not(
-    past: list[list[int]], asked: list[tuple[int, int, int]]
-) -> None:
-    query = np.array([a % len(past) for a, _, _ in asked], np.int64)
-    item = np.array([b for _, b, _ in asked], np.int64)
-    found = pairs_in(query, item, Ragged.from_lists(past), N_ITEMS)
-    assert found.tolist() == [i in past[q] for q, i in zip(query, item, strict=True)]
+def test_asking_a_heavy_user_at_each_of_its_events_does_not_hold_every_whole_history() -> None:
+    n = 3_000
+    user, item = np.ones(n, np.int64), np.arange(n) % 2_000
+    past = Timeline.build(
+        user, item.astype(np.int32), np.arange(n), n_users=2, first_seen=np.zeros(2_000, np.int64)
+    )
+    tracemalloc.start()
+    asked = ask(
+        past, user, item, np.arange(n), each_event=True, cutoff=None, max_history=5, drop_seen=True
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert asked.repeats == 1_000 and len(asked.queries) == 2_000
+    assert peak < 4_000_000  # all pasts are 4.5 million items
 
 
 @given(st.lists(st.integers(-(2**50), 2**50), min_size=1, max_size=20), st.integers(1, 10**9))
@@ -264,3 +270,26 @@ def test_without_a_validation_side_there_is_nothing_to_ask() -> None:
         data, TrainingRules(), each_event=True, refresh=2, max_history=5, drop_seen=True,
         statistics=False, seed=0,
     ) is None  # fmt: skip
+
+
+def repeating(items: list[int]) -> Any:
+    """The dataset, but users have these items on the validation side."""
+    data = dataset()
+    data.event_item = data.event_item.copy()
+    data.event_item[np.flatnonzero(data.event_side == Side.VALID)] = items
+    return data
+
+
+@pytest.mark.parametrize("each_event", [True, False])
+def test_a_validation_side_of_repeats_alone_is_refused(each_event: bool) -> None:
+    with pytest.raises(ConfigError, match=r"3 in all.*evaluate\.drop_seen = false"):
+        side_of(repeating([1, 2, 2]), each_event=each_event)
+    assert len(side_of(repeating([1, 2, 2]), each_event=each_event, drop_seen=False).queries) > 0
+
+
+def test_it_is_said_when_most_of_the_validation_side_repeats() -> None:
+    said: list[str] = []
+    assert side_of(repeating([1, 2, 5]), progress=said.append).queries.users.tolist() == [2]
+    assert len(said) == 1 and said[0].startswith("2 of 3 positives")
+    side_of(repeating([3, 2, 5]), progress=said.append)
+    assert len(said) == 1

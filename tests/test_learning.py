@@ -57,7 +57,7 @@ def rules_of(**changes: Any) -> TrainingRules:
 def parts(
     rules: TrainingRules, audits: Path | None = None, **shape: Any
 ) -> tuple[TwoTowerModule, InteractionData]:
-    events, validation = checkerboard()
+    events, validation = checkerboard(timed=rules.batches == "in_time")
     settled = TowerRules(**{"dimension": 8, "hidden": 8, "max_history": 5, **shape})
     module = TwoTowerModule(towers(**shape), rules, audits=audits)
     return module, InteractionData(events, validation, rules, towers=settled)

@@ -159,6 +159,19 @@ def test_items_of_the_past_only_are_kept_out_when_the_rule_says_past() -> None:
         assert [edge[:2] for edge in own_of(batch)] == wanted
 
 
+def test_the_past_of_a_heavy_user_is_known_once_an_item_not_once_an_event() -> None:
+    n, item = 60, np.arange(60, dtype=np.int32) % 4 + 1
+    timeline = Timeline.build(
+        np.ones(n, np.int64), item, np.arange(n), n_users=2, first_seen=np.zeros(6, np.int64)
+    )
+    events = TrainingEvents(timeline, None, None, None, None, np.arange(1, 6))
+    batch = Batches(events, known="past").make(Part(np.arange(n)), np.random.default_rng(0))
+    rows = batch.rows.numpy()
+    found = [(query, int(rows[column])) for query, column in batch.known.T.tolist()]
+    assert len(found) == len(set(found))
+    assert set(found) == {(q, int(i)) for q in range(n) for i in item[:q] if i != item[q]}
+
+
 @pytest.mark.parametrize("known", ["none", "past", "all"])
 @pytest.mark.parametrize("plan", ["random", "sequences"])
 def test_what_a_user_had_is_its_own_negative_but_for_what_it_has_again(

@@ -44,7 +44,7 @@ def parts(plan: str) -> tuple[TwoTowerModule, InteractionData]:
             "mined": MiningRules(per_query=2, from_rank=0, to_rank=12, start=1),
         }
     )  # fmt: skip
-    events, validation = checkerboard()
+    events, validation = checkerboard(timed=rules.batches == "in_time")
     module = TwoTowerModule(towers(dimension=8, hidden=8, **shape), rules)
     settled = TowerRules(dimension=8, hidden=8, **shape)
     return module, InteractionData(events, validation, rules, towers=settled)

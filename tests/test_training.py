@@ -39,7 +39,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def checkerboard(seed: int = 0) -> tuple[TrainingEvents, Validation]:
+def checkerboard(seed: int = 0, timed: bool = False) -> tuple[TrainingEvents, Validation]:
     """User u likes the items of parity u, and has had all of them but one, which comes next."""
     rng = np.random.default_rng(seed)
     user, item, missing = [], [], []
@@ -51,7 +51,7 @@ def checkerboard(seed: int = 0) -> tuple[TrainingEvents, Validation]:
         missing.append([int(order[0])])
     timeline = Timeline.build(
         np.array(user), np.array(item, np.int32), np.tile(np.arange(EACH - 1), PEOPLE),
-        n_users=PEOPLE + 1, first_seen=np.zeros(N_ITEMS, np.int64), timed=False,
+        n_users=PEOPLE + 1, first_seen=np.zeros(N_ITEMS, np.int64), timed=timed,
     )  # fmt: skip
     events = TrainingEvents(timeline, None, None, None, None, np.arange(1, N_ITEMS))
     people = np.arange(1, PEOPLE + 1)
@@ -102,7 +102,7 @@ def learn(
     epochs: int, *callbacks: Any, seed: int = 0, rules: TrainingRules = RULES,
     tower_rules: dict[str, Any] | None = None, resume: str | None = None, **options: Any,
 ) -> tuple[TwoTowerModule, Any]:  # fmt: skip
-    events, validation = checkerboard()
+    events, validation = checkerboard(timed=rules.batches == "in_time")
     module = TwoTowerModule(towers(seed, **(tower_rules or {})), rules)
     data = InteractionData(events, validation, rules, towers=SHORT, statistics=False, seed=seed)
     torch.manual_seed(seed if resume is None else 999)

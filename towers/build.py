@@ -201,8 +201,14 @@ def validation_side(
     statistics: bool,
     seed: int,
     passed: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> Validation | None:
-    """The validation side as queries, a seeded sample of many; None when it is empty."""
+    """The validation side as queries, a seeded sample of many; None when it is empty.
+
+    Raises:
+        ConfigError: all of it was had before, and what was had is not asked for; or an AUC is to
+            pick the epoch, and there are no lists for it.
+    """
     chosen = np.flatnonzero(np.asarray(dataset.event_side) == Side.VALID)
     if not len(chosen):
         return None
@@ -226,6 +232,17 @@ def validation_side(
         context=context,
     )
     queries, targets = questions.queries, questions.targets
+    if not len(queries):
+        raise ConfigError(
+            f"Every positive of the validation side ({len(chosen):,} in all) repeats what its user "
+            "had, so that no epoch can be chosen by it: set evaluate.drop_seen = false, or take "
+            "another split.valid."
+        )
+    if progress is not None and 2 * questions.repeats > len(chosen):
+        progress(
+            f"{questions.repeats:,} of {len(chosen):,} positives of the validation side repeat "
+            "what their users had and are not asked for (evaluate.drop_seen)"
+        )
     if len(queries) > rules.validation_queries:
         rng = np.random.default_rng([seed, 11])
         some = np.sort(rng.choice(len(queries), rules.validation_queries, replace=False))

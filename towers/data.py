@@ -8,6 +8,7 @@ import pytorch_lightning as lightning
 
 from features.batches import Batches, PlanName, TrainingEvents
 from features.negatives import UserNegatives
+from recsys.errors import ConfigError
 from recsys.split import duration
 from towers.rules import TrainingRules, fitting_batch
 from towers.two_tower import TowerRules
@@ -29,6 +30,10 @@ class InteractionData(lightning.LightningDataModule):
         statistics: whether the towers read item statistics.
         seed: of batches and draws.
         given: negatives of each user from a file, or None.
+
+    Raises:
+        ConfigError: the rules do not go together or ask for what this log has not, or nothing of
+            it is an example.
     """
 
     def __init__(
@@ -46,14 +51,18 @@ class InteractionData(lightning.LightningDataModule):
         self.events, self.validation, self.rules = events, validation, rules
         self.towers = TowerRules() if towers is None else towers
         self.statistics, self.seed, self.given = statistics, seed, given
+        self._plan = plan_of(rules, self.towers, statistics)
+        _need_clock(rules, events)
         self.batches = self._make()
+        if not len(self.batches):
+            raise ConfigError(_no_example(self._plan, self.towers.max_history))
 
     def _make(self, rank: int = 0, world: int = 1) -> Batches:
         rules, towers = self.rules, self.towers
         timed = self.events.timeline.timed
         return Batches(
             self.events,
-            plan=plan_of(rules, towers, self.statistics),
+            plan=self._plan,
             batch_size=fitting_batch(rules, self.events.size),
             max_history=towers.max_history,
             window_span=None if rules.window_span is None else duration(rules.window_span),
@@ -109,10 +118,19 @@ def plan_of(rules: TrainingRules, towers: TowerRules, statistics: bool) -> PlanN
     """How events form batches, "auto" settled.
 
     Raises:
-        ConfigError: item statistics need windows of time.
+        ConfigError: the towers or other rules do not go with it.
     """
-    from recsys.errors import ConfigError
+    plan = _plan_of(rules, towers, statistics)
+    if rules.since is not None and plan not in ("random", "in_time"):
+        raise ConfigError(
+            f'training.since = "{rules.since}" picks single events, but training.batches = '
+            f'"{plan}" takes whole users: leave training.since out, or set training.batches to '
+            '"random" or "in_time".'
+        )
+    return plan
 
+
+def _plan_of(rules: TrainingRules, towers: TowerRules, statistics: bool) -> PlanName:
     if towers.passed_over and rules.batches == "by_user":
         raise ConfigError(
             'training.batches = "by_user" asks once for everything a user chose, and what was '
@@ -139,3 +157,42 @@ def plan_of(rules: TrainingRules, towers: TowerRules, statistics: bool) -> PlanN
             'towers.history = "transformer" can.'
         )
     return rules.batches
+
+
+def _need_clock(rules: TrainingRules, events: TrainingEvents) -> None:
+    """Refuse what counts time, or what was shown, on a log that does not say it."""
+    timed = events.timeline.timed
+    clock = "name the column of time in [data.columns]"
+    for name in ("since", "half_life", "window_span"):
+        span = getattr(rules, name)
+        if span is not None and not timed:
+            raise ConfigError(
+                f'training.{name} = "{span}" is a span of time, but this log has no clock: leave '
+                f"it out, or {clock}."
+            )
+    if rules.batches == "in_time" and not timed:
+        raise ConfigError(
+            'training.batches = "in_time" makes windows of time, but this log has no clock: set '
+            f'it to "random", or {clock}.'
+        )
+    if rules.skip_correction and (events.timeline.shown is None or not timed):
+        raise ConfigError(
+            f"training.skip_correction = {rules.skip_correction} counts how often items were "
+            "shown, but this log has no impression lists with a clock: set it to 0."
+        )
+
+
+def _no_example(plan: PlanName, max_history: int) -> str:
+    """Why a plan has no batch, and what helps."""
+    there_is_none = "There is no example to learn from: "
+    if plan == "sequences":
+        return (
+            f"{there_is_none}no user has events at two moments among its newest {max_history + 1}, "
+            'which training.batches = "sequences" needs. Set it to "random".'
+        )
+    if plan == "ahead":
+        return (
+            f"{there_is_none}no user has events at two moments, which training.batches = "
+            '"ahead" needs. Set it to "random".'
+        )
+    return f"{there_is_none}the training side has no positive event. Take other values in [split]."

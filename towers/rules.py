@@ -25,8 +25,8 @@ from towers.objectives import OBJECTIVES
 
 
 def _span(text: str | None) -> str | None:
-    if text is not None:
-        duration(text)
+    if text is not None and duration(text) < 1:
+        raise ValueError(f"{text!r} is no time at all; write for example '1h'")
     return text
 
 
