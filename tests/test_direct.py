@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from polars.exceptions import PanicException
 from service_cases import FakeEngine, FakeExposures, FakeHost, served
 
 from recsys.errors import QueryError
@@ -338,3 +339,23 @@ def test_many_who_come_at_once_are_let_in_within_a_few_turns(
         thread.join(20)
     assert len(let_in) == callers
     assert let_in[-1] - let_in[0] <= 10
+
+
+def test_what_breaks_the_direct_way_is_said_by_the_general_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Panic(PanicException):  # no Exception
+        def __str__(self) -> str:
+            return "a date beyond all years"
+
+    answer = FakeEngine.answer
+
+    def breaks(self: FakeEngine, asks: Any) -> Any:
+        if asks[0].vector is not None:
+            raise Panic
+        return answer(self, asks)
+
+    monkeypatch.setattr(FakeEngine, "answer", breaks)
+    with line(make_app(FakeHost())) as one:
+        status, _, body = one.ask(post("/v1/vectors", VECTOR))
+    assert status == 500 and json.loads(body)["error"]["code"] == "internal"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 
 import orjson
+from polars.exceptions import PanicException
 
 from recsys.errors import QueryError
 from serving.http.batcher import quick
@@ -73,7 +74,7 @@ class Direct:
             return self._answer(path, headers, body)
         except (Refusal, QueryError):
             return None  # the general way says why
-        except Exception:  # the general way may know better; at worst it says so
+        except (Exception, PanicException):  # the general way may know better; at worst it says so
             log.exception("a direct answer failed")
             return None
 

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from polars.exceptions import PanicException
 from prometheus_client.core import Metric
 from starlette.exceptions import HTTPException
 
@@ -101,7 +102,7 @@ async def _run(operations: Operations, operation: Operation, call: Call, **ids: 
         return _error(call, refusal)
     except RecsysError as error:
         return _error(call, refused(error))
-    except Exception:
+    except (Exception, PanicException):  # Polars panics where a value is beyond Python's
         log.exception("request %s failed", call.request_id)
         return _error(call, Refusal(Code.INTERNAL, MISTAKE))
     return _reply(call, 200, content)
