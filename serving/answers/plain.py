@@ -44,9 +44,10 @@ class Plain:
         if index is None or closed or ask.k > stock.n or ask.fields is not None:
             return None
         if ask.kind == "vector":
-            vector, out = ask.vector, ()
-            usual = vector is not None and vector.shape == self._shape
-            if vector is None or not usual or not np.abs(vector).max() <= LARGEST:
+            vector = ask.vector
+            if vector is None or vector.shape != self._shape:
+                return None
+            if not np.abs(vector).max() <= LARGEST:  # NaN is not, either
                 return None
             found = index.nearest(vector, ask.k)
         elif ask.kind == "recommend" and self._one:
