@@ -421,12 +421,12 @@ def _check_same(config: RunConfig, folder: Path) -> None:
         flatten(one.model_dump(mode="json", exclude=free))
         for one in (load(folder / "run.toml"), config)
     )
-    free = {"training.epochs", "training.patience"}
+    may_differ = {"training.epochs", "training.patience"}
     absent = object()
     other = [
         key
         for key in sorted(then.keys() | now.keys())
-        if key not in free and then.get(key, absent) != now.get(key, absent)
+        if key not in may_differ and then.get(key, absent) != now.get(key, absent)
     ]
     for key in other:
         if any(deeper.startswith(f"{key}.") for deeper in other):

@@ -13,6 +13,8 @@ import pytest
 
 from experiments.benchmarks import synthetic
 from serving import bundle as bundles
+from serving.answers.asks import Ask, Reply
+from serving.answers.engine import Engine, EngineRules
 from serving.answers.served import Served
 from serving.index import HnswIndex, IndexRules
 from serving.living.live import LiveView
@@ -41,9 +43,25 @@ def small(path: Path, items: int = 1500, dimensions: int = 8, *, twins: bool = T
     return Served(replace(bundle, vectors=stored, index=index), None, version="one")
 
 
+STILL = EngineRules(clock=None)
+"""As of the cut-off, as a `Recommender` answers."""
+
+
 @dataclass
 class FakeOverlay:
     view: LiveView
+
+
+def engine_of(served: Served) -> Engine:
+    """An engine with nothing live."""
+    return Engine(served, FakeOverlay(no_view(served)), rules=STILL)
+
+
+def reply_to(engine: Engine, ask: Ask) -> Reply:
+    """The answer to one question that has one."""
+    (reply,) = engine.answer([ask])
+    assert isinstance(reply, Reply), reply
+    return reply
 
 
 def no_view(served: Served) -> LiveView:

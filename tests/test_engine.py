@@ -17,10 +17,7 @@ from serving.answers.asks import Ask, Filter, Reply, UnknownItem
 from serving.answers.engine import Engine, EngineRules
 from serving.answers.served import Served
 from serving.living.live import Event, Living
-from tests.serving_cases import FakeOverlay, no_view, small, view_of
-
-STILL = EngineRules(clock=None)
-"""As of the cut-off, as a `Recommender` answers."""
+from tests.serving_cases import STILL, FakeOverlay, engine_of, no_view, reply_to, small, view_of
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +41,6 @@ def living() -> Iterator[Living]:
         yield one
 
 
-def _engine(served: Served) -> Engine:
-    return Engine(served, FakeOverlay(no_view(served)), rules=STILL)
-
-
-def _one(engine: Engine, ask: Ask) -> Reply:
-    (reply,) = engine.answer([ask])
-    assert isinstance(reply, Reply), reply
-    return reply
-
-
 def _error(engine: Engine, ask: Ask) -> str:
     (error,) = engine.answer([ask])
     assert isinstance(error, QueryError)
@@ -68,7 +55,7 @@ def test_the_recommender_and_the_engine_answer_alike(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     served: Served = request.getfixturevalue(name)
-    engine, recommender = _engine(served), served.recommender
+    engine, recommender = engine_of(served), served.recommender
     items, users = served.bundle.items.ids.to_list(), served.bundle.users.ids.to_list()
     pairs: list[tuple[Ask, Any]] = []
     for user in [*users[:12], "nobody"]:
@@ -95,7 +82,7 @@ def test_the_recommender_and_the_engine_answer_alike(
         assert reply.ids == expected.ids, ask
         np.testing.assert_allclose(reply.scores, expected.scores, rtol=1e-4, atol=1e-5)
         assert reply.fallback == expected.fallback
-        alone = _one(engine, replace(ask, fields=("*",)))
+        alone = reply_to(engine, replace(ask, fields=("*",)))
         assert alone.ids == reply.ids
         assert alone.fields == served.fields(served.bundle.items.encode(reply.ids))
 
@@ -122,7 +109,7 @@ def test_all_kinds_of_towers_are_asked_as_the_recommender_asks_them(
         for layer in model.user_tower.modules():
             if getattr(layer, "padding_idx", None) == 0:
                 layer.weight[0] = 0  # type: ignore[index,operator]
-    engine, items = _engine(served), served.bundle.items.ids.to_list()
+    engine, items = engine_of(served), served.bundle.items.ids.to_list()
     users = served.bundle.users.ids.to_list()[:15]
     asks = [Ask("recommend", user=user, k=9) for user in users]
     expected = [served.recommender.recommend(user=user, k=9) for user in users]
@@ -136,15 +123,15 @@ def test_all_kinds_of_towers_are_asked_as_the_recommender_asks_them(
         assert isinstance(reply, Reply), reply
         assert reply.ids == answers.ids and reply.fallback == answers.fallback, ask
         np.testing.assert_allclose(reply.scores, answers.scores, rtol=1e-4, atol=1e-5)
-        paged = _one(engine, replace(ask, paged=True, explain=ask.kind == "recommend"))
+        paged = reply_to(engine, replace(ask, paged=True, explain=ask.kind == "recommend"))
         assert paged.ids == answers.ids
 
 
 def test_a_search_by_text_is_the_recommenders(keeper: Served, graph: Served) -> None:
-    engine = _engine(keeper)
+    engine = engine_of(keeper)
     for text in ("brass lamp", "a minimalist watering can"):
         expected = keeper.recommender.similar(text=text, k=5)
-        reply = _one(engine, Ask("search", text=text, k=5))
+        reply = reply_to(engine, Ask("search", text=text, k=5))
         assert reply.ids == expected.ids
         np.testing.assert_allclose(reply.scores, expected.scores, rtol=1e-5, atol=1e-6)
     replies = engine.answer(
@@ -153,11 +140,11 @@ def test_a_search_by_text_is_the_recommenders(keeper: Served, graph: Served) -> 
     )  # fmt: skip
     assert [isinstance(reply, Reply) for reply in replies] == [True, False, False, True]
     assert "empty" in str(replies[1]) and "No word" in str(replies[2])
-    assert "without item text" in _error(_engine(graph), Ask("search", text="lamp"))
+    assert "without item text" in _error(engine_of(graph), Ask("search", text="lamp"))
 
 
 def test_a_mistake_costs_nobody_else_his_answer(trade: Served) -> None:
-    engine = _engine(trade)
+    engine = engine_of(trade)
     wrong = [
         (Ask("recommend"), "Say for whom"),
         (Ask("similar"), "one item id or several"),
@@ -184,7 +171,7 @@ def test_a_mistake_costs_nobody_else_his_answer(trade: Served) -> None:
 
 
 def test_context_moves_the_user_and_unknown_values_do_not(keeper: Served) -> None:
-    engine = _engine(keeper)
+    engine = engine_of(keeper)
     codes = engine._askers.context_of
     vocab = keeper.bundle.contexts[0].vocab
     assert vocab is not None
@@ -192,7 +179,7 @@ def test_context_moves_the_user_and_unknown_values_do_not(keeper: Served) -> Non
         assert codes({"device": value}) == tuple(vocab.encode([value]).tolist())
     history = tuple(keeper.bundle.items.ids.to_list()[:3])
     plain, unknown, known = (
-        _one(engine, Ask("recommend", history=history, context=context)).scores
+        reply_to(engine, Ask("recommend", history=history, context=context)).scores
         for context in ({}, {"device": "never met"}, {"device": vocab.ids[0]})
     )
     np.testing.assert_array_equal(plain, unknown)
@@ -203,21 +190,21 @@ def test_context_moves_the_user_and_unknown_values_do_not(keeper: Served) -> Non
 
 
 def test_several_seeds_are_the_mean_of_their_directions(trade: Served) -> None:
-    engine, seeds = _engine(trade), ("i01", "i02", "i09")
+    engine, seeds = engine_of(trade), ("i01", "i02", "i09")
     vectors = trade.bundle.vectors[trade.bundle.items.encode(seeds)]
     mean = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).mean(0)
     rows = [r for r in trade.bundle.rows if trade.bundle.items.ids[int(r) - 1] not in seeds]
     best = sorted(rows, key=lambda row: -float(trade.bundle.vectors[row] @ mean))[:6]
-    reply = _one(engine, Ask("similar", items=seeds, k=6))
+    reply = reply_to(engine, Ask("similar", items=seeds, k=6))
     assert reply.ids == trade.bundle.items.decode(best).to_list() and reply.fallback is None
-    some = _one(engine, Ask("similar", items=(*seeds, "x"), k=6))
+    some = reply_to(engine, Ask("similar", items=(*seeds, "x"), k=6))
     assert some.ids == reply.ids and some.fallback == "1 of 4 items are unknown ('x')"
-    none = _one(engine, Ask("similar", items=("x", "y"), k=6))
+    none = reply_to(engine, Ask("similar", items=("x", "y"), k=6))
     assert none.fallback == "2 of 2 items are unknown ('x'), so the most popular items answer"
 
 
 def test_min_of_k_and_allowed_answers_come_with_any_filter(graph: Served) -> None:
-    engine = _engine(graph)
+    engine = engine_of(graph)
     catalog = graph.bundle.catalog
     some = catalog["item"].to_list()
     filters = [
@@ -254,7 +241,7 @@ def test_min_of_k_and_allowed_answers_come_with_any_filter(graph: Served) -> Non
         assert isinstance(reply, Reply)
         may = allowed(ask.filter) - set(ask.items) - set(ask.history or ())
         assert set(reply.ids) <= may and len(reply.ids) == min(ask.k, len(may)), ask
-        again = _one(engine, replace(ask, exact=True))
+        again = reply_to(engine, replace(ask, exact=True))
         np.testing.assert_allclose(reply.scores, again.scores, rtol=1e-4, atol=1e-5)
 
 
@@ -274,15 +261,15 @@ def test_a_filter_lets_nothing_through_that_was_deleted(graph: Served) -> None:
             Ask("vector", vector=graph.bundle.vectors[9], k=50, filter=filter),
             Ask("recommend", user="nobody", k=5000, filter=filter),
         ):
-            ids = _one(engine, ask).ids
+            ids = reply_to(engine, ask).ids
             assert set(ids) <= may and len(ids) == min(ask.k, len(may))
 
 
 def test_dials_reorder_a_pool_and_leave_scores_alone(graph: Served) -> None:
-    engine = _engine(graph)
-    plain = _one(engine, Ask("similar", items=("i0000100",), k=100, exact=True))
+    engine = engine_of(graph)
+    plain = reply_to(engine, Ask("similar", items=("i0000100",), k=100, exact=True))
     scores = dict(zip(plain.ids, plain.scores.tolist(), strict=True))
-    varied = _one(engine, Ask("similar", items=("i0000100",), k=10, diversity=0.9))
+    varied = reply_to(engine, Ask("similar", items=("i0000100",), k=10, diversity=0.9))
     assert varied.ids[0] == plain.ids[0] and varied.ids != plain.ids[:10]
     assert set(varied.ids) <= set(plain.ids)
     assert varied.scores.tolist() == pytest.approx([scores[id] for id in varied.ids], abs=1e-5)
@@ -292,7 +279,8 @@ def test_dials_reorder_a_pool_and_leave_scores_alone(graph: Served) -> None:
         return float(counts[graph.bundle.items.encode(ids)].mean())
 
     more, less = (
-        _one(engine, Ask("similar", items=("i0000100",), k=10, popularity=p)) for p in (1.0, -1.0)
+        reply_to(engine, Ask("similar", items=("i0000100",), k=10, popularity=p))
+        for p in (1.0, -1.0)
     )
     assert popularity(more.ids) > popularity(plain.ids[:10]) >= popularity(less.ids)
 
@@ -307,27 +295,29 @@ def test_a_live_item_is_found_by_text_filter_and_likeness_and_gone_when_deleted(
     title = "Minimalist watering can, mustard yellow zinc"
     living.put_item("new", {"title": title, "category": "Garden", "price": 31.94})
     cheap = Filter(ranges={"price": (31.9, 32.0)})
-    found = _one(engine, Ask("search", text=title, k=3, filter=cheap, fields=("title", "price")))
+    found = reply_to(
+        engine, Ask("search", text=title, k=3, filter=cheap, fields=("title", "price"))
+    )
     assert "new" in found.ids and found.fields is not None
     assert found.fields[found.ids.index("new")] == {"title": title, "price": 31.94}
     for fields, said in (((), {}), (("title", "title"), {"title": title})):
-        again = _one(engine, Ask("search", text=title, k=3, filter=cheap, fields=fields))
+        again = reply_to(engine, Ask("search", text=title, k=3, filter=cheap, fields=fields))
         assert again.fields is not None and len(again.fields) == len(again.ids) > 1
         assert again.fields[again.ids.index("new")] == said
-    alike = _one(engine, Ask("similar", items=("new",), k=5))
+    alike = reply_to(engine, Ask("similar", items=("new",), k=5))
     assert alike.fallback is None and "new" not in alike.ids
-    assert "new" in _one(engine, Ask("recommend", user="nobody", k=1000)).ids
+    assert "new" in reply_to(engine, Ask("recommend", user="nobody", k=1000)).ids
     quick = engine.similar_fast(found.ids[1 - found.ids.index("new")], 100)
     assert quick is not None and b'"new"' in quick
     assert engine.item("new")["live"] and engine.item("new")["fields"]["category"] == "Garden"
     parts = Filter(equals={"category": ("Garden",)})
-    assert "new" in _one(engine, Ask("similar", items=(found.ids[0],), k=99, filter=parts)).ids or (
-        found.ids[0] == "new"
-    )
+    assert "new" in reply_to(
+        engine, Ask("similar", items=(found.ids[0],), k=99, filter=parts)
+    ).ids or (found.ids[0] == "new")
     living.delete_item("new")
-    gone = _one(engine, Ask("search", text=title, k=1000))
+    gone = reply_to(engine, Ask("search", text=title, k=1000))
     assert "new" not in gone.ids
-    assert "unknown" in str(_one(engine, Ask("similar", items=("new",))).fallback)
+    assert "unknown" in str(reply_to(engine, Ask("similar", items=("new",))).fallback)
     with pytest.raises(UnknownItem, match="no item 'new'"):
         engine.item("new")
 
@@ -339,13 +329,13 @@ def test_a_replaced_item_stands_once_and_a_deleted_one_never(
     first, second = keeper.bundle.items.decode(keeper.bundle.rows[:2]).to_list()
     living.put_item(first, {"title": "Something else altogether", "price": 3.0})
     living.delete_item(second)
-    everything = _one(engine, Ask("recommend", user="nobody", k=1000)).ids
+    everything = reply_to(engine, Ask("recommend", user="nobody", k=1000)).ids
     assert everything.count(first) == 1 and second not in everything
     assert engine.item(first)["fields"]["title"] == "Something else altogether"
     assert engine.similar_fast(second, 3) is None and engine.similar_fast(first, 3) is None
     for id in keeper.bundle.items.decode(keeper.bundle.rows[2:30]).to_list():
         quick = engine.similar_fast(id, 5)
-        slow = _one(engine, Ask("similar", items=(id,), k=5, exact=True))
+        slow = reply_to(engine, Ask("similar", items=(id,), k=5, exact=True))
         assert quick is not None
         assert [one["id"] for one in json.loads(b"[" + quick + b"]")] == slow.ids
     facts = engine.facts()
@@ -357,12 +347,12 @@ def test_posted_events_count_at_once_and_are_not_recommended_again(
     trade: Served, living: Living
 ) -> None:
     engine = Engine(trade, living.attach(trade), rules=STILL)
-    before = _one(engine, Ask("recommend", user="fresh", k=5))
+    before = reply_to(engine, Ask("recommend", user="fresh", k=5))
     assert before.fallback and "unknown" in before.fallback
     moment = (trade.bundle.cutoff or 0) + 1
     living.post_events([Event("fresh", "i03", moment), Event("fresh", "i04", moment + 1)])
-    after = _one(engine, Ask("recommend", user="fresh", k=5))
-    same = _one(engine, Ask("recommend", history=("i03", "i04"), k=5))
+    after = reply_to(engine, Ask("recommend", user="fresh", k=5))
+    same = reply_to(engine, Ask("recommend", history=("i03", "i04"), k=5))
     assert after.fallback is None and after.ids == same.ids and not {"i03", "i04"} & set(after.ids)
     user = trade.bundle.users.ids[0]
     old = engine.user(user)
@@ -372,8 +362,8 @@ def test_posted_events_count_at_once_and_are_not_recommended_again(
     assert new["events"] == [{"id": "i05", "time": moment + 2, "strength": 1.0}]
     row = trade.bundle.users.encode([user])
     had = trade.bundle.items.decode(trade.bundle.timeline.histories(row).values).to_list()
-    told = _one(engine, Ask("recommend", history=(*had, "i05"), k=5)).ids
-    assert _one(engine, Ask("recommend", user=user, k=5)).ids == told
+    told = reply_to(engine, Ask("recommend", history=(*had, "i05"), k=5)).ids
+    assert reply_to(engine, Ask("recommend", user=user, k=5)).ids == told
     assert engine.user("stranger") == {
         "id": "stranger", "known": False, "history": [], "events": []
     }  # fmt: skip
@@ -383,11 +373,11 @@ def test_a_history_may_name_live_items(graph: Served) -> None:
     vector = graph.bundle.vectors[7]  # what histories read of an item is its id vector here
     overlay = FakeOverlay(view_of(graph, {"other": graph.bundle.vectors[300], "twin": vector}))
     engine = Engine(graph, overlay, rules=STILL)
-    by_twin = _one(engine, Ask("recommend", history=("twin",), k=9, drop_seen=False))
-    by_item = _one(engine, Ask("recommend", history=("i0000006",), k=9, drop_seen=False))
+    by_twin = reply_to(engine, Ask("recommend", history=("twin",), k=9, drop_seen=False))
+    by_item = reply_to(engine, Ask("recommend", history=("i0000006",), k=9, drop_seen=False))
     assert by_twin.ids == by_item.ids and by_twin.fallback is None
     assert by_twin.ids[:2] == ["i0000006", "twin"]  # equals by place
-    dropped = _one(engine, Ask("recommend", history=("i0000050", "twin"), k=2000))
+    dropped = reply_to(engine, Ask("recommend", history=("i0000050", "twin"), k=2000))
     assert "twin" not in dropped.ids and "i0000006" in dropped.ids
 
 
@@ -417,10 +407,10 @@ def test_windows_are_as_of_the_clock(trade: Served) -> None:
     now = [trade.bundle.cutoff or 0]
     engine = Engine(trade, FakeOverlay(no_view(trade)), rules=EngineRules(clock=lambda: now[0]))
     ask = Ask("recommend", user="nobody", k=99)
-    before = set(_one(engine, ask).ids)
+    before = set(reply_to(engine, ask).ids)
     now[0] += 2 * 86_400_000_000
     later = trade.recommender.as_of(now[0])
-    after = set(_one(engine, ask).ids)
+    after = set(reply_to(engine, ask).ids)
     assert after == set(later.bundle.items.decode(later.bundle.rows).to_list()) != before
     assert "i07" in after - before
     assert engine.item("i07")["available"] and not engine.item("i06")["available"]
@@ -430,12 +420,12 @@ def test_windows_are_as_of_the_clock(trade: Served) -> None:
 # --- the table of neighbours ----------------------------------------------------------------------
 
 
-def test_the_quick_way_answers_as_the_slow_one(keeper: Served, trade: Served) -> None:
+def test_the_quick_way_answers_as_the_slowreply_to(keeper: Served, trade: Served) -> None:
     for served in (keeper, trade):
-        engine = _engine(served)
+        engine = engine_of(served)
         for id in served.bundle.items.decode(served.bundle.rows).to_list():
             for k in (1, 4, 20):
-                slow = _one(engine, Ask("similar", items=(id,), k=k, exact=True))
+                slow = reply_to(engine, Ask("similar", items=(id,), k=k, exact=True))
                 quick = engine.similar_fast(id, k)
                 assert quick is not None
                 said = json.loads(b"[" + quick + b"]")
@@ -445,7 +435,7 @@ def test_the_quick_way_answers_as_the_slow_one(keeper: Served, trade: Served) ->
         assert engine.similar_fast(id, everything) is None  # itself is left out
         assert engine.similar_fast(id, 0) is None and engine.similar_fast(id, 101) is None
         assert engine.similar_fast("x", 3) is None
-    assert _engine(trade).similar_fast("i06", 3) is None  # not for sale: not in the index
+    assert engine_of(trade).similar_fast("i06", 3) is None  # not for sale: not in the index
 
 
 def test_the_quick_way_gives_up_when_too_much_of_the_table_is_closed(keeper: Served) -> None:
@@ -454,7 +444,7 @@ def test_the_quick_way_gives_up_when_too_much_of_the_table_is_closed(keeper: Ser
     for id in (ids[0], *ids[60:]):
         quick = engine.similar_fast(id, 10)
         assert quick is not None
-        slow = _one(engine, Ask("similar", items=(id,), k=10, exact=True))
+        slow = reply_to(engine, Ask("similar", items=(id,), k=10, exact=True))
         assert [one["id"] for one in json.loads(b"[" + quick + b"]")] == slow.ids
     left = len(ids) - 59
     assert engine.similar_fast(ids[0], left - 1) is not None
@@ -462,7 +452,7 @@ def test_the_quick_way_gives_up_when_too_much_of_the_table_is_closed(keeper: Ser
 
 
 def test_facts_name_the_model(keeper: Served) -> None:
-    facts = _engine(keeper).facts()
+    facts = engine_of(keeper).facts()
     assert facts["version"] == keeper.version and facts["items"] == len(keeper.bundle.items.ids)
     assert facts["neighbours"]["recall"] >= 0.99 and facts["text"] and facts["statistics"]
     assert facts["context"] == ["device"] and facts["fields"]["price"] == "Float64"

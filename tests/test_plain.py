@@ -8,28 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.answers.asks import Ask, Reply
-from serving.answers.engine import Engine, EngineRules
+from serving.answers.asks import Ask
+from serving.answers.engine import Engine
 from serving.answers.served import Served
-from tests.serving_cases import FakeOverlay, no_view, small, view_of
-
-STILL = EngineRules(clock=None)
+from tests.serving_cases import STILL, FakeOverlay, engine_of, reply_to, small, view_of
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Served:
     """Items of which no two are equal, so that each node of the graph is one."""
     return small(tmp_path_factory.mktemp("single") / "bundle", twins=False)
-
-
-def _engine(served: Served) -> Engine:
-    return Engine(served, FakeOverlay(no_view(served)), rules=STILL)
-
-
-def _one(engine: Engine, ask: Ask) -> Reply:
-    (reply,) = engine.answer([ask])
-    assert isinstance(reply, Reply), reply
-    return reply
 
 
 def _plain(engine: Engine, ask: Ask) -> tuple[list[str], list[float]] | None:
@@ -41,7 +29,7 @@ def _plain(engine: Engine, ask: Ask) -> tuple[list[str], list[float]] | None:
 
 
 def test_a_plain_question_is_answered_as_any_other(single: Served) -> None:
-    engine = _engine(single)
+    engine = engine_of(single)
     items, users = single.bundle.items.ids.to_list(), single.bundle.users.ids.to_list()
     random = np.random.default_rng(0)
     asks = [Ask("recommend", user=user, k=k) for user in users[:8] for k in (1, 10)]
@@ -57,7 +45,7 @@ def test_a_plain_question_is_answered_as_any_other(single: Served) -> None:
         if found is None:
             continue
         answered += 1
-        reply = _one(engine, ask)
+        reply = reply_to(engine, ask)
         assert found[0] == reply.ids
         np.testing.assert_allclose(found[1], reply.scores, atol=2e-6)
     assert answered > 0.9 * len(asks)
@@ -83,22 +71,22 @@ def test_a_plain_question_is_answered_as_any_other(single: Served) -> None:
     ],
     ids=lambda ask: f"{ask.kind}-{ask.k}",
 )
-def test_what_is_not_plain_or_not_well_asked_is_left_to_the_engine(
+def test_what_is_not_plain_or_not_well_asked_is_left_to_theengine_of(
     single: Served, ask: Ask
 ) -> None:
-    assert _plain(_engine(single), ask) is None
+    assert _plain(engine_of(single), ask) is None
 
 
 def test_a_catalogue_that_changed_has_no_plain_questions(single: Served) -> None:
     ask = Ask("vector", vector=np.ones(8, np.float32))
-    found = _plain(_engine(single), ask)
+    found = _plain(engine_of(single), ask)
     assert found is not None
     best = found[0][0]
     gone = Engine(single, FakeOverlay(view_of(single, {}, [best])), rules=STILL)
-    assert _plain(gone, ask) is None and best not in _one(gone, ask).ids
+    assert _plain(gone, ask) is None and best not in reply_to(gone, ask).ids
 
 
 def test_without_a_graph_there_are_no_plain_questions(tiny: Any) -> None:
     served = Served.load(tiny.bundle)
     user = served.bundle.users.ids[0]
-    assert _plain(_engine(served), Ask("recommend", user=user)) is None
+    assert _plain(engine_of(served), Ask("recommend", user=user)) is None

@@ -125,7 +125,7 @@ def run(
 def listeners(bound: socket.socket) -> list[socket.socket]:
     """One listening socket, as often as connections are to be taken in a turn of the event loop.
 
-    libuv takes one connection a turn from each socket that it listens to (since 1.45), and a turn
+    libuv takes one connection a turn from each socket that it listens to (its #3696), and a turn
     answers all that was asked: with 256 callers at once the last ones waited two seconds to be let
     in. Duplicates share one queue, so that whichever looks first takes the next of it.
     """
