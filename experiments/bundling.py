@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
+import torch
 
 from experiments.config import RunConfig
 from experiments.evaluate import protocol
@@ -135,7 +136,8 @@ def _cutoff(dataset: Dataset, times: np.ndarray) -> int | None:
 
 
 def _with_rows(model: TwoTower, items: np.ndarray, users: np.ndarray) -> TwoTower:
-    """The same towers over some rows of their tables; text that was learned becomes a table.
+    """The same towers over some rows of their tables; text that was learned becomes a table, and
+    what is around items a part of their id vectors.
 
     The tables are narrowed here, so that all that a bundle says is computed from what it holds.
     """
@@ -152,13 +154,22 @@ def _with_rows(model: TwoTower, items: np.ndarray, users: np.ndarray) -> TwoTowe
             categories={name: of(table.codes(name)) for name in table.category_names},
         )
 
+    spec, weights = model.item_spec, model.state_dict()
+    inputs, name = model.item_tower.inputs, "item_tower.inputs."
+    if inputs.around is not None:
+        weights[f"{name}ids.weight"] = inputs.whole_ids()
+    if inputs.lookalikes is not None:
+        starts = inputs.starts_of(torch.from_numpy(items[items >= spec.ids]))
+        spec = replace(spec, lookalikes=inputs.lookalikes.most, starts=len(starts) - 1)
+        weights[f"{name}starts.weight"] = starts
+        weights[f"{name}likeness"] = inputs.lookalikes.share
     kept = TwoTower(
         model.rules,
         some(model.items, items, model.item_texts()),
         some(model.users, users, model.users.text),
-        model.item_spec, model.user_spec, model.context,
+        spec, model.user_spec, model.context,
     )  # fmt: skip
-    weights = model.state_dict()
-    kept.load_state_dict({n: w for n, w in weights.items() if not n.startswith("texts.")})
+    learning = ("texts.", f"{name}around.", f"{name}lookalikes.")
+    kept.load_state_dict({n: w for n, w in weights.items() if not n.startswith(learning)})
     narrow_tables(kept)
     return kept.eval()

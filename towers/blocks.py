@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from towers.around import ROWS_AT_ONCE, Lookalikes, Surroundings, alike, mean_of
+
 
 @dataclass(frozen=True)
 class FeatureSpec:
@@ -23,6 +25,9 @@ class FeatureSpec:
         numbers: how many numbers.
         categories: name → number of codes, code 0 for unknown included.
         statistics: how many statistics as of the event.
+        lookalikes: in a bundle, of how many rows whose texts are like its own a row without an id
+            starts.
+        starts: rows beyond those with an id for which that is worked out.
     """
 
     ids: int = 0
@@ -31,6 +36,8 @@ class FeatureSpec:
     numbers: int = 0
     categories: dict[str, int] = field(default_factory=dict)
     statistics: int = 0
+    lookalikes: int = 0
+    starts: int = 0
 
 
 class FeatureTable(nn.Module):
@@ -119,6 +126,12 @@ class FeatureEmbedding(nn.Module):
             # sparse: only the touched rows get a gradient, and only they are moved.
             # Row 0 is hardly ever trained without id dropout; small() lets it say nothing.
             self.ids = small(nn.Embedding(spec.ids, dimension, sparse=True), members)
+        self.around: Surroundings | None = None
+        self.lookalikes: Lookalikes | None = None
+        if spec.lookalikes:
+            self.likeness = nn.Parameter(torch.tensor(0.5))
+            # Row 0 is of all rows that have an id.
+            self.starts = nn.Embedding(spec.starts + 1, dimension, sparse=True)
         if spec.text:
             self.text = nn.Linear(spec.text, dimension, bias=False)
             _scale_to_unit(self.text, inputs_norm=members**0.5)
@@ -142,6 +155,37 @@ class FeatureEmbedding(nn.Module):
                 nn.Linear(spec.statistics, dimension), nn.GELU(), nn.Linear(dimension, dimension)
             )
 
+    def surround(self, around: Surroundings | None, lookalikes: Lookalikes | None) -> None:
+        """Read what is around items, too; for training, a bundle holds what comes of it."""
+        self.around, self.lookalikes = around, lookalikes
+
+    def whole_ids(self) -> Tensor:
+        """(I, D) what ids say, and with them what the log says of what is around the items."""
+        out = self.ids.weight.detach().clone()
+        if self.around is not None:
+            for rows in torch.arange(len(out), device=out.device).split(ROWS_AT_ONCE):
+                there, said = self.around(rows, self.ids)
+                out[rows] += said.detach() * there[:, None]
+        return out
+
+    def starts_of(self, rows: Tensor) -> Tensor:
+        """(1+R, D) zero, and what rows without an id start from, for a bundle."""
+        assert self.lookalikes is not None
+        with torch.no_grad():
+            self.lookalikes.vectors.copy_(self.whole_ids())
+            said = self.lookalikes(rows)
+        return torch.cat([said.new_zeros(1, self.dimension), said])
+
+    def start_of(self, texts: Tensor, table: FeatureTable) -> Tensor:
+        """(R, T) texts → (R, D) what new items with them start from; in a bundle.
+
+        Args:
+            texts: of the new items.
+            table: of the items that were learned from.
+        """
+        found, weight = alike(texts, _of(table.text, slice(self.spec.ids)), self.spec.lookalikes)
+        return self.likeness * mean_of(self.ids.weight.float(), found, weight)
+
     def standardise(self, mean: Tensor, scale: Tensor) -> None:
         """Fix the mean and scale of the statistics, (S,) each, as seen on the training side."""
         self.statistic_mean.copy_(mean)
@@ -158,6 +202,7 @@ class FeatureEmbedding(nn.Module):
         statistics: Tensor | None = None,
         texts: Tensor | None = None,
         ids: nn.Embedding | None = None,
+        left_out: Tensor | None = None,
     ) -> Tensor:
         """Embed rows.
 
@@ -167,6 +212,7 @@ class FeatureEmbedding(nn.Module):
             statistics: (R, S) as of the event; needed when the spec has any.
             texts: (R, T) text vectors to use instead of the table's.
             ids: id vectors to use instead of those learned here.
+            left_out: user rows of whose events nothing is to be known, see `Surroundings`.
 
         Returns:
             (R, D); (R, D+T) with `carry_text`, where the model answers.
@@ -174,10 +220,7 @@ class FeatureEmbedding(nn.Module):
         # Not of no dimension: what is kept as float16 becomes float32 by being added.
         out = torch.zeros(1, device=rows.device)
         if self.spec.ids:
-            known = torch.where(rows < self.spec.ids, rows, 0)
-            if self.training and self.id_dropout:
-                known = known * (torch.rand(len(rows), device=rows.device) >= self.id_dropout)
-            out = out + (self.ids if ids is None else ids)(known)
+            out = out + self._of_log(rows, self.ids if ids is None else ids, left_out)
         if self.spec.text:
             texts = _of(table.text, rows) if texts is None else texts
             out = out + self.text(texts)
@@ -199,6 +242,34 @@ class FeatureEmbedding(nn.Module):
             return torch.cat([out, self.carried(texts).to(out.dtype)], dim=1)
         return out if out.ndim > 1 else out.expand(len(rows), self.dimension)
 
+    def _of_log(self, rows: Tensor, ids: nn.Embedding, left_out: Tensor | None) -> Tensor:
+        """(R, D) what the log says of rows; of those it does not know, or that are hidden, what it
+        says of their like.
+        """
+        known = torch.where(rows < self.spec.ids, rows, 0)
+        there, said = known > 0, None
+        if self.around is not None:
+            seen, said = self.around(known, ids, left_out)
+            there = there & seen & self._kept(rows, self.around.hidden)
+            said = said * there[:, None]
+        shown = there & self._kept(rows, self.id_dropout)
+        out = ids(known * shown)
+        if said is not None:
+            out = out + said
+        if self.lookalikes is not None:
+            self.lookalikes.remember(self.whole_ids)
+            out = out + self.lookalikes(rows) * ~(shown if said is None else there)[:, None]
+        if self.spec.lookalikes:
+            place = torch.where(rows < self.spec.ids, 0, rows - self.spec.ids + 1)
+            out = out + self.starts(place).float()
+        return out
+
+    def _kept(self, rows: Tensor, dropout: float) -> Tensor:
+        """(R,) bool: which rows a dropout leaves; all, where the model answers."""
+        if not self.training or not dropout:
+            return torch.ones_like(rows, dtype=torch.bool)
+        return torch.rand(len(rows), device=rows.device) >= dropout
+
 
 Table = TypeVar("Table", nn.Embedding, nn.EmbeddingBag)
 
@@ -211,7 +282,7 @@ def small(table: Table, members: int = 1) -> Table:
     return table
 
 
-def _of(buffer: Tensor | None, rows: Tensor) -> Tensor:
+def _of(buffer: Tensor | None, rows: Tensor | slice) -> Tensor:
     if buffer is None:
         raise ValueError("The feature table lacks what the layers were built to read.")
     found = buffer[rows]

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from features.around import Around
 from features.batches import TrainingEvents
 from features.examples import ask, asking, timeline_until
 from features.timeline import STATISTICS, Timeline, statistic_scale
 from recsys.errors import ConfigError
 from recsys.ragged import Ragged
 from recsys.tables import Side
+from towers.around import Lookalikes, Surroundings
 from towers.blocks import FeatureTable
 from towers.rules import TrainingRules
 from towers.two_tower import TowerRules, TwoTower
@@ -138,7 +140,7 @@ def build_model(
         item_spec = replace(item_spec, text=learned.dimension)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return TwoTower(
+        model = TwoTower(
             rules,
             items,
             users,
@@ -147,6 +149,32 @@ def build_model(
             tuple(dataset.context_sizes.values()),
             learned,
         )
+        model.item_tower.inputs.surround(
+            _surroundings(dataset, rules, item_spec.ids, until, seed),
+            _lookalikes(rules, items.text, item_spec.ids),
+        )
+    return model
+
+
+def _surroundings(
+    dataset: Dataset, rules: TowerRules, n_ids: int, until: Side, seed: int
+) -> Surroundings | None:
+    if not rules.neighbours:
+        return None
+    around = Around.of(timeline_until(dataset, until), n_ids, rules.neighbours, seed)
+    return Surroundings(around, rules.dimension, rules.neighbours_dropout)
+
+
+def _lookalikes(rules: TowerRules, texts: torch.Tensor | None, n_ids: int) -> Lookalikes | None:
+    if not rules.lookalikes:
+        return None
+    if texts is None:
+        raise ConfigError(
+            f"towers.lookalikes = {rules.lookalikes} finds items by texts that stay as they are, "
+            "and these items have none, or they learn with the towers. Name text columns in "
+            '[data.catalog] and set text.train = "frozen", or set towers.lookalikes to 0.'
+        )
+    return Lookalikes(texts, n_ids, rules.lookalikes, rules.dimension)
 
 
 def standardise(model: TwoTower, events: TrainingEvents, seed: int) -> None:

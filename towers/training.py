@@ -105,7 +105,9 @@ class TwoTowerModule(lightning.LightningModule):
         """(Q, D) users, or (Q, K, D) interests, and (M, D) items of a batch."""
         model = self.model
         texts = model.read_texts(batch.rows)
-        embedded = model.embed_items(batch.rows, batch.statistics, texts)  # (R, D)
+        # What the batch's own users did must not say which of the candidates they chose.
+        asked = batch.user.users if self.training else None
+        embedded = model.embed_items(batch.rows, batch.statistics, texts, asked)  # (R, D)
         entries = model.embed_history(batch.rows, batch.statistics, texts, embedded=embedded)
         users = model.encode_users(batch.user, entries)
         return users, model.item_tower(embedded[: batch.n_encoded])

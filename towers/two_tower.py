@@ -103,6 +103,19 @@ class TowerRules(Strict):
     """A vector of its own for every item of the training side."""
     id_dropout: float = Field(0.2, ge=0, lt=1)
     """Probability that an item's id is hidden in training, so that new items work from content."""
+    neighbours: int = Field(0, ge=0, le=100_000)
+    """Of an item with an id, the item tower reads what stands around it in the log as well: the
+    mean id vector of at most so many items that came shortly before it in histories (a graph
+    convolution), how many events it has, and how near to the ends of histories they are. So an item
+    of few events is placed by those around it, and fresh items can be told from faded ones where a
+    log has no clock. In training the users who are asked for are left out of all of it. 0: its id
+    alone."""
+    neighbours_dropout: float = Field(0.1, ge=0, lt=1)
+    """neighbours: probability that all that the log says of an item is hidden in training, its id
+    and what is around it; `id_dropout` then hides ids alone."""
+    lookalikes: int = Field(0, ge=0, le=1000)
+    """An item without an id starts from the vectors of so many that have one and whose texts are
+    most like its own. 0: from a vector that all of them share."""
     hidden: int = Field(128, ge=0)
     """Width of each tower's residual layer; 0: none, which overfits least on very small logs."""
     dropout: float = Field(0.1, ge=0, lt=1)
@@ -138,6 +151,12 @@ class TowerRules(Strict):
                 'leave score at "cosine", take mean, attention or transformer as history and no '
                 "weighted history_table, or leave text_share at 0."
             )
+        for name in ("neighbours", "lookalikes"):
+            if getattr(self, name) and (not self.item_id or self.history_table == "own"):
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} is read of items beside their ids, once: set "
+                    f'item_id to true, history_table to another than "own", or {name} to 0.'
+                )
         if self.history_table != "shared" and not self.item_id:
             raise ValueError(
                 f'history_table = "{self.history_table}" learns something of each item, and '
@@ -426,12 +445,16 @@ class TwoTower(nn.Module):
         return None if self.texts is None else self.texts(rows)
 
     def embed_items(
-        self, rows: Tensor, statistics: Tensor | None = None, texts: Tensor | None = None
+        self,
+        rows: Tensor,
+        statistics: Tensor | None = None,
+        texts: Tensor | None = None,
+        left_out: Tensor | None = None,
     ) -> Tensor:
-        """(R,) rows → (R, D) inputs of the item tower."""
+        """(R,) rows → (R, D) inputs of the item tower; `left_out` as for `Surroundings`."""
         if texts is None:
             texts = self.read_texts(rows)
-        return self.item_tower.inputs(rows, self.items, statistics, texts)
+        return self.item_tower.inputs(rows, self.items, statistics, texts, left_out=left_out)
 
     def embed_history(
         self,

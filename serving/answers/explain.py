@@ -54,8 +54,9 @@ class Explainer:
             queries: (K, D) what asked.
 
         Returns:
-            One object an item: "parts": name → score less the score without it, for "id", "text",
-            "vector", "statistics" and each number and category that the item has.
+            One object an item: "parts": name → score less the score without it, for "id",
+            "lookalikes" (what an item without an id starts from), "text", "vector", "statistics"
+            and each number and category that the item has.
         """
         out: list[dict[str, Any]] = [{"parts": {}} for _ in rows]
         some = np.flatnonzero(rows > 0)
@@ -107,6 +108,9 @@ class Explainer:
             known = torch.where(rows < spec.ids, rows, 0)
             own, nobody = inputs.ids(known).float(), inputs.ids(torch.zeros_like(known)).float()
             yield "id", own - nobody, known > 0
+        if spec.lookalikes:
+            started = torch.where(rows < spec.ids, 0, rows - spec.ids + 1)
+            yield "lookalikes", inputs.starts(started).float(), started > 0
         for name, layer in (("text", "text"), ("vector", "vector")):
             buffer = getattr(table, name)
             if getattr(spec, name) and buffer is not None:

@@ -1,0 +1,95 @@
+"""What a log says of its items by where they stand: what came before each, how many, how late.
+
+Legend: E events, N item rows, U users, M entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from features.timeline import Timeline
+
+REACH = 7
+"""Events before an item that are its neighbours, at most."""
+FADE = 0.7
+"""How much a neighbour counts beside the one that stands an event nearer."""
+LATE = 8
+"""Events after an item that are told apart, at most."""
+
+
+@dataclass(frozen=True)
+class Around:
+    """Neighbours of each item, and its events, each with the user they come from.
+
+    Args:
+        offsets: (N+1,) int64; the entries of item n are `[offsets[n], offsets[n+1])`.
+        item: (M,) int32 row of each neighbour.
+        user: (M,) int32 user row of whose history it is.
+        weight: (M,) float32, of mean 1: less for what stands far off, and for what is everywhere.
+        user_offsets: (U+1,) int64; the events of user u are `[user_offsets[u], user_offsets[u+1])`.
+        event_item: (E,) int32 item row of each event.
+        event_after: (E,) float32 how many events of its user came later, up to `LATE`.
+    """
+
+    offsets: np.ndarray
+    item: np.ndarray
+    user: np.ndarray
+    weight: np.ndarray
+    user_offsets: np.ndarray
+    event_item: np.ndarray
+    event_after: np.ndarray
+
+    @property
+    def n_items(self) -> int:
+        """N."""
+        return len(self.offsets) - 1
+
+    @staticmethod
+    def of(timeline: Timeline, n_items: int, most: int, seed: int) -> Around:
+        """What stands around each of the first `n_items` item rows.
+
+        An entry weighs `FADE` ** (events between) / √(events of the neighbour), as in the
+        normalised adjacency of graph convolutions, on one side.
+
+        Args:
+            timeline: events of all users.
+            n_items: N; no event is of a row beyond.
+            most: entries of an item; of more, a seeded sample.
+            seed: of that sample.
+        """
+        users = len(timeline.user_offsets) - 1
+        item = np.asarray(timeline.item).astype(np.int32)
+        lengths = np.diff(timeline.user_offsets)
+        user = np.repeat(np.arange(users, dtype=np.int32), lengths)
+        ends = np.repeat(np.asarray(timeline.user_offsets)[1:], lengths)
+        after = np.minimum(ends - 1 - np.arange(len(item)), LATE).astype(np.float32)
+        near, far, whose, faded = [], [], [], []
+        for distance in range(1, REACH + 1):
+            together = (user[:-distance] == user[distance:]) & (item[:-distance] != item[distance:])
+            near.append(item[distance:][together])
+            far.append(item[:-distance][together])
+            whose.append(user[distance:][together])
+            faded.append(np.full(len(near[-1]), FADE ** (distance - 1), np.float32))
+        of = np.concatenate(near)
+        # A seeded shuffle before a stable sort: the first entries of an item are a fair sample.
+        order = np.random.default_rng([seed, 29]).permutation(len(of))
+        order = order[np.argsort(of[order], kind="stable")]
+        counts = np.bincount(of, minlength=n_items)
+        starts = np.cumsum(counts) - counts
+        order = order[np.arange(len(order)) - np.repeat(starts, counts) < most]
+        neighbour = np.concatenate(far)[order]
+        weight = np.concatenate(faded)[order]
+        weight = weight / np.sqrt(np.bincount(item, minlength=n_items)[neighbour])
+        if len(weight):
+            weight = weight / weight.mean()
+        return Around(
+            np.concatenate([[0], np.cumsum(np.minimum(counts, most))]),
+            neighbour,
+            np.concatenate(whose)[order],
+            weight.astype(np.float32),
+            np.asarray(timeline.user_offsets).astype(np.int64),
+            item,
+            after,
+        )

@@ -1,0 +1,246 @@
+"""What is known of an item besides itself: what came before it, how many chose it, how lately.
+
+Two questions about an item have better answers than its own id vector, which a handful of events
+have made. With an id: what stood before it in histories, and how often and how near to their ends
+it stands itself (`Surroundings`). Without one: which items have texts like its own (`Lookalikes`).
+A bundle holds what both say as numbers (`folded_ids`, `of_rows`), so that what answers needs
+neither the log nor a search.
+
+Legend: R rows asked for, I item rows with an id, N item rows, M entries, E events, D dimensions,
+T text dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from features.around import Around
+
+PRIOR = 5.0
+"""Events of the usual kind that are added to an item's own, where shares of few are compared."""
+SHARPNESS = 10.0
+"""1 / temperature of the weights of likenesses."""
+ROWS_AT_ONCE = 4096
+AMONG_AT_ONCE = 65_536
+
+Vectors = Callable[[Tensor], Tensor]
+"""Rows → their id vectors."""
+
+
+def spans(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """All places of ranges, one range after another, and which range each is of."""
+    owner = torch.repeat_interleave(lengths)
+    first = starts - (lengths.cumsum(0) - lengths)
+    return torch.arange(len(owner), device=starts.device) + first[owner], owner
+
+
+class Surroundings(nn.Module):
+    """What the log says of items with an id, by everybody but those who are asked for.
+
+    The mean id vector of an item's neighbours is one step of a graph convolution (GraphSAGE;
+    Hamilton et al., 2017). In training the users of the batch are left out of all that is said:
+    otherwise the target's neighbours would be the history itself, and its counts would count the
+    example, which no item of tomorrow can offer.
+
+    Args:
+        around: neighbours and events of the I item rows with an id.
+        dimension: D.
+        hidden: probability, in training, that nothing of an item is known, its id included, as it
+            is of a new one.
+    """
+
+    offsets: Tensor
+    item: Tensor
+    user: Tensor
+    weight: Tensor
+    user_offsets: Tensor
+    event_item: Tensor
+    event_says: Tensor
+    counts: Tensor
+    usual: Tensor
+    log_scale: Tensor
+
+    def __init__(self, around: Around, dimension: int, hidden: float) -> None:
+        super().__init__()
+        self.hidden = hidden
+        after = torch.from_numpy(around.event_after)
+        says = torch.stack([torch.ones_like(after), (after == 0).float(), after], dim=1)
+        for name, values in {
+            "offsets": torch.from_numpy(around.offsets),
+            "item": torch.from_numpy(around.item),
+            "user": torch.from_numpy(around.user),
+            "weight": torch.from_numpy(around.weight),
+            "user_offsets": torch.from_numpy(around.user_offsets),
+            "event_item": torch.from_numpy(around.event_item),
+            "event_says": says,
+        }.items():
+            self.register_buffer(name, values, persistent=False)
+        counts = torch.zeros(around.n_items, 3).index_add_(0, self.event_item, says)
+        self.register_buffer("counts", counts, persistent=False)
+        usual = says.mean(0) if len(says) else says.new_ones(3)
+        self.register_buffer("usual", usual, persistent=False)
+        logs = counts[counts[:, 0] > 0, 0].log1p()
+        scale = [float(logs.mean()), float(logs.std())] if len(logs) > 1 else [0.0, 0.0]
+        self.register_buffer("log_scale", torch.tensor(scale).clamp(min=1e-3), persistent=False)
+        self.share = nn.Parameter(torch.tensor(0.5))
+        self.standing = nn.Linear(3, dimension)
+
+    def forward(
+        self, rows: Tensor, ids: Vectors, left_out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What is said of rows.
+
+        Args:
+            rows: (R,) item rows below I.
+            ids: gives the id vectors of rows.
+            left_out: (U,) user rows, also more than once, of whose events nothing is known.
+
+        Returns:
+            (R,) bool, whether any event of the row is known, and (R, D) what is said of it.
+        """
+        counts = self.counts if left_out is None else self._counts_without(left_out)
+        counts = counts[rows]
+        said = self.share * self._neighbours(rows, ids, left_out)
+        return counts[:, 0] > 0, said + self.standing(self._stands(counts))
+
+    def _counts_without(self, users: Tensor) -> Tensor:
+        users = users.unique()
+        starts = self.user_offsets[users]
+        events, _ = spans(starts, self.user_offsets[users + 1] - starts)
+        return self.counts.index_add(0, self.event_item[events], self.event_says[events], alpha=-1)
+
+    def _stands(self, counts: Tensor) -> Tensor:
+        """(R, 3) how many events, how many of them the last of their user, and how far from it."""
+        events, last, after = counts.unbind(1)
+        _, usual_last, usual_after = self.usual.unbind()
+        mean, spread = self.log_scale.unbind()
+        late = (last + PRIOR * usual_last) / ((events + PRIOR) * usual_last)
+        numbers = [
+            (events.log1p() - mean) / spread,
+            2 * late.log(),
+            1.5 * ((after + PRIOR * usual_after) / (events + PRIOR) - usual_after),
+        ]
+        return torch.stack(numbers, dim=1) * (events > 0)[:, None]
+
+    def _neighbours(self, rows: Tensor, ids: Vectors, left_out: Tensor | None) -> Tensor:
+        """(R, D) weighted mean of the neighbours' id vectors, less where there are few."""
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
+        entries, owner = spans(starts, lengths)
+        weight = self.weight[entries]
+        if left_out is not None:
+            known = torch.ones(len(self.user_offsets) - 1, device=rows.device)
+            known[left_out] = 0
+            weight = weight * known[self.user[entries]]
+        # Each item once: its gradient is then a row, however many have it as a neighbour. Marks in
+        # a table of all items find them several times as fast as sorting does.
+        marks = torch.zeros(len(self.counts), dtype=torch.bool, device=rows.device)
+        items = self.item[entries]
+        marks[items] = True
+        place = (marks.cumsum(0) - 1)[items]
+        said = F.embedding_bag(
+            place, ids(marks.nonzero().squeeze(1)), lengths.cumsum(0) - lengths,
+            mode="sum", per_sample_weights=weight,
+        )  # fmt: skip
+        total = weight.new_zeros(len(rows)).index_add(0, owner, weight)
+        return said / (total + 1)[:, None]
+
+
+class Lookalikes(nn.Module):
+    """What an item without an id starts from: the id vectors of those whose texts are like its own.
+
+    Args:
+        texts: (N, T) unit text vectors of all item rows, zero where there is no text.
+        n_ids: I; rows from 1 to below it have ids.
+        most: k, how many.
+        dimension: D.
+    """
+
+    nearest: Tensor
+    weight: Tensor
+    vectors: Tensor
+    steps: Tensor
+
+    def __init__(self, texts: Tensor, n_ids: int, most: int, dimension: int) -> None:
+        super().__init__()
+        self.most, self.every = most, 50 + n_ids // 100
+        nearest, weight = alike(texts, texts[:n_ids], most, own=True)
+        self.register_buffer("nearest", nearest, persistent=False)
+        self.register_buffer("weight", weight, persistent=False)
+        # As they were a while ago: gradients do not flow into them, and those of all neighbours'
+        # neighbours need not be read at each step. Persistent, so that a run that goes on is exact.
+        self.register_buffer("vectors", torch.zeros(n_ids, dimension))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.share = nn.Parameter(torch.tensor(0.5))
+        self._fresh = False
+
+    def train(self, mode: bool = True) -> Lookalikes:
+        self._fresh = False
+        return super().train(mode)
+
+    def remember(self, whole: Callable[[], Tensor]) -> None:
+        """Look again at what the items with an id are by now, where it is time to.
+
+        Args:
+            whole: gives (I, D) all that ids and their surroundings say.
+        """
+        if self.training:
+            due = int(self.steps) % self.every == 0
+            self.steps += 1
+        else:
+            due, self._fresh = not self._fresh, True
+        if due:
+            with torch.no_grad():
+                self.vectors.copy_(whole())
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(R,) item rows → (R, D)."""
+        return self.share * mean_of(self.vectors, self.nearest[rows], self.weight[rows])
+
+
+def mean_of(vectors: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """(R, D) weighted sums of the k rows of `vectors` that stand in each row of `rows`, (R, k)."""
+    return F.embedding_bag(rows, vectors, mode="sum", per_sample_weights=weight)
+
+
+def alike(texts: Tensor, among: Tensor, most: int, *, own: bool = False) -> tuple[Tensor, Tensor]:
+    """Whose texts are nearest, and how much each of them weighs.
+
+    Args:
+        texts: (R, T) unit vectors; of zeros nothing is near, and all weights are 0.
+        among: (I, T) of rows that may be found; row 0, "nothing known", never is.
+        most: k.
+        own: row r of `texts` is row r of `among`, too, and not found for itself.
+
+    Returns:
+        (R, k) int64 rows and (R, k) float32 weights that sum to 1.
+    """
+    k = max(1, min(most, len(among) - 1))
+    found = torch.zeros(len(texts), k, dtype=torch.long, device=texts.device)
+    weights = torch.zeros(len(texts), k, device=texts.device)
+    for start in range(0, len(texts), ROWS_AT_ONCE):
+        block = slice(start, min(start + ROWS_AT_ONCE, len(texts)))
+        part = texts[block].float()
+        best, rows = part.new_full((len(part), 0), 0.0), found[block, :0]
+        for first in range(0, len(among), AMONG_AT_ONCE):
+            others = among[first : first + AMONG_AT_ONCE].float()
+            likeness = (part @ others.T).masked_fill_(~others.any(1), -torch.inf)
+            if first == 0:
+                likeness[:, 0] = -torch.inf
+            if own:
+                here = torch.arange(block.start, block.stop, device=texts.device)
+                here = here[(here >= first) & (here < first + len(others))]
+                likeness[here - block.start, here - first] = -torch.inf
+            top, place = likeness.topk(min(k, len(others)), dim=1)
+            best, rows = torch.cat([best, top], 1), torch.cat([rows, place + first], 1)
+            best, kept = best.topk(min(k, best.shape[1]), dim=1)
+            rows = rows.gather(1, kept)
+        said = part.any(1, keepdim=True) & ~best.isneginf()
+        weight = (best * SHARPNESS).masked_fill(~said, -torch.inf).softmax(1)
+        weights[block] = torch.nan_to_num(weight, nan=0.0)
+        found[block] = torch.where(said, rows, 0)
+    return found, weights
