@@ -299,16 +299,15 @@ def _learn(
         given=given,
     )
     watched = f"val/{rules.monitor}"
-    # A checkpoint that watches a metric is written only when it rose; resuming needs every epoch.
-    callbacks: list[Callback] = [
-        ModelCheckpoint(folder, filename="last", enable_version_counter=False),
-        EpochLines(say),
-    ]
+    callbacks: list[Callback] = [EpochLines(say)]
     if validation is not None:
         best = ModelCheckpoint(
             folder, filename="best", monitor=watched, mode="max", enable_version_counter=False
         )
         callbacks += [best, EarlyStopping(watched, patience=rules.patience, mode="max")]
+    # A checkpoint that watches a metric is written only when it rose; resuming needs every epoch.
+    # After the other one: it has to say which epoch was the best until now, this one included.
+    callbacks.append(ModelCheckpoint(folder, filename="last", enable_version_counter=False))
     with torch.random.fork_rng(devices=[]), _without_chatter():
         torch.manual_seed(config.seed)
         trainer = lightning.Trainer(

@@ -26,6 +26,7 @@ from serving.bundle import Bundle
 from serving.index import HnswIndex
 from serving.neighbours import likeness
 from towers.encode import encode_items, encode_users
+from towers.two_tower import added
 
 
 @dataclass(frozen=True)
@@ -386,7 +387,11 @@ class Recommender:
             if statistics is not None:
                 statistics = statistics.expand(len(said), -1)
             rows = torch.zeros(len(said), dtype=torch.int64)
-            return model.item_tower(model.embed_items(rows, statistics, said)).float().numpy()
+            embedded = model.embed_items(rows, statistics, said)
+            if model.item_spec.lookalikes:
+                start = model.item_tower.inputs.start_of(said, model.items)
+                embedded = added(embedded, start)
+            return model.item_tower(embedded).float().numpy()
 
     @cached_property
     def _unknown_statistics(self) -> torch.Tensor | None:

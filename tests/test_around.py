@@ -20,6 +20,8 @@ from recsys.errors import ConfigError
 from tests.test_towers import SEED, settle
 from towers.around import PRIOR, SHARPNESS, Lookalikes, Surroundings, alike
 from towers.build import build_model
+from towers.data import InteractionData
+from towers.training import TwoTowerModule
 from towers.two_tower import TowerRules
 
 D = 5
@@ -182,6 +184,17 @@ def test_lookalikes_look_again_from_time_to_time_and_whenever_they_answer() -> N
     torch.testing.assert_close(model(torch.tensor([3]))[0], torch.full((D,), 0.5 * 4))
 
 
+def test_lookalikes_that_go_on_look_again_when_they_would_have() -> None:
+    one, other = (Lookalikes(torch.eye(4), 3, 2, D).train() for _ in range(2))
+    one.remember(lambda: torch.ones(3, D))
+    other.load_state_dict(one.state_dict())
+    for _ in range(one.every - 1):
+        other.remember(lambda: torch.zeros(3, D))
+    assert torch.equal(other.vectors, torch.ones(3, D))
+    other.remember(lambda: torch.zeros(3, D))
+    assert not other.vectors.any()
+
+
 def test_what_does_not_go_together_is_refused(tiny: Any) -> None:
     for name in ("neighbours", "lookalikes"):
         for other in ({"item_id": False}, {"history_table": "own"}):
@@ -229,6 +242,41 @@ def test_a_bundle_answers_as_the_towers_that_learned(around_run: str, tmp_path: 
     assert np.abs(bare - wanted)[~cold].max() > 0.05
 
 
+def test_training_leaves_out_who_is_asked_for(
+    around_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from experiments.config import loads
+    from experiments.run import Untrained, prepare
+    from features.examples import training_events
+
+    config = loads(f'out = "{tmp_path.as_posix()}"\n{around_run}')
+    dataset = prepare(config)
+    module = TwoTowerModule(Untrained(config, dataset).make(), config.training)
+    data = InteractionData(
+        training_events(dataset, skips=False), None, config.training,
+        towers=config.towers, statistics=module.model.uses_statistics,
+    )  # fmt: skip
+    batch = next(iter(data.train_dataloader()))
+    heard: list[torch.Tensor | None] = []
+    honest = Surroundings.forward
+
+    def listening(self: Surroundings, rows: Any, ids: Any, left_out: Any = None) -> Any:
+        if len(rows) == len(batch.rows):  # what is alike is worked out from everybody
+            heard.append(left_out)
+        return honest(self, rows, ids, left_out)
+
+    monkeypatch.setattr(Surroundings, "forward", listening)
+    for rate in (0.0, 0.5):  # last layers start at zero, and let nothing through
+        module.train().loss(batch).backward()
+        module.eval().loss(batch)
+    learning, answering = heard
+    assert learning is not None and torch.equal(learning, batch.user.users) and answering is None
+    inputs = module.model.item_tower.inputs
+    assert inputs.around is not None and inputs.lookalikes is not None
+    learned = [inputs.around.share, inputs.around.standing.weight, inputs.lookalikes.share]
+    assert all(one.grad is not None and one.grad.any() for one in learned)
+
+
 def test_new_items_are_read_as_cold_ones_of_the_bundle(
     build: Callable[..., Any], around_run: str, tmp_path: Path, table: dict[str, dict[str, Any]]
 ) -> None:
@@ -245,3 +293,9 @@ def test_new_items_are_read_as_cold_ones_of_the_bundle(
     warm = bundle.model.item_spec.ids - 1
     starts = bundle.model.item_tower.inputs.starts.weight[1:].float()
     assert len(starts) == len(ids) - warm and starts.abs().max() > 1e-3
+    # So is a mere text: nothing else is known of the item.
+    text = "oak table for the garden"
+    only = bundle.coder.describe({"title": text})
+    assert only.text == text
+    put = encode_described(bundle, [only], np.zeros(1, np.int64)).vectors
+    np.testing.assert_allclose(Recommender(bundle).text_vectors([text]), put, atol=2e-3)

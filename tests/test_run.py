@@ -200,8 +200,9 @@ def _quiet(run: str, folder: Path, *more: str) -> Any:
     return loads(f'out = "{folder.as_posix()}"\n{run}\n{lines}\n')
 
 
+@pytest.mark.parametrize("towers", ["", "neighbours = 9\nlookalikes = 3\n"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_towers(
-    market_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    towers: str, market_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import pytorch_lightning as lightning
     import torch
@@ -209,6 +210,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_towers(
     from experiments.run import train
 
     torch.set_num_threads(1)
+    market_run = market_run.replace("[towers]\n", f"[towers]\n{towers}")
+    assert towers in market_run
     short = ("[training]", "epochs = 2", "batch_size = 64", "[text]", "epochs = 1")
     whole = train(_quiet(market_run, tmp_path / "whole", *short))
     config = _quiet(market_run, tmp_path / "cut", *short)

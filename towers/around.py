@@ -163,7 +163,6 @@ class Lookalikes(nn.Module):
     nearest: Tensor
     weight: Tensor
     vectors: Tensor
-    steps: Tensor
 
     def __init__(self, texts: Tensor, n_ids: int, most: int, dimension: int) -> None:
         super().__init__()
@@ -174,13 +173,21 @@ class Lookalikes(nn.Module):
         # As they were a while ago: gradients do not flow into them, and those of all neighbours'
         # neighbours need not be read at each step. Persistent, so that a run that goes on is exact.
         self.register_buffer("vectors", torch.zeros(n_ids, dimension))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.share = nn.Parameter(torch.tensor(0.5))
-        self._fresh = False
+        self._steps = 0
+        self._now: Tensor | None = None
 
     def train(self, mode: bool = True) -> Lookalikes:
-        self._fresh = False
+        self._now = None
         return super().train(mode)
+
+    def get_extra_state(self) -> int:
+        """How many steps of training there were; no tensor, which a step would wait for."""
+        return self._steps
+
+    def set_extra_state(self, state: int) -> None:
+        """Go on counting from there."""
+        self._steps = state
 
     def remember(self, whole: Callable[[], Tensor]) -> None:
         """Look again at what the items with an id are by now, where it is time to.
@@ -188,18 +195,19 @@ class Lookalikes(nn.Module):
         Args:
             whole: gives (I, D) all that ids and their surroundings say.
         """
-        if self.training:
-            due = int(self.steps) % self.every == 0
-            self.steps += 1
-        else:
-            due, self._fresh = not self._fresh, True
-        if due:
-            with torch.no_grad():
+        with torch.no_grad():
+            if not self.training:
+                # Apart: a look that is taken to answer is none that training waited for.
+                self._now = whole() if self._now is None else self._now
+                return
+            if self._steps % self.every == 0:
                 self.vectors.copy_(whole())
+            self._steps += 1
 
     def forward(self, rows: Tensor) -> Tensor:
         """(R,) item rows → (R, D)."""
-        return self.share * mean_of(self.vectors, self.nearest[rows], self.weight[rows])
+        vectors = self.vectors if self._now is None else self._now
+        return self.share * mean_of(vectors, self.nearest[rows], self.weight[rows])
 
 
 def mean_of(vectors: Tensor, rows: Tensor, weight: Tensor) -> Tensor:

@@ -172,9 +172,14 @@ class FeatureEmbedding(nn.Module):
         """(1+R, D) zero, and what rows without an id start from, for a bundle."""
         assert self.lookalikes is not None
         with torch.no_grad():
-            self.lookalikes.vectors.copy_(self.whole_ids())
+            self.lookalikes.eval().remember(self.whole_ids)
             said = self.lookalikes(rows)
         return torch.cat([said.new_zeros(1, self.dimension), said])
+
+    def place_of_start(self, rows: Tensor) -> Tensor:
+        """(R,) rows of `starts`: 0 of what has an id, and of what came after the bundle."""
+        place = rows - (self.spec.ids - 1)
+        return torch.where((place < 1) | (place > self.spec.starts), 0, place)
 
     def start_of(self, texts: Tensor, table: FeatureTable) -> Tensor:
         """(R, T) texts → (R, D) what new items with them start from; in a bundle.
@@ -260,8 +265,7 @@ class FeatureEmbedding(nn.Module):
             self.lookalikes.remember(self.whole_ids)
             out = out + self.lookalikes(rows) * ~(shown if said is None else there)[:, None]
         if self.spec.lookalikes:
-            place = torch.where(rows < self.spec.ids, 0, rows - self.spec.ids + 1)
-            out = out + self.starts(place).float()
+            out = out + self.starts(self.place_of_start(rows)).float()
         return out
 
     def _kept(self, rows: Tensor, dropout: float) -> Tensor:

@@ -109,7 +109,7 @@ class Explainer:
             own, nobody = inputs.ids(known).float(), inputs.ids(torch.zeros_like(known)).float()
             yield "id", own - nobody, known > 0
         if spec.lookalikes:
-            started = torch.where(rows < spec.ids, 0, rows - spec.ids + 1)
+            started = inputs.place_of_start(rows)
             yield "lookalikes", inputs.starts(started).float(), started > 0
         for name, layer in (("text", "text"), ("vector", "vector")):
             buffer = getattr(table, name)
