@@ -156,12 +156,13 @@ def _with_rows(model: TwoTower, items: np.ndarray, users: np.ndarray) -> TwoTowe
 
     spec, weights = model.item_spec, model.state_dict()
     inputs, name = model.item_tower.inputs, "item_tower.inputs."
-    if inputs.around is not None:
+    if inputs.around is not None or inputs.lookalikes is not None:
         weights[f"{name}ids.weight"] = inputs.whole_ids()
     if inputs.lookalikes is not None:
         starts = inputs.starts_of(torch.from_numpy(items[items >= spec.ids]))
         spec = replace(spec, lookalikes=inputs.lookalikes.most, starts=len(starts) - 1)
         weights[f"{name}starts.weight"] = starts
+        weights[f"{name}alone.weight"] = inputs.ids.weight
         weights[f"{name}likeness"] = inputs.lookalikes.share
     kept = TwoTower(
         model.rules,

@@ -163,36 +163,16 @@ def test_likenesses_are_found_in_blocks_as_at_once(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(at_once[1], in_blocks[1])
 
 
-def test_lookalikes_look_again_from_time_to_time_and_whenever_they_answer() -> None:
-    model = Lookalikes(torch.eye(4), 3, 2, D).train()
-    looked = 0
-
-    def whole() -> torch.Tensor:
-        nonlocal looked
-        looked += 1
-        return torch.full((3, D), float(looked))
-
-    for _ in range(model.every + 1):
-        model.remember(whole)
-    assert looked == 2
-    for _ in range(2):
-        model.eval()
-        model.remember(whole)
-        model.remember(whole)
-    assert looked == 4
-    # Row 3 has no id; its text is as far from row 1 as from row 2.
-    torch.testing.assert_close(model(torch.tensor([3]))[0], torch.full((D,), 0.5 * 4))
-
-
-def test_lookalikes_that_go_on_look_again_when_they_would_have() -> None:
-    one, other = (Lookalikes(torch.eye(4), 3, 2, D).train() for _ in range(2))
-    one.remember(lambda: torch.ones(3, D))
-    other.load_state_dict(one.state_dict())
-    for _ in range(one.every - 1):
-        other.remember(lambda: torch.zeros(3, D))
-    assert torch.equal(other.vectors, torch.ones(3, D))
-    other.remember(lambda: torch.zeros(3, D))
-    assert not other.vectors.any()
+def test_lookalikes_are_the_mean_of_their_id_vectors() -> None:
+    texts = torch.tensor([[0, 0], [1, 0], [0, 1], [0.6, 0.8], [0.8, 0.6], [0, 0]])
+    model, ids = Lookalikes(texts, 4, 2), torch.nn.Embedding(4, D)
+    near = np.exp(SHARPNESS * np.array([[0.0, 0.6], [0.0, 0.8], [0.6, 0.8], [0.8, 0.96]]))
+    rows = [(2, 3), (1, 3), (1, 2), (1, 3)]  # of items 1, 2, 3 and 4; item 5 has no text
+    said = model(torch.arange(6), ids)
+    for item, of, weight in zip((1, 2, 3, 4), rows, near, strict=True):
+        wanted = sum(w * ids.weight[i] for i, w in zip(of, weight / weight.sum(), strict=True))
+        torch.testing.assert_close(said[item], (0.5 * wanted).float(), rtol=1e-4, atol=1e-5)
+    assert not said[0].any() and not said[5].any()
 
 
 def test_what_does_not_go_together_is_refused(tiny: Any) -> None:
@@ -225,7 +205,6 @@ def test_a_bundle_answers_as_the_towers_that_learned(around_run: str, tmp_path: 
     bundle = Recommender.load(path).bundle
     assert bundle.model.item_tower.inputs.around is None
     rows = 1 + np.array([dataset.items.ids.to_list().index(id) for id in bundle.items.ids])
-    model.train().eval()  # what is alike is looked at again
     statistics = torch.from_numpy(
         bundle.timeline.statistics(np.arange(1, len(rows) + 1), bundle.cutoff)
     )

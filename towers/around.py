@@ -1,10 +1,9 @@
 """What is known of an item besides itself: what came before it, how many chose it, how lately.
 
-Two questions about an item have better answers than its own id vector, which a handful of events
-have made. With an id: what stood before it in histories, and how often and how near to their ends
-it stands itself (`Surroundings`). Without one: which items have texts like its own (`Lookalikes`).
-A bundle holds what both say as numbers (`folded_ids`, `of_rows`), so that what answers needs
-neither the log nor a search.
+An id vector that a handful of events have made says little. More say what stood before an item in
+histories, and how often and how near to their ends it stands itself (`Surroundings`); and, of new
+items too, those whose texts are like its own (`Lookalikes`). A bundle holds what both say as plain
+vectors, so that what answers reads neither the log nor everybody's texts.
 
 Legend: R rows asked for, I item rows with an id, N item rows, M entries, E events, D dimensions,
 T text dimensions.
@@ -136,83 +135,59 @@ class Surroundings(nn.Module):
             known = torch.ones(len(self.user_offsets) - 1, device=rows.device)
             known[left_out] = 0
             weight = weight * known[self.user[entries]]
-        # Each item once: its gradient is then a row, however many have it as a neighbour. Marks in
-        # a table of all items find them several times as fast as sorting does.
-        marks = torch.zeros(len(self.counts), dtype=torch.bool, device=rows.device)
-        items = self.item[entries]
-        marks[items] = True
-        place = (marks.cumsum(0) - 1)[items]
-        said = F.embedding_bag(
-            place, ids(marks.nonzero().squeeze(1)), lengths.cumsum(0) - lengths,
-            mode="sum", per_sample_weights=weight,
-        )  # fmt: skip
+        first = lengths.cumsum(0) - lengths
+        said = sums_of(self.item[entries], weight, first, ids, len(self.counts))
         total = weight.new_zeros(len(rows)).index_add(0, owner, weight)
         return said / (total + 1)[:, None]
 
 
 class Lookalikes(nn.Module):
-    """What an item without an id starts from: the id vectors of those whose texts are like its own.
+    """Id vectors of the items whose texts are most like an item's own, for items with few events of
+    their own, or none.
 
     Args:
         texts: (N, T) unit text vectors of all item rows, zero where there is no text.
         n_ids: I; rows from 1 to below it have ids.
         most: k, how many.
-        dimension: D.
     """
 
     nearest: Tensor
     weight: Tensor
-    vectors: Tensor
 
-    def __init__(self, texts: Tensor, n_ids: int, most: int, dimension: int) -> None:
+    def __init__(self, texts: Tensor, n_ids: int, most: int) -> None:
         super().__init__()
-        self.most, self.every = most, 50 + n_ids // 100
+        self.most, self.n_ids = most, n_ids
         nearest, weight = alike(texts, texts[:n_ids], most, own=True)
         self.register_buffer("nearest", nearest, persistent=False)
         self.register_buffer("weight", weight, persistent=False)
-        # As they were a while ago: gradients do not flow into them, and those of all neighbours'
-        # neighbours need not be read at each step. Persistent, so that a run that goes on is exact.
-        self.register_buffer("vectors", torch.zeros(n_ids, dimension))
         self.share = nn.Parameter(torch.tensor(0.5))
-        self._steps = 0
-        self._now: Tensor | None = None
 
-    def train(self, mode: bool = True) -> Lookalikes:
-        self._now = None
-        return super().train(mode)
-
-    def get_extra_state(self) -> int:
-        """How many steps of training there were; no tensor, which a step would wait for."""
-        return self._steps
-
-    def set_extra_state(self, state: int) -> None:
-        """Go on counting from there."""
-        self._steps = state
-
-    def remember(self, whole: Callable[[], Tensor]) -> None:
-        """Look again at what the items with an id are by now, where it is time to.
-
-        Args:
-            whole: gives (I, D) all that ids and their surroundings say.
-        """
-        with torch.no_grad():
-            if not self.training:
-                # Apart: a look that is taken to answer is none that training waited for.
-                self._now = whole() if self._now is None else self._now
-                return
-            if self._steps % self.every == 0:
-                self.vectors.copy_(whole())
-            self._steps += 1
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """(R,) item rows → (R, D)."""
-        vectors = self.vectors if self._now is None else self._now
-        return self.share * mean_of(vectors, self.nearest[rows], self.weight[rows])
+    def forward(self, rows: Tensor, ids: Vectors) -> Tensor:
+        """(R,) item rows → (R, D); `ids` gives the id vectors of rows."""
+        nearest, weight = self.nearest[rows], self.weight[rows]
+        starts = torch.arange(len(rows), device=rows.device) * nearest.shape[1]
+        return self.share * sums_of(nearest.flatten(), weight.flatten(), starts, ids, self.n_ids)
 
 
-def mean_of(vectors: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """(R, D) weighted sums of the k rows of `vectors` that stand in each row of `rows`, (R, k)."""
-    return F.embedding_bag(rows, vectors, mode="sum", per_sample_weights=weight)
+def sums_of(items: Tensor, weight: Tensor, starts: Tensor, ids: Vectors, n_ids: int) -> Tensor:
+    """(R, D) weighted sums of id vectors, one for each run of `items`.
+
+    Each item's vector is read once: its gradient is then a row, in however many sums it stands.
+    Marks in a table of all items find them several times as fast as sorting does.
+
+    Args:
+        items: (M,) rows.
+        weight: (M,).
+        starts: (R,) where each run begins.
+        ids: gives the id vectors of rows.
+        n_ids: I.
+    """
+    marks = torch.zeros(n_ids, dtype=torch.bool, device=items.device)
+    marks[items] = True
+    place = (marks.cumsum(0) - 1)[items]
+    return F.embedding_bag(
+        place, ids(marks.nonzero().squeeze(1)), starts, mode="sum", per_sample_weights=weight
+    )
 
 
 def alike(texts: Tensor, among: Tensor, most: int, *, own: bool = False) -> tuple[Tensor, Tensor]:

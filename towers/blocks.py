@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from towers.around import ROWS_AT_ONCE, Lookalikes, Surroundings, alike, mean_of
+from towers.around import ROWS_AT_ONCE, Lookalikes, Surroundings, alike
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,8 @@ class FeatureSpec:
         numbers: how many numbers.
         categories: name → number of codes, code 0 for unknown included.
         statistics: how many statistics as of the event.
-        lookalikes: in a bundle, of how many rows whose texts are like its own a row without an id
-            starts.
-        starts: rows beyond those with an id for which that is worked out.
+        lookalikes: in a bundle, of how many rows whose texts are like its own every row reads.
+        starts: rows beyond those with an id for which that is kept.
     """
 
     ids: int = 0
@@ -132,6 +131,8 @@ class FeatureEmbedding(nn.Module):
             self.likeness = nn.Parameter(torch.tensor(0.5))
             # Row 0 is of all rows that have an id.
             self.starts = nn.Embedding(spec.starts + 1, dimension, sparse=True)
+            # Id vectors without what is around them, which new items start from.
+            self.alone = nn.Embedding(spec.ids, dimension, sparse=True)
         if spec.text:
             self.text = nn.Linear(spec.text, dimension, bias=False)
             _scale_to_unit(self.text, inputs_norm=members**0.5)
@@ -160,21 +161,24 @@ class FeatureEmbedding(nn.Module):
         self.around, self.lookalikes = around, lookalikes
 
     def whole_ids(self) -> Tensor:
-        """(I, D) what ids say, and with them what the log says of what is around the items."""
+        """(I, D) what ids say, and with them all that is around the items."""
         out = self.ids.weight.detach().clone()
-        if self.around is not None:
+        with torch.no_grad():
             for rows in torch.arange(len(out), device=out.device).split(ROWS_AT_ONCE):
-                there, said = self.around(rows, self.ids)
-                out[rows] += said.detach() * there[:, None]
+                if self.around is not None:
+                    there, said = self.around(rows, self.ids)
+                    out[rows] += said * there[:, None]
+                if self.lookalikes is not None:
+                    out[rows] += self.lookalikes(rows, self.ids)
         return out
 
     def starts_of(self, rows: Tensor) -> Tensor:
         """(1+R, D) zero, and what rows without an id start from, for a bundle."""
         assert self.lookalikes is not None
+        parts = [torch.zeros(1, self.dimension)]
         with torch.no_grad():
-            self.lookalikes.eval().remember(self.whole_ids)
-            said = self.lookalikes(rows)
-        return torch.cat([said.new_zeros(1, self.dimension), said])
+            parts += [self.lookalikes(part, self.ids) for part in rows.split(ROWS_AT_ONCE)]
+        return torch.cat(parts)
 
     def place_of_start(self, rows: Tensor) -> Tensor:
         """(R,) rows of `starts`: 0 of what has an id, and of what came after the bundle."""
@@ -189,7 +193,7 @@ class FeatureEmbedding(nn.Module):
             table: of the items that were learned from.
         """
         found, weight = alike(texts, _of(table.text, slice(self.spec.ids)), self.spec.lookalikes)
-        return self.likeness * mean_of(self.ids.weight.float(), found, weight)
+        return self.likeness * (self.alone(found).float() * weight[:, :, None]).sum(1)
 
     def standardise(self, mean: Tensor, scale: Tensor) -> None:
         """Fix the mean and scale of the statistics, (S,) each, as seen on the training side."""
@@ -248,8 +252,8 @@ class FeatureEmbedding(nn.Module):
         return out if out.ndim > 1 else out.expand(len(rows), self.dimension)
 
     def _of_log(self, rows: Tensor, ids: nn.Embedding, left_out: Tensor | None) -> Tensor:
-        """(R, D) what the log says of rows; of those it does not know, or that are hidden, what it
-        says of their like.
+        """(R, D) what the log says of rows and of their like; of those that it does not know, or
+        that are hidden, of their like alone.
         """
         known = torch.where(rows < self.spec.ids, rows, 0)
         there, said = known > 0, None
@@ -262,8 +266,7 @@ class FeatureEmbedding(nn.Module):
         if said is not None:
             out = out + said
         if self.lookalikes is not None:
-            self.lookalikes.remember(self.whole_ids)
-            out = out + self.lookalikes(rows) * ~(shown if said is None else there)[:, None]
+            out = out + self.lookalikes(rows, ids)
         if self.spec.lookalikes:
             out = out + self.starts(self.place_of_start(rows)).float()
         return out

@@ -174,7 +174,7 @@ def _lookalikes(rules: TowerRules, texts: torch.Tensor | None, n_ids: int) -> Lo
             "and these items have none, or they learn with the towers. Name text columns in "
             '[data.catalog] and set text.train = "frozen", or set towers.lookalikes to 0.'
         )
-    return Lookalikes(texts, n_ids, rules.lookalikes, rules.dimension)
+    return Lookalikes(texts, n_ids, rules.lookalikes)
 
 
 def standardise(model: TwoTower, events: TrainingEvents, seed: int) -> None:

@@ -55,8 +55,8 @@ class Explainer:
 
         Returns:
             One object an item: "parts": name → score less the score without it, for "id",
-            "lookalikes" (what an item without an id starts from), "text", "vector", "statistics"
-            and each number and category that the item has.
+            "lookalikes" (of an item without an id; of others they are a part of "id"), "text",
+            "vector", "statistics" and each number and category that the item has.
         """
         out: list[dict[str, Any]] = [{"parts": {}} for _ in rows]
         some = np.flatnonzero(rows > 0)
