@@ -115,8 +115,8 @@ class TowerRules(Strict):
     and what is around it; `id_dropout` then hides ids alone."""
     lookalikes: int = Field(0, ge=0, le=1000)
     """The item tower reads the mean id vector of so many items whose texts are most like an item's
-    own, too: so what is seldom, or new, is placed by its like. Every text is compared with every other once
-    a training, which for a million items is long. 0: its own id alone."""
+    own, too: so what is seldom, or new, is placed by its like. Every text is compared with every
+    other once a training, which for a million items is long. 0: its own id alone."""
     hidden: int = Field(128, ge=0)
     """Width of each tower's residual layer; 0: none, which overfits least on very small logs."""
     dropout: float = Field(0.1, ge=0, lt=1)
