@@ -420,7 +420,7 @@ def test_windows_are_as_of_the_clock(trade: Served) -> None:
 # --- the table of neighbours ----------------------------------------------------------------------
 
 
-def test_the_quick_way_answers_as_the_slowreply_to(keeper: Served, trade: Served) -> None:
+def test_the_quick_way_answers_as_the_slow_one(keeper: Served, trade: Served) -> None:
     for served in (keeper, trade):
         engine = engine_of(served)
         for id in served.bundle.items.decode(served.bundle.rows).to_list():

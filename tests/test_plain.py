@@ -71,7 +71,7 @@ def test_a_plain_question_is_answered_as_any_other(single: Served) -> None:
     ],
     ids=lambda ask: f"{ask.kind}-{ask.k}",
 )
-def test_what_is_not_plain_or_not_well_asked_is_left_to_theengine_of(
+def test_what_is_not_plain_or_not_well_asked_is_left_to_the_engine(
     single: Served, ask: Ask
 ) -> None:
     assert _plain(engine_of(single), ask) is None

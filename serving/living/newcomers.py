@@ -136,10 +136,10 @@ def _encode(
     rows, inputs = torch.arange(1, table.n_rows), model.item_tower.inputs
     ids = _picked(inputs.ids, known) if model.item_spec.ids else None
     embedded = inputs(rows, table, statistics, None, ids=ids)
-    if model.item_spec.lookalikes and table.text is not None:
-        starts = inputs.start_of(table.text[1:], model.items)
-        new = (known == 0) | (known >= model.item_spec.ids)
-        embedded = added(embedded, starts * new[:, None])
+    new = ((known == 0) | (known >= model.item_spec.ids)).nonzero().squeeze(1)
+    if model.item_spec.lookalikes and table.text is not None and len(new):
+        # What has an id says with it what it has of its like.
+        embedded[new] = added(embedded[new], inputs.start_of(table.text[new + 1], model.items))
     vectors = model.item_tower(embedded)
     own, weight = model.user_tower.history_ids, model.user_tower.history_weight
     # As `TwoTower.embed_history`, which takes rows of the model's own table.
