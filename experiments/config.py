@@ -45,11 +45,6 @@ class RunConfig(Strict):
     evaluate: EvaluateRules = Field(default_factory=EvaluateRules)
     track: TrackRules = Field(default_factory=TrackRules)
 
-    @property
-    def learns_company(self) -> bool:
-        """Whether the text encoder learns from the log which items are had together."""
-        return self.text.model is None and "company" in self.text.views
-
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file.

@@ -37,7 +37,7 @@ from serving.recommender import Recommender
 from towers.build import build_model, standardise, validation_side
 from towers.data import InteractionData
 from towers.spectral import start as start_tables
-from towers.training import EpochLines, TwoTowerModule
+from towers.training import EpochLines, TwoTowerModule, average_of
 from towers.two_tower import TwoTower
 from towers.validation import Validation
 
@@ -110,7 +110,7 @@ def text_vectors(
     fields = [texts_of(catalog, (part,)).gather(rows) for part in parts if part in catalog.columns]
     rules = config.text.model_copy(update={"seed": config.seed})
     company = None
-    if config.learns_company:
+    if config.text.learns_company:
         place = np.full(dataset.n_items, -1)
         place[rows] = np.arange(len(rows))
         company = place[consecutive(timeline_until(dataset, until))]
@@ -160,7 +160,7 @@ class Untrained:
         """Towers that are to learn from the validation side, too: what it is the first to know has
         ids, and its company says more of texts. Where it says nothing of texts, they are read once.
         """
-        texts = Side.VALID if self.config.learns_company else Side.TRAIN
+        texts = Side.VALID if self.config.text.learns_company else Side.TRAIN
         return self._towers(texts, Side.VALID)
 
     def _towers(self, texts: Side, until: Side) -> TwoTower:
@@ -299,7 +299,7 @@ def _learn(
         given=given,
     )
     watched = f"val/{rules.monitor}"
-    callbacks: list[Callback] = [EpochLines(say)]
+    callbacks: list[Callback] = [*average_of(rules), EpochLines(say)]
     if validation is not None:
         best = ModelCheckpoint(
             folder, filename="best", monitor=watched, mode="max", enable_version_counter=False

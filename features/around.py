@@ -9,12 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from features.order import Order, pairs
 from features.timeline import Timeline
 
-REACH = 7
-"""Events before an item that are its neighbours, at most."""
-FADE = 0.7
-"""How much a neighbour counts beside the one that stands an event nearer."""
 LATE = 8
 """Events after an item that are told apart, at most."""
 
@@ -31,6 +28,7 @@ class Around:
         user_offsets: (U+1,) int64; the events of user u are `[user_offsets[u], user_offsets[u+1])`.
         event_item: (E,) int32 item row of each event.
         event_after: (E,) float32 how many events of its user came later, up to `LATE`.
+        order: where items and events stand in time.
     """
 
     offsets: np.ndarray
@@ -40,6 +38,7 @@ class Around:
     user_offsets: np.ndarray
     event_item: np.ndarray
     event_after: np.ndarray
+    order: Order
 
     @property
     def n_items(self) -> int:
@@ -50,8 +49,8 @@ class Around:
     def of(timeline: Timeline, n_items: int, most: int, seed: int) -> Around:
         """What stands around each of the first `n_items` item rows.
 
-        An entry weighs `FADE` ** (events between) / √(events of the neighbour), as in the
-        normalised adjacency of graph convolutions, on one side.
+        An entry weighs its pair's weight / √(events of the neighbour), as in the normalised
+        adjacency of graph convolutions, on one side.
 
         Args:
             timeline: events of all users.
@@ -66,12 +65,11 @@ class Around:
         ends = np.repeat(np.asarray(timeline.user_offsets)[1:], lengths)
         after = np.minimum(ends - 1 - np.arange(len(item)), LATE).astype(np.float32)
         near, far, whose, faded = [], [], [], []
-        for distance in range(1, REACH + 1):
-            together = (user[:-distance] == user[distance:]) & (item[:-distance] != item[distance:])
-            near.append(item[distance:][together])
-            far.append(item[:-distance][together])
-            whose.append(user[distance:][together])
-            faded.append(np.full(len(near[-1]), FADE ** (distance - 1), np.float32))
+        for weighs, earlier, later in pairs(timeline.user_offsets, item):
+            near.append(item[later])
+            far.append(item[earlier])
+            whose.append(user[later])
+            faded.append(np.full(len(later), weighs, np.float32))
         of = np.concatenate(near)
         # A seeded shuffle before a stable sort: the first entries of an item are a fair sample.
         order = np.random.default_rng([seed, 29]).permutation(len(of))
@@ -92,4 +90,5 @@ class Around:
             np.asarray(timeline.user_offsets).astype(np.int64),
             item,
             after,
+            Order.of(timeline.user_offsets, item, n_items),
         )

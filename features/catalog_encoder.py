@@ -61,7 +61,6 @@ def train_static(
     Raises:
         DataError: no text has a letter in it.
     """
-    import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
@@ -69,16 +68,44 @@ def train_static(
     items = learned_from(texts, fields, rules, rng)
     tokenizer = fit_tokenizer(items["text"].to_list(), rules)
     tokens = tokenized(tokenizer, items, len(texts), progress)
-    pairs = make_pairs(tokens, items, tokenizer, rules, rows_of(texts, items, company))
+    together = rows_of(texts, items, company)
+    asked = [rules]
+    if rules.beside:
+        asked.append(
+            rules.model_copy(update={"views": rules.beside, "epochs": rules.beside_epochs})
+        )
+    tables = []
     with one_thread():
         start = lsa_vectors(tokens, tokenizer.get_vocab_size(), rules.dimension, rng)
-        module = StaticEmbedding(tokenizer, embedding_weights=start)
-        model = SentenceTransformer(modules=[module], device="cpu")
-        contrast(model, pairs, rules, rng, progress)
-    with torch.no_grad():
-        weights = module.embedding.weight
-        weights.copy_(torch.from_numpy(inherit(tokenizer, tokens, weights.numpy())))
-    return model.eval()
+        for each in asked:
+            module = StaticEmbedding(tokenizer, embedding_weights=start.copy())
+            model = SentenceTransformer(modules=[module], device="cpu")
+            pairs = make_pairs(tokens, items, tokenizer, each, together)
+            contrast(model, pairs, each, rng, progress)
+            tables.append(inherit(tokenizer, tokens, module.embedding.weight.detach().numpy()))
+    if len(tables) > 1:
+        # Means of token vectors side by side are means of what stands side by side: one encoder.
+        tables = [table / usual_length(tokens, table) for table in tables]
+    module = StaticEmbedding(tokenizer, embedding_weights=np.concatenate(tables, axis=1))
+    return SentenceTransformer(modules=[module], device="cpu").eval()
+
+
+def usual_length(tokens: Ragged, vectors: np.ndarray) -> float:
+    """Mean length of the texts' vectors; 1 where none has any.
+
+    Args:
+        tokens: of the texts.
+        vectors: (V, D) of the tokens.
+    """
+    import torch
+
+    values, starts = (
+        torch.from_numpy(part.astype(np.int64)) for part in (tokens.values, tokens.offsets[:-1])
+    )
+    means = torch.nn.functional.embedding_bag(
+        values, torch.from_numpy(vectors), starts, mode="mean"
+    )
+    return float(means.norm(dim=1).mean()) or 1.0
 
 
 def learned_from(

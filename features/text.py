@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 import polars as pl
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from features.pretrained import open_model, pretrained
 from recsys.errors import BundleError, DataError
@@ -84,6 +84,12 @@ class TextRules(Strict):
     """Share of the tokens in a view of split (the first), dropout and company (both)."""
     epochs: Annotated[int, Field(ge=0, le=1000)] = 10
     """0: latent semantic analysis alone, without contrastive training."""
+    beside: tuple[View, ...] = ()
+    """Of the static encoder: views that a second one learns from, whose vectors stand beside the
+    first's, so that they are twice as long. What texts say and what they are had with, the view
+    company, tell more side by side than drawn together. Empty: no second one."""
+    beside_epochs: Annotated[int, Field(ge=0, le=1000)] = 10
+    """Of the second one."""
     max_pairs: Annotated[int, Field(ge=1)] = 1_000_000
     """Pairs seen over all epochs at most: what bounds the time on a large catalogue."""
     batch_size: Annotated[int, Field(ge=2)] = 512
@@ -95,6 +101,20 @@ class TextRules(Strict):
     """Multiplies the cosine (1 / temperature): larger looks at the nearest others only."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """The same texts and seed give the same encoder."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.beside and (self.model is not None or self.encoder != "static"):
+            raise ValueError(
+                "beside is a second static encoder: leave model out and encoder at "
+                '"static", or leave beside empty.'
+            )
+        return self
+
+    @property
+    def learns_company(self) -> bool:
+        """Whether the encoder learns from the log which items are had together."""
+        return self.model is None and "company" in (*self.views, *self.beside)
 
     @property
     def rate(self) -> float:

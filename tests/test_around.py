@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from serving_cases import table as table
 
-from features.around import FADE, LATE, REACH, Around
+from features.around import LATE, Around
+from features.order import FADE, PRIOR, REACH, Order
 from features.timeline import Timeline
 from recsys.errors import ConfigError
 from tests.test_towers import SEED, settle
-from towers.around import PRIOR, SHARPNESS, Lookalikes, Surroundings, alike
+from towers.around import KNOTS, KNOTS_REACH, SHARPNESS, USUAL, Lookalikes, Surroundings, alike
 from towers.build import build_model
 from towers.data import InteractionData
 from towers.training import TwoTowerModule
@@ -102,6 +104,10 @@ def test_what_is_said_without_some_users_as_loops_say_it(
         if row[p] != row[q]
     ]
     mean = np.mean([w for *_, w in pairs]) if pairs else 1.0
+    order = Order.of(np.cumsum([0, *map(len, histories)]), np.concatenate(histories).astype(int), n)
+    where, width = order.place[counts > 0], 2 * KNOTS_REACH / (KNOTS - 1)
+    centre = where.mean() if len(where) > 1 else 0.0
+    broad = max(where.std(ddof=1), 1e-3) if len(where) > 1 else 1e-3
     logs = np.log1p(counts[counts > 0])
     middle, spread = (logs.mean(), logs.std(ddof=1)) if len(logs) > 1 else (0.0, 0.0)
     for r, item in enumerate(rows.tolist()):
@@ -117,15 +123,47 @@ def test_what_is_said_without_some_users_as_loops_say_it(
         ]
         assert bool(there[r]) == bool(events)
         c, last, after = len(events), events.count(0), sum(events)
-        stands = torch.zeros(3)
+        stands = torch.zeros(3 + KNOTS)
         if c:
+            x, pull, hold = order.place[item], 0.0, 0.0
+            for u, row in enumerate(histories):
+                for p, q in itertools.combinations(range(len(row)), 2):
+                    if q - p > REACH:
+                        continue
+                    if u not in left and item in (row[p], row[q]) and row[p] != row[q]:
+                        wrong = 1 / (1 + np.exp(order.place[row[q]] - order.place[row[p]]))
+                        pull += FADE ** (q - p - 1) * wrong * (1 if row[q] == item else -1)
+                        hold += FADE ** (q - p - 1) * wrong * (1 - wrong)
+            x += (pull - 2 * PRIOR * x) / (hold + 2 * PRIOR)
+            far = np.clip((x - centre) / broad, -KNOTS_REACH - width, KNOTS_REACH + width)
+            knots = np.linspace(-KNOTS_REACH, KNOTS_REACH, KNOTS)
             stands = torch.tensor([
                 (np.log1p(c) - max(middle, 1e-3)) / max(spread, 1e-3),
-                2 * np.log((last + PRIOR * usual_last) / ((c + PRIOR) * usual_last)),
-                1.5 * ((after + PRIOR * usual_after) / (c + PRIOR) - usual_after),
+                2 * np.log((last + USUAL * usual_last) / ((c + USUAL) * usual_last)),
+                1.5 * ((after + USUAL * usual_after) / (c + USUAL) - usual_after),
+                *np.exp(-0.5 * ((far - knots) / width) ** 2),
             ], dtype=torch.float32)  # fmt: skip
         wanted = model.share * vector + model.standing(stands)
         torch.testing.assert_close(said[r], wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_place_without_some_users_is_near_that_of_a_fit_without_them() -> None:
+    rng = np.random.default_rng(1)
+    histories = [sorted(rng.integers(1, 30, 8).tolist()) for _ in range(80)]
+    histories = [rng.permutation(row).tolist() if u % 3 else row for u, row in enumerate(histories)]
+    histories += [[30, 1]]  # nobody else has 30
+    model, _ = surroundings(histories, 31, 0)
+    left = torch.tensor([0, 3, 6, 9, 80])
+    again = [[] if u in left else row for u, row in enumerate(histories)]
+    refitted, _ = surroundings(again, 31, 0)
+    rows = torch.arange(1, 30)
+    whole, wanted = model.place[rows], refitted.place[rows]
+    found = model.places(rows, model._counts_without(left)[rows])
+    # Apart from a step that all take together, which says nothing of their order.
+    near, far = ((places - wanted).std() for places in (found, whole))
+    assert near < 0.35 * far
+    assert model.place[30] < -0.5
+    assert model.places(torch.tensor([30]), model._counts_without(left)[30:]).abs() < 1e-3
 
 
 @given(SEED, st.integers(0, 8), st.integers(1, 9), st.integers(1, 12), st.booleans())

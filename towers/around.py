@@ -18,9 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from features.around import Around
+from features.order import PRIOR
 
-PRIOR = 5.0
+USUAL = 5.0
 """Events of the usual kind that are added to an item's own, where shares of few are compared."""
+KNOTS = 16
+"""Knots at which an item's place in time is read."""
+KNOTS_REACH = 2.5
+"""Standard deviations from the middle to the outermost of them."""
 SHARPNESS = 10.0
 """1 / temperature of the weights of likenesses."""
 ROWS_AT_ONCE = 4096
@@ -60,14 +65,18 @@ class Surroundings(nn.Module):
     event_item: Tensor
     event_says: Tensor
     counts: Tensor
+    place: Tensor
     usual: Tensor
     log_scale: Tensor
+    place_scale: Tensor
+    knots: Tensor
 
     def __init__(self, around: Around, dimension: int, hidden: float) -> None:
         super().__init__()
         self.hidden = hidden
-        after = torch.from_numpy(around.event_after)
-        says = torch.stack([torch.ones_like(after), (after == 0).float(), after], dim=1)
+        after, order = torch.from_numpy(around.event_after), around.order
+        says = [torch.ones_like(after), (after == 0).float(), after]
+        says += [torch.from_numpy(order.pull), torch.from_numpy(order.hold)]
         for name, values in {
             "offsets": torch.from_numpy(around.offsets),
             "item": torch.from_numpy(around.item),
@@ -75,18 +84,23 @@ class Surroundings(nn.Module):
             "weight": torch.from_numpy(around.weight),
             "user_offsets": torch.from_numpy(around.user_offsets),
             "event_item": torch.from_numpy(around.event_item),
-            "event_says": says,
+            "event_says": torch.stack(says, dim=1),
+            "place": torch.from_numpy(order.place).float(),
         }.items():
             self.register_buffer(name, values, persistent=False)
-        counts = torch.zeros(around.n_items, 3).index_add_(0, self.event_item, says)
+        counts = torch.zeros(around.n_items, len(says)).index_add_(
+            0, self.event_item, self.event_says
+        )
         self.register_buffer("counts", counts, persistent=False)
-        usual = says.mean(0) if len(says) else says.new_ones(3)
+        usual = self.event_says[:, :3].mean(0) if len(after) else after.new_ones(3)
         self.register_buffer("usual", usual, persistent=False)
-        logs = counts[counts[:, 0] > 0, 0].log1p()
-        scale = [float(logs.mean()), float(logs.std())] if len(logs) > 1 else [0.0, 0.0]
-        self.register_buffer("log_scale", torch.tensor(scale).clamp(min=1e-3), persistent=False)
+        known = counts[:, 0] > 0
+        self.register_buffer("log_scale", _scale(counts[known, 0].log1p()), persistent=False)
+        self.register_buffer("place_scale", _scale(self.place[known]), persistent=False)
+        knots = torch.linspace(-KNOTS_REACH, KNOTS_REACH, KNOTS)
+        self.register_buffer("knots", knots, persistent=False)
         self.share = nn.Parameter(torch.tensor(0.5))
-        self.standing = nn.Linear(3, dimension)
+        self.standing = nn.Linear(3 + KNOTS, dimension)
 
     def forward(
         self, rows: Tensor, ids: Vectors, left_out: Tensor | None = None
@@ -104,7 +118,8 @@ class Surroundings(nn.Module):
         counts = self.counts if left_out is None else self._counts_without(left_out)
         counts = counts[rows]
         said = self.share * self._neighbours(rows, ids, left_out)
-        return counts[:, 0] > 0, said + self.standing(self._stands(counts))
+        stands = torch.cat([self._stands(counts), self._moments(rows, counts)], dim=1)
+        return counts[:, 0] > 0, said + self.standing(stands)
 
     def _counts_without(self, users: Tensor) -> Tensor:
         users = users.unique()
@@ -114,16 +129,36 @@ class Surroundings(nn.Module):
 
     def _stands(self, counts: Tensor) -> Tensor:
         """(R, 3) how many events, how many of them the last of their user, and how far from it."""
-        events, last, after = counts.unbind(1)
+        events, last, after = counts[:, :3].unbind(1)
         _, usual_last, usual_after = self.usual.unbind()
         mean, spread = self.log_scale.unbind()
-        late = (last + PRIOR * usual_last) / ((events + PRIOR) * usual_last)
+        late = (last + USUAL * usual_last) / ((events + USUAL) * usual_last)
         numbers = [
             (events.log1p() - mean) / spread,
             2 * late.log(),
-            1.5 * ((after + PRIOR * usual_after) / (events + PRIOR) - usual_after),
+            1.5 * ((after + USUAL * usual_after) / (events + USUAL) - usual_after),
         ]
         return torch.stack(numbers, dim=1) * (events > 0)[:, None]
+
+    def places(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """(R,) places of rows in time, as what is counted of them has it.
+
+        Without the users who are left out the fit would be another one: a Newton step of each place
+        by itself leads near it, and what has no events left to the prior's middle.
+        """
+        pull, hold = counts[:, 3:].unbind(1)
+        place = self.place[rows]
+        # All pulls and the prior are in balance, pull = 2λ place, unless some are left out.
+        return place + (pull - 2 * PRIOR * place) / (hold.clamp(min=0) + 2 * PRIOR)
+
+    def _moments(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """(R, KNOTS) when the rows are chosen: a bump over each of the knots near their place."""
+        mean, spread = self.place_scale.unbind()
+        step = self.knots[1] - self.knots[0]
+        most = KNOTS_REACH + step
+        place = ((self.places(rows, counts) - mean) / spread).clamp(-most, most)
+        bumps = torch.exp(-0.5 * ((place[:, None] - self.knots) / step) ** 2)
+        return bumps * (counts[:, 0] > 0)[:, None]
 
     def _neighbours(self, rows: Tensor, ids: Vectors, left_out: Tensor | None) -> Tensor:
         """(R, D) weighted mean of the neighbours' id vectors, less where there are few."""
@@ -167,6 +202,12 @@ class Lookalikes(nn.Module):
         nearest, weight = self.nearest[rows], self.weight[rows]
         starts = torch.arange(len(rows), device=rows.device) * nearest.shape[1]
         return self.share * sums_of(nearest.flatten(), weight.flatten(), starts, ids, self.n_ids)
+
+
+def _scale(values: Tensor) -> Tensor:
+    """(2,) mean and standard deviation, which is never 0."""
+    found = [float(values.mean()), float(values.std())] if len(values) > 1 else [0.0, 0.0]
+    return torch.tensor(found).clamp(min=torch.tensor([-torch.inf, 1e-3]))
 
 
 def sums_of(items: Tensor, weight: Tensor, starts: Tensor, ids: Vectors, n_ids: int) -> Tensor:

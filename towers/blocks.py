@@ -104,6 +104,7 @@ class FeatureEmbedding(nn.Module):
         dropout: probability that a dimension of the sum is zeroed in training.
         members: towers that share the dimensions, see members.py; vectors start as long in each
             part as they would alone.
+        text_dropout: probability that a dimension of the text vector is zeroed in training.
         carry_text: where the model answers, the text vector itself stands behind the sum.
     """
 
@@ -115,12 +116,13 @@ class FeatureEmbedding(nn.Module):
         dropout: float = 0.0,
         members: int = 1,
         *,
+        text_dropout: float = 0.0,
         carry_text: bool = False,
     ) -> None:
         super().__init__()
         self.carried: nn.Module | None = nn.Identity() if carry_text else None
         self.spec, self.dimension = spec, dimension
-        self.id_dropout, self.dropout = id_dropout, dropout
+        self.id_dropout, self.dropout, self.text_dropout = id_dropout, dropout, text_dropout
         if spec.ids:
             # sparse: only the touched rows get a gradient, and only they are moved.
             # Row 0 is hardly ever trained without id dropout; small() lets it say nothing.
@@ -232,7 +234,10 @@ class FeatureEmbedding(nn.Module):
             out = out + self._of_log(rows, self.ids if ids is None else ids, left_out)
         if self.spec.text:
             texts = _of(table.text, rows) if texts is None else texts
-            out = out + self.text(texts)
+            read = texts
+            if self.training and self.text_dropout:
+                read = nn.functional.dropout(texts, self.text_dropout)
+            out = out + self.text(read)
         if self.spec.vector:
             out = out + self.vector(_of(table.vector, rows))
         if self.spec.numbers:

@@ -4,8 +4,9 @@ A vector of D dimensions is K parts of D / K, one after another, and each part i
 own: linear layers and tables are as wide as all of them, what is not linear is there once a member.
 Each part has length 1/√K, so that the inner product of two vectors is the mean of the members'
 cosines, and an index sees one vector as ever. Members start and drop out differently, and each
-learns by itself: what they rank wrongly differs, and their mean ranks better than one tower of as
-many dimensions, which learns its log by heart (deep ensembles; Lakshminarayanan et al., 2017).
+learns by itself (or all as one, `training.together`): what they rank wrongly differs, and their
+mean ranks better than one tower of as many dimensions, which learns its log by heart (deep
+ensembles; Lakshminarayanan et al., 2017).
 """
 
 from __future__ import annotations

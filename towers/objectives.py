@@ -221,15 +221,22 @@ def matryoshka(
     return loss
 
 
-def of_each_member(scores: Scores, *, members: int, objective: Objective) -> Tensor:
-    """Mean of an objective over the members of an ensemble, each of which learns by itself.
+def of_members(
+    scores: Scores, *, members: int, objective: Objective, together: float = 0.0
+) -> Tensor:
+    """An objective of the members of an ensemble, of each by itself and of all of them as one.
 
     Args:
         scores: of a batch.
         members: how many share the dimensions.
-        objective: of one member's vectors.
+        objective: of one member's vectors, or of all.
+        together: share of the objective of their mean score; the rest is the mean over members.
     """
-    return torch.stack([objective(scores.of_member(k, members)) for k in range(members)]).mean(0)
+    if together == 1:
+        return objective(scores)
+    alone = [objective(scores.of_member(k, members)) for k in range(members)]
+    each = torch.stack(alone).mean(0)
+    return each if not together else together * objective(scores) + (1 - together) * each
 
 
 def skip_term(scores: Scores, *, scale: float = 1.0, source: Source = Source.SKIPPED) -> Tensor:

@@ -139,6 +139,9 @@ class TrainingRules(Strict):
     """Of the objective, by the names of its arguments, e.g. {t2 = 1.2} for bsl."""
     symmetric: float = Field(0.0, ge=0, le=1)
     """Share of the same objective from item to user; the rest is from user to item."""
+    together: float = Field(0.0, ge=0, le=1)
+    """Of several members: share of the objective that is of their mean score, by which they answer;
+    the rest each member has by itself."""
     matryoshka: tuple[Annotated[int, Field(ge=2)], ...] = ()
     """Leading dimensions that have to rank well on their own, too, e.g. [16, 32]."""
     temperature: float = Field(0.1, gt=0)
@@ -170,6 +173,10 @@ class TrainingRules(Strict):
     """Of a text encoder that learns inside the item tower."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Of the learning rates after the warm-up; cosine falls to zero at the last of `epochs`."""
+    average: float = Field(0.0, ge=0, lt=1)
+    """Validate, keep and answer by the moving average of all weights, of which a step leaves so
+    much, such as 0.998: ranks a little better, and hangs less on which epoch is chosen. Takes the
+    memory of a second model. 0: the weights as they are."""
     weight_decay: float = Field(1e-4, ge=0)
     """Of the dense layers' matrices, decoupled; never of the temperature, biases or id tables."""
     warmup_steps: int = Field(100, ge=0)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as lightning
 import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ from towers.objectives import (
     OBJECTIVES,
     Objective,
     matryoshka,
-    of_each_member,
+    of_members,
     skip_term,
     symmetric,
 )
@@ -370,7 +371,7 @@ def objective_of(rules: TrainingRules, score: str, members: int = 1) -> Objectiv
                 "training.matryoshka cuts vectors, which with towers.members above 1 would leave "
                 "members out: leave it empty, or set towers.members to 1."
             )
-        return partial(of_each_member, members=members, objective=inner)
+        return partial(of_members, members=members, objective=inner, together=rules.together)
     if not rules.matryoshka:
         return inner
     cut = partial(
@@ -392,6 +393,25 @@ def learning_rate_at(step: int, *, warmup: int, steps: int | None) -> float:
     if steps is None:
         return risen
     return risen * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
+
+
+AVERAGE_EVERY = 8
+"""Steps from one addition to the average to the next."""
+
+
+def average_of(rules: TrainingRules) -> list[lightning.Callback]:
+    """The callback that `training.average` asks for, or none."""
+    if not rules.average:
+        return []
+    # Lightning would average whole numbers among the buffers, too, and truncate what comes of it.
+    return [
+        EMAWeightAveraging(
+            decay=rules.average**AVERAGE_EVERY,
+            update_every_n_steps=AVERAGE_EVERY,
+            update_starting_at_step=rules.warmup_steps,
+            use_buffers=False,
+        )
+    ]
 
 
 class EpochLines(lightning.Callback):

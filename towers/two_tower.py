@@ -17,13 +17,7 @@ from torch.nn import functional as F
 
 from features.batch import UserSide
 from recsys.tables import Strict
-from towers.blocks import (
-    FeatureEmbedding,
-    FeatureSpec,
-    FeatureTable,
-    Residual,
-    small,
-)
+from towers.blocks import FeatureEmbedding, FeatureSpec, FeatureTable, Residual, small
 from towers.causal import CausalTransformer
 from towers.histories import (
     History,
@@ -37,6 +31,9 @@ from towers.text import TextTower
 
 TEXT_DECAY = 0.8
 """text_share: how much each text of a history weighs beside the one after it."""
+AHEAD = 0.5
+"""example_age: how far an answer is beyond the newest examples, where 1 is as far as the three
+before them lie behind."""
 ITEM_LENGTHS = ("dot", "projection")
 """Scores to which an item's length counts."""
 
@@ -95,8 +92,9 @@ class TowerRules(Strict):
     impression lists; it starts by adding nothing."""
     example_age: int = Field(0, ge=0, le=1000)
     """In training, the user tower is told how many events of its user came after the example, up to
-    this number; when answering there is none. So it learns what was chosen when, and answers for
-    now (the example age of Covington et al., 2016, counted in events). 0: it is not told."""
+    this number; when answering there is none, and half a step is taken beyond the newest. So it
+    learns what was chosen when, and answers for what comes next (the example age of Covington et
+    al., 2016, counted in events). 0: it is not told."""
     user_id: bool = False
     """A vector of its own for every user of the training side; new users have only the rest."""
     item_id: bool = True
@@ -120,6 +118,9 @@ class TowerRules(Strict):
     hidden: int = Field(128, ge=0)
     """Width of each tower's residual layer; 0: none, which overfits least on very small logs."""
     dropout: float = Field(0.1, ge=0, lt=1)
+    text_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability that a dimension of an item's text vector is zeroed in training, so that the
+    texts of known items are not learned by heart."""
     text_share: float = Field(0.0, ge=0, lt=1)
     """Share of the score that is the plain likeness of an item's text to those of the history, the
     newest of which say most; the rest is what the towers learned, without it. So new items are
@@ -238,7 +239,7 @@ class ItemTower(nn.Module):
         self.rules = rules
         self.inputs = FeatureEmbedding(
             spec, rules.dimension, rules.id_dropout, rules.dropout, rules.members,
-            carry_text=rules.text_share > 0,
+            carry_text=rules.text_share > 0, text_dropout=rules.text_dropout,
         )  # fmt: skip
         self.deep = _deep(rules)
         if rules.score == "cosine_bias":
@@ -309,7 +310,7 @@ class UserTower(nn.Module):
             nn.init.zeros_(self.passed.bias)
         self.age: nn.Embedding | None = None
         if rules.example_age:
-            # Row 0 is now, and stays zero: what answers is what is learned of the newest examples.
+            # Row 0 is the newest example, and stays zero.
             age = nn.Embedding(rules.example_age + 1, rules.dimension, padding_idx=0)
             self.age = small(age, rules.members)
 
@@ -341,9 +342,9 @@ class UserTower(nn.Module):
         for context, codes in zip(self.context, side.context.T, strict=False):
             said = context(codes)
             out = out + (said[:, None] if several else said)
-        if self.age is not None and side.age is not None:
-            said = self.age(side.age)
-            out = out + (said[:, None] if several else said)
+        if self.age is not None:
+            said = self._ahead() if side.age is None else self.age(side.age)
+            out = out + (said[..., None, :] if several else said)
         out = self.deep(out)
         if self.look_back is not None:
             out = self.look_back(out, items, side)
@@ -355,6 +356,13 @@ class UserTower(nn.Module):
         if self.rules.score in ("cosine", "projection"):
             return unit
         return torch.cat([unit, torch.ones_like(unit[..., :1])], dim=-1)
+
+    def _ahead(self) -> Tensor:
+        """(D,) what is added to those who are answered: a little away from what was learned of the
+        examples just before the newest, for what is asked for comes after the newest.
+        """
+        assert self.age is not None
+        return -AHEAD * self.age.weight[1:4].mean(0)
 
     @staticmethod
     def _texts_of(side: UserSide, texts: Tensor) -> Tensor:

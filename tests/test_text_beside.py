@@ -1,0 +1,36 @@
+"""Two static encoders side by side in one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from features.text import TextRules, fit_encoder
+from tests.test_text import SMALL, world
+
+
+def test_a_second_encoder_stands_beside_the_first() -> None:
+    texts = world(200, 0)[0]
+    alone = fit_encoder(texts, SMALL)
+    rules = TextRules(**{**SMALL.model_dump(), "beside": ("dropout",), "beside_epochs": 2})
+    both = fit_encoder(texts, rules)
+    assert both.dimension == 2 * alone.dimension
+    first, second = np.split(both.encode(texts), 2, axis=1)
+    lengths = np.linalg.norm(first, axis=1)
+    np.testing.assert_allclose(first / lengths[:, None], alone.encode(texts), atol=1e-5)
+    # Each half has its say.
+    assert 0.6 < lengths.mean() < 0.8
+    other = second / np.linalg.norm(second, axis=1, keepdims=True)
+    assert np.abs(other - alone.encode(texts)).max() > 0.05
+    assert fit_encoder(texts, rules).fingerprint == both.fingerprint
+    unknown = both.encode(["", "\u0001"])
+    assert not unknown.any()
+
+
+def test_what_a_second_encoder_learns_from_the_log_counts() -> None:
+    assert TextRules(views=("split",), beside=("company",)).learns_company
+    assert TextRules(views=("company",), beside=("split",)).learns_company
+    assert not TextRules(views=("split",), beside=("halves",)).learns_company
+    for more in ({"model": "any"}, {"encoder": "small_transformer"}):
+        with pytest.raises(ValueError, match="beside is a second static encoder"):
+            TextRules(beside=("split",), **more)
