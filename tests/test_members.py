@@ -132,6 +132,18 @@ def test_the_objective_is_the_mean_of_what_each_member_would_have_alone() -> Non
     torch.testing.assert_close(got, (wanted[0] + wanted[1]) / 2)
 
 
+def test_members_that_learn_together_share_the_objective_of_their_mean_score() -> None:
+    torch.manual_seed(1)
+    parts = [[F.normalize(torch.randn(n, 3), dim=1) for n in (4, 6)] for _ in range(2)]
+    users, items = (torch.cat(pair, 1) / 2**0.5 for pair in zip(*parts, strict=True))
+    scores = of_vectors(users, items)
+    whole, apart = softmax(scores), of_members(scores, members=2, objective=softmax)
+    assert (whole - apart).abs().max() > 0.1
+    for together, wanted in ((1.0, whole), (0.25, 0.25 * whole + 0.75 * apart), (0.0, apart)):
+        found = objective_of(TrainingRules(together=together), "cosine", 2)(scores)
+        torch.testing.assert_close(found, wanted)
+
+
 def test_what_one_member_ranks_wrongly_teaches_that_member_alone() -> None:
     """The first is right with certainty, the second wrong: as one tower both would learn."""
     right = torch.eye(2)
