@@ -37,7 +37,7 @@ from serving.recommender import Recommender
 from towers.build import build_model, standardise, validation_side
 from towers.data import InteractionData
 from towers.spectral import start as start_tables
-from towers.training import EpochLines, TwoTowerModule, average_of
+from towers.training import Average, EpochLines, TwoTowerModule
 from towers.two_tower import TwoTower
 from towers.validation import Validation
 
@@ -299,7 +299,9 @@ def _learn(
         given=given,
     )
     watched = f"val/{rules.monitor}"
-    callbacks: list[Callback] = [*average_of(rules), EpochLines(say)]
+    callbacks: list[Callback] = [EpochLines(say)]
+    if rules.average:
+        callbacks.insert(0, Average(rules))
     if validation is not None:
         best = ModelCheckpoint(
             folder, filename="best", monitor=watched, mode="max", enable_version_counter=False

@@ -3,7 +3,7 @@
 A log without a clock has one all the same: what most people chose before something else is the
 earlier of the two. So each item has a place in time.
 
-Legend: E events, N item rows, U users, P pairs.
+Legend: E events, N item rows, U users.
 """
 
 from __future__ import annotations
@@ -41,14 +41,12 @@ class Order:
 
     Args:
         place: (N,) float64, larger is later, 0 where nothing is known.
-        firmness: (N,) float64 curvature of the loss by a place, without the prior's 2λ.
         pull: (E,) float32 how much each event pulls its item's place towards later (its share of
             minus the loss's derivative).
-        hold: (E,) float32 share of each event in its item's `firmness`.
+        hold: (E,) float32 share of each event in the loss's curvature by its item's place.
     """
 
     place: np.ndarray
-    firmness: np.ndarray
     pull: np.ndarray
     hold: np.ndarray
 
@@ -87,7 +85,6 @@ class Order:
         hold = np.bincount(earlier, bend, len(item)) + np.bincount(later, bend, len(item))
         return Order(
             place,
-            np.bincount(item, hold, n_items),
             pull.astype(np.float32),
             hold.astype(np.float32),
         )

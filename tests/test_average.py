@@ -11,7 +11,7 @@ import torch
 from tests.test_learning import _one_thread as one_thread
 from tests.test_learning import equal, parts, rules_of, run
 from towers import training
-from towers.training import average_of
+from towers.training import Average
 
 lightning = pytest.importorskip("pytorch_lightning")
 assert one_thread  # a fixture that runs by itself
@@ -43,15 +43,15 @@ def test_what_is_kept_and_validated_is_the_average_of_what_was_learned(
     rules = rules_of(average=0.8, warmup_steps=2)
     module, data = parts(rules, members=2)
     watches = Watches()
-    running = run(module, data, 2, *average_of(rules), watches)
+    running = run(module, data, 2, Average(rules), watches)
     steps, size = watches.steps, running.num_training_batches
     assert len(steps) == 2 * size > 6
     averages, average = [], None
     for step, now in enumerate(steps):
-        if step >= 2 and step % every == 0:
-            decay = 0 if average is None else 0.8**every
-            last = now if average is None else average
-            average = {k: decay * last[k] + (1 - decay) * now[k] for k in now}
+        if step < 2 or average is None:
+            average = now
+        elif step % every == 0:
+            average = {k: 0.8**every * average[k] + (1 - 0.8**every) * now[k] for k in now}
         averages.append(average)
     for name, kept in weights(module).items():
         torch.testing.assert_close(kept, averages[-1][name])
@@ -73,7 +73,7 @@ def test_an_average_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Mon
 
     def learn(*callbacks: Any, **options: Any) -> Any:
         module, data = parts(rules)
-        run(module, data, 3, *average_of(rules), *callbacks, **options)
+        run(module, data, 3, Average(rules), *callbacks, **options)
         return module
 
     ended = lightning.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
@@ -99,5 +99,11 @@ def test_texts_are_dropped_from_in_training_only() -> None:
     torch.testing.assert_close(learned[kept], layer.text.weight.T[kept] / 0.7)
 
 
-def test_without_it_nothing_is_averaged() -> None:
-    assert average_of(rules_of()) == []
+def test_a_run_shorter_than_its_warm_up_keeps_what_it_learned() -> None:
+    kept = []
+    rules = rules_of(average=0.998, warmup_steps=100)
+    for callbacks in ([], [Average(rules)]):
+        module, data = parts(rules)
+        run(module, data, 1, *callbacks)
+        kept.append(module)
+    assert equal(*kept)

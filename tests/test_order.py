@@ -32,7 +32,6 @@ def test_two_items_by_hand() -> None:
     pull = 1 / (1 + np.exp(2 * x))
     np.testing.assert_allclose(found.pull, [-pull, pull, 0], atol=1e-4)
     np.testing.assert_allclose(found.hold, [pull * (1 - pull)] * 2 + [0], atol=1e-4)
-    np.testing.assert_allclose(found.firmness, [0, *found.hold[:2], 0], rtol=1e-6)
 
 
 @given(SEED, st.integers(0, 6), st.integers(2, 7))
@@ -64,7 +63,6 @@ def test_pulls_and_prior_are_in_balance(seed: int, users: int, n: int) -> None:
     item = np.array([i for row in histories for i in row], np.int64)
     pulled = np.bincount(item, found.pull, n)
     np.testing.assert_allclose(pulled, 2 * PRIOR * found.place, atol=2e-3)
-    np.testing.assert_allclose(found.firmness, np.bincount(item, found.hold, n), atol=1e-5)
 
 
 def test_places_follow_a_clock_that_nobody_wrote_down() -> None:
@@ -85,4 +83,4 @@ def test_places_follow_a_clock_that_nobody_wrote_down() -> None:
 def test_nothing_to_compare_is_no_time() -> None:
     for histories in ([], [[]], [[1]], [[2, 2], [1]]):
         found = of(histories, 3)
-        assert not found.place.any() and not found.pull.any() and not found.firmness.any()
+        assert not found.place.any() and not found.pull.any() and not found.hold.any()

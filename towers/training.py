@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as lightning
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
@@ -399,19 +399,29 @@ AVERAGE_EVERY = 8
 """Steps from one addition to the average to the next."""
 
 
-def average_of(rules: TrainingRules) -> list[lightning.Callback]:
-    """The callback that `training.average` asks for, or none."""
-    if not rules.average:
-        return []
-    # Lightning would average whole numbers among the buffers, too, and truncate what comes of it.
-    return [
-        EMAWeightAveraging(
-            decay=rules.average**AVERAGE_EVERY,
-            update_every_n_steps=AVERAGE_EVERY,
-            update_starting_at_step=rules.warmup_steps,
-            use_buffers=False,
-        )
-    ]
+class Average(WeightAveraging):
+    """The moving average that `training.average` asks for; until the warm-up ends it is the weights
+    as they are, so that a run of few steps keeps what it learned.
+
+    Args:
+        rules: how much a step leaves, and the steps of the warm-up.
+    """
+
+    def __init__(self, rules: TrainingRules) -> None:
+        decay, warmup = rules.average**AVERAGE_EVERY, rules.warmup_steps
+
+        def mix(average: Tensor, now: Tensor, added: Tensor | int) -> Tensor:
+            return now if added < warmup else average.lerp(now, 1 - decay)
+
+        # Lightning would average whole numbers among the buffers, and truncate what comes of it.
+        super().__init__(use_buffers=False, avg_fn=mix)
+        self._warmup = warmup
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Each step of the warm-up, and then every so many."""
+        if step_idx is None:
+            return False
+        return step_idx < self._warmup or step_idx % AVERAGE_EVERY == 0
 
 
 class EpochLines(lightning.Callback):
