@@ -18,10 +18,13 @@ from typing import Any
 import numpy as np
 
 from experiments.contest import MODEL
-from experiments.evaluate import evaluate_bundle
+from experiments.evaluate import evaluate_bundle, test_side
 from experiments.parts import Values
+from features.dataset import Dataset
 from recsys.errors import ConfigError
 from recsys.intervals import Bootstrap, Estimate
+from serving.later import extend
+from serving.recommender import Recommender
 
 METRICS = {
     "targets": ("recall_at_20", "recall_at_100", "ndcg_at_20"),
@@ -35,6 +38,17 @@ def averaged(values: Values, names: Sequence[str]) -> dict[str, np.ndarray]:
         metric: np.mean([values[name][metric] for name in names], axis=0)
         for metric in values[names[0]]
     }
+
+
+def cold_queries(bundle: Path, users: np.ndarray) -> np.ndarray | None:
+    """(Q,) whether the target of each user has no id; None where a user has several targets."""
+    loaded = Recommender.load(bundle).bundle
+    coded = extend(loaded, test_side(Dataset.open(Path(loaded.manifest["prepared"]))))[1]
+    if len(np.unique(coded.user)) < len(coded.user):
+        return None
+    cold = np.zeros(int(max(coded.user.max(), users.max())) + 1, bool)
+    cold[coded.user] = coded.item > loaded.manifest["warm_items"]
+    return cold[users]
 
 
 def pooled(
@@ -56,7 +70,13 @@ def pooled(
         rivals = [f"against_{run}" for run in runs]
         sides = [MODEL, *rivals[: len(ours) - 1]], rivals[len(ours) - 1 :]
         bootstrap = Bootstrap(users, seed=seed)
-        found[part] = bootstrap.differences(*(averaged(values, side) for side in sides))
+        new, old = (averaged(values, side) for side in sides)
+        found[part] = bootstrap.differences(new, old)
+        cold = cold_queries(first, users) if part == "targets" else None
+        if cold is not None and cold.any() and not cold.all():
+            for name, some in (("warm", ~cold), ("cold", cold)):
+                mine, other = ({m: v[some] for m, v in side.items()} for side in (new, old))
+                found[name] = Bootstrap(users[some], seed=seed).differences(mine, other)
 
     evaluate_bundle(first, against=others, told=told)
     return found
@@ -68,7 +88,7 @@ def main() -> None:
     parser.add_argument("--against", nargs="+", type=Path, required=True)
     asked = parser.parse_args()
     for part, gains in pooled(asked.ours, asked.against).items():
-        for metric in METRICS[part]:
+        for metric in METRICS.get(part, METRICS["targets"]):
             if metric in gains:
                 gain = gains[metric]
                 print(
