@@ -13,23 +13,23 @@ import numpy as np
 import polars as pl
 import torch
 
-from experiments.config import RunConfig
-from experiments.evaluate import protocol
-from features.coder import ItemCoder
-from features.columns import ContextColumn
-from features.dataset import Dataset
-from features.examples import timeline_until
+from recsys.experiments.config import RunConfig
+from recsys.experiments.evaluation.evaluate import protocol
+from recsys.features.batching.examples import timeline_until
+from recsys.features.prepared.columns import ContextColumn
+from recsys.features.prepared.dataset import Dataset
+from recsys.features.prepared.item_coder import ItemCoder
 from recsys.search import ExactIndex
+from recsys.serving import bundle as bundles
+from recsys.serving.bundle import Bundle
 from recsys.tables import Side
+from recsys.towers.embedding import FeatureTable, narrow_tables
+from recsys.towers.encode import encode_items
+from recsys.towers.two_tower import TwoTower
 from recsys.vocab import Vocab
-from serving import bundle as bundles
-from serving.bundle import Bundle
-from towers.blocks import FeatureTable, narrow_tables
-from towers.encode import encode_items
-from towers.two_tower import TwoTower
 
 if TYPE_CHECKING:
-    from features.text import TextEncoder
+    from recsys.features.text.encoder import TextEncoder
 
 
 def make_bundle(

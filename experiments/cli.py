@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.handing import export, golden, promote, prune, publish, rollback
-from experiments.serve import serve
-from experiments.terminal import BundlePath, Json, Verbs, aside, print_json, progress
 from recsys.errors import QueryError
+from recsys.experiments.handing import export, golden, promote, prune, publish, rollback
+from recsys.experiments.serve import serve
+from recsys.experiments.terminal import BundlePath, Json, Verbs, aside, print_json, progress
 
 app = typer.Typer(
     cls=Verbs,
@@ -82,8 +82,8 @@ def init(
     Example:
       recsys init events.csv items.csv --out run.toml
     """
-    from features.guess import guess
     from recsys.errors import ConfigError
+    from recsys.experiments.wizard.guess import guess
     from recsys.files import atomic_write
 
     if str(out) != "-" and out.exists() and not force:
@@ -108,8 +108,8 @@ def prepare(run: Run, set_: Sets = None, json: Json = False) -> None:
     Example:
       recsys prepare run.toml --set data.log=events/*.parquet
     """
-    from experiments.config import load
-    from experiments.run import prepare as prepare_
+    from recsys.experiments.config import load
+    from recsys.experiments.run import prepare as prepare_
 
     with aside():
         dataset = prepare_(load(run, set_ or ()))
@@ -117,7 +117,7 @@ def prepare(run: Run, set_: Sets = None, json: Json = False) -> None:
     if json:
         print_json(counts)
     else:
-        from experiments import show
+        from recsys.experiments import show
 
         show.facts(counts)
 
@@ -139,8 +139,8 @@ def train(
     Example:
       recsys train run.toml --set training.epochs=5 --json
     """
-    from experiments.config import load
-    from experiments.run import train as train_
+    from recsys.experiments.config import load
+    from recsys.experiments.run import train as train_
 
     with aside():
         result = train_(load(run, set_ or ()), resume=resume)
@@ -153,7 +153,7 @@ def train(
             }
         )
     else:
-        from experiments import show
+        from recsys.experiments import show
 
         show.scorecard(result.scorecard)
         show.facts({"run": result.run_id, "bundle": str(result.bundle)})
@@ -179,14 +179,14 @@ def evaluate(
     Example:
       recsys evaluate runs/shop/bundle --on next_week.csv --json
     """
-    from experiments.evaluate import evaluate_bundle
+    from recsys.experiments.evaluation.evaluate import evaluate_bundle
 
     with aside():
         scorecard = evaluate_bundle(bundle, on=on, against=against or ())
     if json:
         print_json(scorecard)
     else:
-        from experiments import show
+        from recsys.experiments import show
 
         show.scorecard(scorecard)
 
@@ -213,8 +213,8 @@ def candidates(
     Example:
       recsys candidates runs/shop/bundle --k 100 --out candidates.parquet
     """
-    from serving.candidates import write_candidates
-    from serving.recommender import Recommender
+    from recsys.serving.candidates import write_candidates
+    from recsys.serving.recommender import Recommender
 
     with aside(), progress("users") as tell:
         written = write_candidates(
@@ -249,7 +249,7 @@ def similar(
       recsys similar runs/shop/bundle --text "a brass desk lamp" --json
     """
     _one(item, text, "--item ID or --text TEXT")
-    from serving.recommender import Recommender
+    from recsys.serving.recommender import Recommender
 
     with aside():
         answers = Recommender.load(bundle).similar(item=item, text=text, k=k, exact=exact)
@@ -275,7 +275,7 @@ def recommend(
       recsys recommend runs/shop/bundle --history i00042,i00007 --json
     """
     _one(user, history, "--user ID or --history A,B,C")
-    from serving.recommender import Recommender
+    from recsys.serving.recommender import Recommender
 
     past = None if history is None else [part.strip() for part in history.split(",")]
     with aside():
@@ -302,14 +302,14 @@ def score(
     Example:
       recsys score runs/shop/bundle --pairs impressions.parquet --out scores.parquet
     """
-    from serving.recommender import Recommender
-    from serving.score import write_scores
+    from recsys.serving.recommender import Recommender
+    from recsys.serving.score import write_scores
 
     with aside():
         recommender = Recommender.load(bundle)
         later = None
         if log is not None:
-            from experiments.evaluate import later_log
+            from recsys.experiments.evaluation.evaluate import later_log
 
             later = later_log(recommender, log)
         scored = write_scores(recommender, pairs, out, log=later)
@@ -331,14 +331,14 @@ def doctor(
     Example:
       recsys doctor runs/shop
     """
-    from experiments.doctor import examine
+    from recsys.experiments.doctor import examine
 
     with aside():
         report = examine(run)
     if json:
         print_json(report)
     else:
-        from experiments.doctor import tell
+        from recsys.experiments.doctor import tell
 
         tell(report)
 
@@ -360,7 +360,7 @@ def simulate(
     Example:
       recsys simulate shop --users 2000 --items 1500 --seed 0
     """
-    from recsys.simulate import simulate as simulate_
+    from recsys.experiments.shop.simulate import simulate as simulate_
 
     with aside():
         world = simulate_(
@@ -385,7 +385,7 @@ def demo(
     Example:
       recsys demo
     """
-    from experiments.demo import demo as demo_
+    from recsys.experiments.shop.demo import demo as demo_
 
     demo_(folder)
 
@@ -401,7 +401,7 @@ def replay(
     Example:
       recsys replay runs/shop
     """
-    from experiments.track import replay as replay_
+    from recsys.experiments.tracking.track import replay as replay_
 
     print(replay_(folder, uri))
 
@@ -433,6 +433,6 @@ def _answers(answers: Any, json: bool) -> None:
     if json:
         print_json(answers.to_list())
     else:
-        from experiments import show
+        from recsys.experiments import show
 
         show.answers(answers.to_list())

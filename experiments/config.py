@@ -12,17 +12,17 @@ from typing import Annotated
 
 from pydantic import Field
 
-from experiments import toml
-from experiments.evaluate import EvaluateRules
-from experiments.track import TrackRules
-from features.logs import DataSource
-from features.skips import SkipRules
-from features.text import TextRules
+from recsys.experiments import toml
+from recsys.experiments.evaluation.evaluate import EvaluateRules
+from recsys.experiments.tracking.track import TrackRules
+from recsys.features.prepared.skips import SkipRules
+from recsys.features.readers.read import DataSource
+from recsys.features.text.encoder import TextRules
+from recsys.serving.index import IndexRules
 from recsys.split import SplitRules
 from recsys.tables import Strict
-from serving.index import IndexRules
-from towers.rules import TrainingRules
-from towers.two_tower import TowerRules
+from recsys.towers.rules import TrainingRules
+from recsys.towers.two_tower import TowerRules
 
 
 class RunConfig(Strict):

@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments.spool import RECORD, Spool
 from recsys.errors import DataError
+from recsys.experiments.tracking.spool import RECORD, Spool
 from recsys.files import read_json
 from recsys.search import ExactIndex
+from recsys.serving.recommender import Recommender
 from recsys.tables import DAY
-from serving.recommender import Recommender
-from towers import diagnosis
-from towers.diagnosis import Measured, Part
-from towers.encode import encode_items, encode_users
+from recsys.towers import diagnosis
+from recsys.towers.diagnosis import Measured, Part
+from recsys.towers.encode import encode_items, encode_users
 
 ASKED, COMPARED, LOOKED_AT = 1000, 2000, 20_000
 """At most so many users, vectors of which all pairs are compared, and items looked at for twins."""
@@ -71,7 +71,7 @@ def tell(report: Mapping[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from experiments import show
+    from recsys.experiments import show
 
     console = Console(width=None if sys.stdout.isatty() else show.WIDE)
     measured = dict(report["measured"])

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from experiments.terminal import BundlePath, Json, aside, print_json, progress
 from recsys.errors import QueryError
+from recsys.experiments.terminal import BundlePath, Json, aside, print_json, progress
 
 
 def export(
@@ -29,8 +29,8 @@ def export(
     """
     from dataclasses import asdict
 
-    from serving.export import export as export_
-    from serving.recommender import Recommender
+    from recsys.serving.export import export as export_
+    from recsys.serving.recommender import Recommender
 
     with aside(), progress("rows") as tell:
         recommender = Recommender.load(bundle)
@@ -58,7 +58,7 @@ def publish(
     Example:
       recsys publish runs/shop/bundle models/shop
     """
-    from serving.publish import publish as publish_
+    from recsys.serving.models.publish import publish as publish_
 
     with aside():
         path = publish_(bundle, folder, keep=keep, link=not copy)
@@ -75,7 +75,7 @@ def rollback(
     Example:
       recsys rollback models/shop
     """
-    from serving.publish import rollback as rollback_
+    from recsys.serving.models.publish import rollback as rollback_
 
     with aside():
         path = rollback_(folder)
@@ -101,11 +101,11 @@ def prune(
       recsys prune live models/shop
     """
     from recsys.errors import ConfigError
-    from serving.answers.served import Served
-    from serving.hosting.sources import CURRENT, FolderSource
-    from serving.living.journal import FILE
-    from serving.living.live import Living
-    from serving.publish import versions
+    from recsys.serving.engine.loaded_model import LoadedModel
+    from recsys.serving.live.journal import FILE
+    from recsys.serving.live.updates import LiveUpdates
+    from recsys.serving.models.publish import versions
+    from recsys.serving.models.sources import CURRENT, FolderSource
 
     if not (journal / FILE).is_file():
         raise ConfigError(f"{journal} is no journal. Name the folder of recsys serve --journal.")
@@ -115,9 +115,9 @@ def prune(
         if (source / CURRENT).exists():
             folders += [version.path for version in versions(source)]
     folders = list(dict.fromkeys(folder.resolve() for folder in folders))
-    with aside(), Living(journal) as living:
+    with aside(), LiveUpdates(journal) as living:
         for folder in folders:
-            living.attach(Served.load(folder))
+            living.attach(LoadedModel.load(folder))
         forgotten = living.prune()
     if json:
         print_json({**forgotten, "bundles": [str(folder) for folder in folders]})
@@ -156,16 +156,16 @@ def golden(
       recsys golden runs/shop/bundle --out models/shop/golden.json
     """
     from recsys.errors import ConfigError
-    from serving.answers.served import Served
-    from serving.hosting.gate import GOLDEN, write_golden
-    from serving.hosting.sources import CURRENT, FolderSource
+    from recsys.serving.engine.loaded_model import LoadedModel
+    from recsys.serving.models.gate import GOLDEN, write_golden
+    from recsys.serving.models.sources import CURRENT, FolderSource
 
     if out is None:
         out = (bundle if (bundle / CURRENT).exists() else bundle.resolve().parent) / GOLDEN
     if out.exists() and not force:
         raise ConfigError(f"{out} is there already. Name another --out, or give --force.")
     with aside():
-        served = Served.load(FolderSource(bundle).latest()[1])
+        served = LoadedModel.load(FolderSource(bundle).latest()[1])
         count = write_golden(
             served, out, questions=questions, k=k, min_overlap=min_overlap, seed=seed
         )
@@ -186,7 +186,7 @@ def promote(
     Example:
       recsys promote shop/3
     """
-    from experiments.registry import promote as promote_
+    from recsys.experiments.tracking.registry import promote as promote_
 
     name, _, version = model.rpartition("/")
     if not name or not version:

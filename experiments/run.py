@@ -16,34 +16,34 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from experiments.bundling import make_bundle
-from experiments.config import RunConfig, dump, load
-from experiments.evaluate import each_event, protocol, test_side
-from experiments.scorecard import judge
-from experiments.spool import Spool, flatten
-from experiments.track import Tracker, lightning_logger
-from features import logs
-from features.columns import texts as texts_of
-from features.dataset import Dataset
-from features.examples import consecutive, timeline_until, training_events
-from features.given import given_negatives
-from features.prepare import prepare as prepare_log
 from recsys.errors import ConfigError, DataError
+from recsys.experiments.bundling import make_bundle
+from recsys.experiments.config import RunConfig, dump, load
+from recsys.experiments.evaluation.evaluate import each_event, protocol, test_side
+from recsys.experiments.evaluation.scorecard import judge
+from recsys.experiments.tracking.spool import Spool, flatten
+from recsys.experiments.tracking.track import Tracker, lightning_logger
+from recsys.features.batching.examples import consecutive, timeline_until, training_events
+from recsys.features.batching.negatives_file import given_negatives
+from recsys.features.prepared.columns import texts as texts_of
+from recsys.features.prepared.dataset import Dataset
+from recsys.features.prepared.prepare import prepare as prepare_log
+from recsys.features.readers import read as logs
 from recsys.files import canonical_json, read_json, sha256_bytes, write_json
+from recsys.serving.manifest import read_manifest
+from recsys.serving.recommender import Recommender
 from recsys.split import duration
 from recsys.tables import Side
-from serving.manifest import read_manifest
-from serving.recommender import Recommender
-from towers.build import build_model, standardise, validation_side
-from towers.data import InteractionData
-from towers.spectral import start as start_tables
-from towers.training import Average, EpochLines, TwoTowerModule
-from towers.two_tower import TwoTower
-from towers.validation import Validation
+from recsys.towers.build import build_model, standardise, validation_side
+from recsys.towers.data import InteractionData
+from recsys.towers.id_init import start as start_tables
+from recsys.towers.training import Average, EpochLines, TwoTowerModule
+from recsys.towers.two_tower import TwoTower
+from recsys.towers.validation import Validation
 
 if TYPE_CHECKING:
-    from features.text import TextEncoder
-    from towers.text import TextTower
+    from recsys.features.text.encoder import TextEncoder
+    from recsys.towers.text import TextTower
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def text_vectors(
     texts = dataset.item_text
     if not any(texts):
         return None, None, None
-    from features.text import encode_cached, fit_encoder
+    from recsys.features.text.encoder import encode_cached, fit_encoder
 
     schema, catalog = config.data.catalog, dataset.catalog
     # Row 0 has no text, and neither has an item that the table does not name.
@@ -130,8 +130,8 @@ def text_tower(
     """Gives the text encoder as a part of the item tower, untrained at each call; None: frozen."""
     if encoder is None or config.text.train == "frozen":
         return None
-    from features.tokens import tokenise
-    from towers.text import TextTower
+    from recsys.features.text.tokens import tokenise
+    from recsys.towers.text import TextTower
 
     tokens = tokenise(encoder, dataset.item_text)
     return partial(TextTower, encoder, tokens, train=config.text.train, chunk=config.text.chunk)
@@ -441,7 +441,7 @@ def _check_same(config: RunConfig, folder: Path) -> None:
 
 def record_scorecard(tracker: Tracker, scorecard: dict[str, Any], bundle: Path) -> None:
     """The scorecard as metrics, JSON and pictures, and the bundle as artifact and model version."""
-    from experiments.pictures import draw, training_curves
+    from recsys.experiments.evaluation.pictures import draw, training_curves
 
     tracker.log_dict(scorecard, "scorecard.json")
     numbers = {

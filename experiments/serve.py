@@ -15,9 +15,9 @@ import typer
 from recsys.errors import ConfigError
 
 if TYPE_CHECKING:
-    from serving.http.keys import Keys, Role
-    from serving.http.rates import Rate
-    from serving.manifest import Check
+    from recsys.serving.api.auth import Keys, Role
+    from recsys.serving.api.limits import Rate
+    from recsys.serving.manifest import Check
 
 MAIN = "main"
 """The variant that SOURCE is."""
@@ -89,7 +89,7 @@ def serve(
       recsys serve --make-key read
     """
     if make_key is not None:
-        from serving.http.keys import make_key as make
+        from recsys.serving.api.auth import make_key as make
 
         key, hashed = make(make_key)
         print(f"{key}\n{hashed.line()}")
@@ -99,7 +99,7 @@ def serve(
         raise ConfigError("Name a SOURCE: a bundle, a folder with CURRENT, or models:/NAME@ALIAS.")
     if log_level not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"--log-level {log_level} is none of debug, info, warning and error.")
-    from serving.http.rates import parse_rates
+    from recsys.serving.api.limits import parse_rates
 
     who = _keys(keys, open_writes)
     _serve(
@@ -163,7 +163,7 @@ class Plan:
 
 
 def _keys(path: Path | None, open_writes: bool) -> Keys:
-    from serving.http.keys import KeyFile, Keys
+    from recsys.serving.api.auth import KeyFile, Keys
 
     if path is not None:
         return KeyFile(path)
@@ -174,17 +174,17 @@ def _keys(path: Path | None, open_writes: bool) -> Keys:
 
 def _source(name: str, every: float | None) -> Any:
     if name.startswith(REGISTRY):
-        from experiments.registry import RegistrySource
+        from recsys.experiments.tracking.registry import RegistrySource
 
         return RegistrySource(name, CACHE, every=ASK_EVERY if every is None else every)
-    from serving.hosting.sources import FolderSource
+    from recsys.serving.models.sources import FolderSource
 
     return FolderSource(name)
 
 
 def _serve(plan: Plan) -> None:
-    from serving.http.logs import json_logs
-    from serving.http.running import bind, is_local, run, url
+    from recsys.serving.api.logs import json_logs
+    from recsys.serving.api.server import bind, is_local, run, url
 
     if not (plan.keys.needed or plan.insecure or is_local(plan.host)):
         raise ConfigError(
@@ -206,8 +206,8 @@ def begun_checks(plan: Plan) -> Iterator[dict[Path, Check]]:
     Raises:
         BundleError: a folder holds no bundle, or one that lacks a file.
     """
-    from serving.hosting.sources import FolderSource
-    from serving.manifest import begin
+    from recsys.serving.manifest import begin
+    from recsys.serving.models.sources import FolderSource
 
     folders = dict.fromkeys(
         FolderSource(said).latest()[1]
@@ -231,12 +231,12 @@ def service(plan: Plan, begun: Mapping[Path, Check] | None = None) -> Iterator[A
     """
     import torch
 
-    from serving.hosting.host import Host
-    from serving.http.keys import KeyFile
-    from serving.http.running import is_local, own_names
-    from serving.http.service import ServiceRules, make_app
-    from serving.living.exposures import ExposureLog
-    from serving.living.live import Living
+    from recsys.serving.api.app import ServiceRules, make_app
+    from recsys.serving.api.auth import KeyFile
+    from recsys.serving.api.server import is_local, own_names
+    from recsys.serving.live.impression_log import ImpressionLog
+    from recsys.serving.live.updates import LiveUpdates
+    from recsys.serving.models.manager import ModelManager
 
     rules = ServiceRules(
         deadline=plan.deadline,
@@ -247,15 +247,15 @@ def service(plan: Plan, begun: Mapping[Path, Check] | None = None) -> Iterator[A
         log_every=plan.log_every,
     )
     with ExitStack() as stack:
-        living = Living(plan.journal)
+        living = LiveUpdates(plan.journal)
         stack.callback(living.close)
         log = None
         if plan.exposures is not None:
-            log = ExposureLog(plan.exposures)
+            log = ImpressionLog(plan.exposures)
             stack.callback(log.close)
         sources = {name: _source(said, plan.every) for name, said in plan.sources.items()}
         every = LOOK_EVERY if plan.every is None else plan.every
-        host = Host(sources, living, split=plan.shares, every=every, begun=begun)
+        host = ModelManager(sources, living, split=plan.shares, every=every, begun=begun)
         host.start()  # the first models are judged on all cores
         stack.callback(host.stop)
         # One question is too small to share among cores, and the event loop wants one of them.

@@ -90,6 +90,6 @@ def progress(unit: str) -> Iterator[Callable[[int, int], None]]:
 def print_json(value: Any) -> None:
     import json
 
-    from experiments.spool import finite
+    from recsys.experiments.tracking.spool import finite
 
     print(json.dumps(finite(value), indent=2, ensure_ascii=False, default=str))

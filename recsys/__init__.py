@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _DOORS = {
-    "Recommender": "serving.recommender",
-    "TwoTower": "towers.two_tower",
-    "TwoTowerModule": "towers.training",
-    "InteractionData": "towers.data",
-    "RunConfig": "experiments.config",
-    "prepare": "experiments.run",
-    "train": "experiments.run",
+    "Recommender": "recsys.serving.recommender",
+    "TwoTower": "recsys.towers.two_tower",
+    "TwoTowerModule": "recsys.towers.training",
+    "InteractionData": "recsys.towers.data",
+    "RunConfig": "recsys.experiments.config",
+    "prepare": "recsys.experiments.run",
+    "train": "recsys.experiments.run",
 }
 
 if TYPE_CHECKING:
-    from experiments.config import RunConfig
-    from experiments.run import prepare, train
-    from serving.recommender import Recommender
-    from towers.data import InteractionData
-    from towers.training import TwoTowerModule
-    from towers.two_tower import TwoTower
+    from recsys.experiments.config import RunConfig
+    from recsys.experiments.run import prepare, train
+    from recsys.serving.recommender import Recommender
+    from recsys.towers.data import InteractionData
+    from recsys.towers.training import TwoTowerModule
+    from recsys.towers.two_tower import TwoTower
 
 __all__ = [
     "InteractionData", "Recommender", "RunConfig", "TwoTower", "TwoTowerModule", "prepare", "train",

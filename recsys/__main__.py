@@ -1,6 +1,6 @@
 """`python -m recsys` is the `recsys` command."""
 
-from experiments.cli import main
+from recsys.experiments.cli import main
 
 if __name__ == "__main__":
     main()

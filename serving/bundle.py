@@ -21,26 +21,26 @@ from safetensors.torch import save_file as save_tensors
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from features.coder import ItemCoder
-from features.columns import ContextColumn
-from features.passed import PassedOver
-from features.timeline import Timeline
 from recsys.errors import BundleError
+from recsys.features.prepared.columns import ContextColumn
+from recsys.features.prepared.item_coder import ItemCoder
+from recsys.features.prepared.passed import PassedOver
+from recsys.features.prepared.timeline import Timeline
 from recsys.files import atomic_folder, read_json, sha256_bytes, write_json
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex, Index
+from recsys.serving.id_table import IdTable
+from recsys.serving.index import HnswIndex, IndexRules, build_index
+from recsys.serving.manifest import Check, begin, digests, may_replace, write_manifest
+from recsys.serving.neighbours import write_neighbours
+from recsys.serving.recall import recall_against_exact
+from recsys.towers.embedding import FeatureSpec, FeatureTable
+from recsys.towers.encode import Embeddings
+from recsys.towers.two_tower import TowerRules, TwoTower
 from recsys.vocab import Vocab
-from serving.id_table import IdTable
-from serving.index import HnswIndex, IndexRules, build_index
-from serving.manifest import Check, begin, digests, may_replace, write_manifest
-from serving.neighbours import write_neighbours
-from serving.recall import recall_against_exact
-from towers.blocks import FeatureSpec, FeatureTable
-from towers.encode import Embeddings
-from towers.two_tower import TowerRules, TwoTower
 
 if TYPE_CHECKING:
-    from features.text import TextEncoder
+    from recsys.features.text.encoder import TextEncoder
 
 
 CODING = "coding.json"
@@ -93,7 +93,7 @@ class Bundle:
         """The text encoder, loaded when first asked for."""
         if self.encoder_folder is None:
             return None
-        from features.text import TextEncoder
+        from recsys.features.text.encoder import TextEncoder
 
         return TextEncoder.load(self.encoder_folder)
 
@@ -273,7 +273,7 @@ def load(path: str | Path, *, verify: bool = True, begun: Check | None = None) -
     Args:
         path: its folder.
         verify: compare the digests of all files with the manifest first.
-        begun: of `serving.manifest.begin`, some time ago; else it begins here.
+        begun: of `recsys.serving.manifest.begin`, some time ago; else it begins here.
 
     Raises:
         BundleError: no bundle, a later format, a file that is missing or changed, or parts that do

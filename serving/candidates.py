@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from features.batch import Queries
 from recsys.errors import ConfigError, DataError
+from recsys.features.batching.batch import Queries
 from recsys.files import atomic_write, sha256_bytes, write_json
 from recsys.ragged import Ragged
-from serving.people import People, read_people
-from serving.recommender import Recommender
+from recsys.serving.recommender import Recommender
+from recsys.serving.user_lists import People, read_people
 
 PART = 8192
 """Users of one part: the most that a stop can cost."""

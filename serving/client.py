@@ -1,6 +1,6 @@
 """A thin client of the service, for Python programs that know nothing of towers.
 
-Imports neither torch nor polars: `import serving.client` takes some 60 ms.
+Imports neither torch nor polars: `import recsys.serving.client` takes some 60 ms.
 
     with Client("http://localhost:8100") as shop:
         for item in shop.similar("i00042", k=5, fields=["title"]):

@@ -20,9 +20,9 @@ import polars as pl
 
 from recsys.errors import ConfigError, nearest
 from recsys.files import atomic_folder, read_json, write_json
-from serving.recall import recall_against_exact
-from serving.recommender import Recommender
-from towers.encode import encode_users
+from recsys.serving.recall import recall_against_exact
+from recsys.serving.recommender import Recommender
+from recsys.towers.encode import encode_users
 
 if TYPE_CHECKING:
     from recsys.ragged import Ragged

@@ -26,8 +26,7 @@ from recsys.errors import BundleError
 from recsys.files import atomic_write, read_json, sha256_bytes, sha256_file, write_json
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex, Index, check_filters, check_queries
-from recsys.tables import Strict
-from serving.nodes import (
+from recsys.serving.nodes import (
     NOTHING,
     UNIT_TOLERANCE,
     distinct,
@@ -36,6 +35,7 @@ from serving.nodes import (
     lifts,
     members_of,
 )
+from recsys.tables import Strict
 
 FORMAT = "recsys hnsw 1"
 ANSWERS_AT_ONCE = 1 << 18

@@ -17,7 +17,7 @@ from numpy.lib.format import open_memmap
 
 from recsys.errors import BundleError
 from recsys.search import ExactIndex, Index
-from serving.index import HnswIndex
+from recsys.serving.index import HnswIndex
 
 ROWS, SCORES = "neighbours.rows.npy", "neighbours.scores.npy"
 FIRST_ROWS, FIRST_SCORES = "neighbours.first.rows.npy", "neighbours.first.scores.npy"

@@ -15,18 +15,18 @@ import numpy as np
 import polars as pl
 import torch
 
-from features.batch import Queries
-from features.examples import asking
 from recsys.baselines import Popularity
 from recsys.errors import QueryError
+from recsys.features.batching.batch import Queries
+from recsys.features.batching.examples import asking
 from recsys.ragged import Ragged, slots
 from recsys.search import ExactIndex, best_scores, search_interests
-from serving import bundle as bundles
-from serving.bundle import Bundle
-from serving.index import HnswIndex
-from serving.neighbours import likeness
-from towers.encode import encode_items, encode_users
-from towers.two_tower import added
+from recsys.serving import bundle as bundles
+from recsys.serving.bundle import Bundle
+from recsys.serving.index import HnswIndex
+from recsys.serving.neighbours import likeness
+from recsys.towers.encode import encode_items, encode_users
+from recsys.towers.two_tower import added
 
 
 @dataclass(frozen=True)

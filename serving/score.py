@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from features.batch import Queries
-from features.logs import scan
-from features.sources.times import clock
 from recsys.errors import DataError
+from recsys.features.batching.batch import Queries
+from recsys.features.readers.read import scan
+from recsys.features.readers.times import clock
 from recsys.files import atomic_write
 from recsys.ragged import Ragged, slots
+from recsys.serving.bundle import Bundle
+from recsys.serving.later_events import Later, extend
+from recsys.serving.recommender import Recommender
+from recsys.serving.user_lists import as_lists, need, rows_of_lists
 from recsys.tables import SECOND, Schema
-from serving.bundle import Bundle
-from serving.later import Later, extend
-from serving.people import as_lists, need, rows_of_lists
-from serving.recommender import Recommender
-from towers.build import moments_of
+from recsys.towers.build import moments_of
 
 
 @dataclass(frozen=True)

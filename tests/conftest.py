@@ -14,8 +14,8 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from experiments.config import RunConfig
-    from features.dataset import Dataset
+    from recsys.experiments.config import RunConfig
+    from recsys.features.prepared.dataset import Dataset
 
 # Before any library reads them: no model hub, no telemetry.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -98,9 +98,9 @@ def build() -> Callable[..., Built]:
     def build(toml: str, folder: Path, *, trained: bool = False) -> Built:
         import torch
 
-        from experiments.bundling import make_bundle
-        from experiments.config import loads
-        from experiments.run import Untrained, fit, prepare
+        from recsys.experiments.bundling import make_bundle
+        from recsys.experiments.config import loads
+        from recsys.experiments.run import Untrained, fit, prepare
 
         torch.set_num_threads(1)
         config = loads(f'out = "{folder.as_posix()}"\n{toml}')
@@ -121,7 +121,7 @@ def build() -> Callable[..., Built]:
 @pytest.fixture(scope="session")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small simulated shop: impressions with positions and devices, items with texts."""
-    from recsys.simulate import simulate
+    from recsys.experiments.shop.simulate import simulate
 
     folder = tmp_path_factory.mktemp("shop")
     simulate(users=120, items=120, days=8, requests_per_user=10).write(folder)
@@ -245,7 +245,7 @@ def plain(
 @pytest.fixture(scope="session")
 def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty MLflow store; making one takes seconds, copying it none."""
-    from experiments.store import Store
+    from recsys.experiments.tracking.store import Store
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     Store(f"sqlite:///{path}", 5)

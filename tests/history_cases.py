@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from features.batch import UserSide
+from recsys.features.batching.batch import UserSide
 
 SEED = st.integers(0, 2**32 - 1)
 LENGTHS = st.lists(st.integers(0, 21), min_size=1, max_size=7)

@@ -23,16 +23,16 @@ import numpy as np
 import polars as pl
 import torch
 
+from recsys.serving import bundle as bundles
+from recsys.serving.bundle import Bundle
+from recsys.serving.index import IndexRules
+from recsys.serving.live.journal import FILE
+from recsys.serving.live.new_items import encode_described
+from recsys.serving.models.publish import publish
+from recsys.towers.embedding import FeatureTable
+from recsys.towers.encode import encode_items
+from recsys.towers.two_tower import TwoTower
 from recsys.vocab import Vocab
-from serving import bundle as bundles
-from serving.bundle import Bundle
-from serving.index import IndexRules
-from serving.living.journal import FILE
-from serving.living.newcomers import encode_described
-from serving.publish import publish
-from towers.blocks import FeatureTable
-from towers.encode import encode_items
-from towers.two_tower import TwoTower
 
 ROOT = Path(__file__).parents[1]
 LIMITS = np.iinfo(np.int64)
@@ -114,9 +114,9 @@ def publish_on(base: Path, journal: Path, made: Path, folder: Path) -> None:
 
 def _serve(base: Path, folder: Path, work: Path) -> None:
     """What `recsys serve FOLDER --journal … --open-writes` does, with a publisher beside it."""
-    from experiments import serve
-    from serving.http import running
-    from serving.http.keys import Keys
+    from recsys.experiments import serve
+    from recsys.serving.api import server as running
+    from recsys.serving.api.auth import Keys
 
     run = running.run
 
@@ -139,8 +139,10 @@ def main(base: Path, folder: Path, work: Path) -> None:
     import sentence_transformers  # noqa: F401
     import transformers  # noqa: F401
 
-    from serving.hosting import host  # noqa: F401
-    from serving.http import protocol, service  # noqa: F401
+    from recsys.serving.api import (
+        service,  # noqa: F401
+    )
+    from recsys.serving.models import host  # noqa: F401
 
     print("ready", flush=True)
     for _ in sys.stdin:

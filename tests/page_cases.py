@@ -20,7 +20,7 @@ import pytest
 import uvicorn
 
 from recsys.errors import QueryError
-from serving.answers.asks import Ask, CursorError, Filter, Reply, UnknownItem
+from recsys.serving.engine.query import Answers, CursorError, Filter, Query, UnknownItem
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 KINDS = ["lamp", "chair", "rug", "desk"]
@@ -48,19 +48,19 @@ class Shop:
     def __init__(self, text: bool = True) -> None:
         self.items = _catalog()
         self.served = SimpleNamespace(version="0123456789ab")
-        self.asks: list[Ask] = []
+        self.asks: list[Query] = []
         self.text = text
         self.slow = 0.0
         self.broken: Exception | None = None
 
-    def answer(self, asks: Sequence[Ask]) -> list[Reply | QueryError]:
+    def answer(self, asks: Sequence[Query]) -> list[Answers | QueryError]:
         self.asks.extend(asks)
         if self.broken is not None:
             raise self.broken
         time.sleep(self.slow)
         return [self._one(ask) for ask in asks]
 
-    def _one(self, ask: Ask) -> Reply | QueryError:
+    def _one(self, ask: Query) -> Answers | QueryError:
         ids = [id for id in self.items if self._fits(id, ask.filter)]
         fallback = None
         if ask.kind == "search":
@@ -79,7 +79,7 @@ class Shop:
         page = ids[start : start + ask.k]
         more = start + ask.k < len(ids)
         scores = 1 - 0.01 * np.arange(start, start + len(page), dtype=np.float32)
-        return Reply(
+        return Answers(
             page, scores,
             fields=[self.items[i] for i in page] if ask.fields else None,
             fallback=fallback,
@@ -101,7 +101,7 @@ class Shop:
                 return False
         return True
 
-    def _why(self, ask: Ask) -> dict[str, Any]:
+    def _why(self, ask: Query) -> dict[str, Any]:
         why: dict[str, Any] = {
             "parts": {"id": 0.21, "text": 0.34, "category": 0.05, "price": -0.02}
         }

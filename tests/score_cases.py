@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from towers.scores import Scores
+from recsys.towers.logits import Scores
 
 LEARNED = ("users", "items", "temperature", "queued")
 

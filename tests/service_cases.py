@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 
 from recsys.errors import QueryError
-from serving.answers.asks import Ask, CursorError, Reply, UnknownItem
-from serving.http.keys import Keys
-from serving.http.service import make_app
-from serving.living.live import Event
+from recsys.serving.api.app import make_app
+from recsys.serving.api.auth import Keys
+from recsys.serving.engine.query import Answers, CursorError, Query, UnknownItem
+from recsys.serving.live.updates import Event
 
 ITEM = {"id": "i0", "score": 1.0}
 """What a `FakeEngine` finds first."""
@@ -40,18 +40,18 @@ class FakeEngine:
     def __init__(self, version: str = "abc123abc123") -> None:
         self.served = SimpleNamespace(version=version)
         self.sizes: list[int] = []
-        self.asks: list[Ask] = []
+        self.asks: list[Query] = []
         self.put: dict[str, Any] = {}
 
-    def answer(self, asks: Sequence[Ask]) -> list[Reply | QueryError]:
+    def answer(self, asks: Sequence[Query]) -> list[Answers | QueryError]:
         self.sizes.append(len(asks))
         self.asks.extend(asks)
         return [self._one(ask) for ask in asks]
 
-    def answer_fast(self, ask: Ask) -> bytes | None:
+    def answer_fast(self, ask: Query) -> bytes | None:
         return None
 
-    def _one(self, ask: Ask) -> Reply | QueryError:
+    def _one(self, ask: Query) -> Answers | QueryError:
         if ask.text == "boom":
             raise ZeroDivisionError("boom")
         if ask.text == "wrong":
@@ -62,7 +62,7 @@ class FakeEngine:
             return CursorError("This cursor is of another model.", gone=ask.cursor == "old")
         ids = [f"i{j}" for j in range(min(ask.k, 50))]
         fallback = "user 'nobody' is unknown" if ask.user == "nobody" else None
-        return Reply(
+        return Answers(
             ids,
             np.linspace(1, 0.1, len(ids)).astype(np.float32),
             fields=None if ask.fields is None else [{"title": id} for id in ids],
@@ -248,7 +248,7 @@ def ask(app: Any, method: str, target: str, body: Any = None, **more: Any) -> Go
 @contextmanager
 def served(app: Any, **rules: Any) -> Iterator[int]:
     """The application behind a real server in a thread; gives its port."""
-    from serving.http.running import ServerRules, bind, listeners, make_server
+    from recsys.serving.api.server import ServerRules, bind, listeners, make_server
 
     bound = bind("127.0.0.1", 0)
     started = threading.Event()

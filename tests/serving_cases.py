@@ -11,13 +11,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from experiments.benchmarks import synthetic
-from serving import bundle as bundles
-from serving.answers.asks import Ask, Reply
-from serving.answers.engine import Engine, EngineRules
-from serving.answers.served import Served
-from serving.index import HnswIndex, IndexRules
-from serving.living.live import LiveView
+from recsys.experiments.benchmarks import synthetic
+from recsys.serving import bundle as bundles
+from recsys.serving.engine.engine import Engine, EngineRules
+from recsys.serving.engine.loaded_model import LoadedModel
+from recsys.serving.engine.query import Answers, Query
+from recsys.serving.index import HnswIndex, IndexRules
+from recsys.serving.live.updates import LiveView
 
 FOREVER = np.iinfo(np.int64).max
 EAGER = IndexRules(kind="hnsw", exact_breadth=0.5, exact_below=0.0, ef=40)
@@ -29,7 +29,7 @@ NEW = {
 """An item of the simulated shop that no model was made with."""
 
 
-def small(path: Path, items: int = 1500, dimensions: int = 8, *, twins: bool = True) -> Served:
+def small(path: Path, items: int = 1500, dimensions: int = 8, *, twins: bool = True) -> LoadedModel:
     """Items without content in clusters; category goes with the cluster, price with nothing."""
     synthetic.make(path, items=items, dimensions=dimensions, users=40, threads=1, neighbours=30)
     bundle = bundles.load(path)
@@ -40,7 +40,7 @@ def small(path: Path, items: int = 1500, dimensions: int = 8, *, twins: bool = T
     stored = bundle.vectors.copy()
     stored[bundle.rows] = vectors
     index = HnswIndex(vectors, EAGER)
-    return Served(replace(bundle, vectors=stored, index=index), None, version="one")
+    return LoadedModel(replace(bundle, vectors=stored, index=index), None, version="one")
 
 
 STILL = EngineRules(clock=None)
@@ -52,25 +52,25 @@ class FakeOverlay:
     view: LiveView
 
 
-def engine_of(served: Served) -> Engine:
+def engine_of(served: LoadedModel) -> Engine:
     """An engine with nothing live."""
     return Engine(served, FakeOverlay(no_view(served)), rules=STILL)
 
 
-def reply_to(engine: Engine, ask: Ask) -> Reply:
+def reply_to(engine: Engine, ask: Query) -> Answers:
     """The answer to one question that has one."""
     (reply,) = engine.answer([ask])
-    assert isinstance(reply, Reply), reply
+    assert isinstance(reply, Answers), reply
     return reply
 
 
-def no_view(served: Served) -> LiveView:
+def no_view(served: LoadedModel) -> LiveView:
     """An overlay in which nothing is live."""
     return view_of(served, {})
 
 
 def view_of(
-    served: Served,
+    served: LoadedModel,
     live: Mapping[str, np.ndarray],
     deleted: Iterable[str] = (),
     *,

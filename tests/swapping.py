@@ -19,14 +19,14 @@ import polars as pl
 import pytest
 
 from recsys.files import atomic_write
+from recsys.serving import bundle as bundles
+from recsys.serving.bundle import Bundle
+from recsys.serving.engine.query import Answers, Query
+from recsys.serving.index import IndexRules
+from recsys.serving.live.updates import LiveUpdates
+from recsys.serving.manifest import read_manifest
+from recsys.serving.models.manager import FolderSource, ModelManager
 from recsys.vocab import Vocab
-from serving import bundle as bundles
-from serving.answers.asks import Ask, Reply
-from serving.bundle import Bundle
-from serving.hosting.host import FolderSource, Host
-from serving.index import IndexRules
-from serving.living.live import Living
-from serving.manifest import read_manifest
 
 NAMES = ["a", "b", "c"]
 
@@ -89,13 +89,13 @@ def version(root: Path, name: str) -> str:
 
 
 @pytest.fixture
-def host(root: Path) -> Iterator[Callable[..., Host]]:
-    made: list[Host] = []
+def host(root: Path) -> Iterator[Callable[..., ModelManager]]:
+    made: list[ModelManager] = []
 
-    def make(source: Any = None, **more: Any) -> Host:
+    def make(source: Any = None, **more: Any) -> ModelManager:
         sources = more.pop("sources", None) or {"main": source or FolderSource(root)}
         more.setdefault("every", 0.05)
-        one = Host(sources, more.pop("living", None) or Living(None), **more)
+        one = ModelManager(sources, more.pop("living", None) or LiveUpdates(None), **more)
         made.append(one)
         one.start()
         return one
@@ -105,7 +105,7 @@ def host(root: Path) -> Iterator[Callable[..., Host]]:
         one.stop()
 
 
-def serving(host: Host) -> str:
+def serving(host: ModelManager) -> str:
     return host.choose(None)[1].served.version
 
 
@@ -118,7 +118,7 @@ class Heard(list[tuple[str, dict[str, Any]]]):
 
 
 @dataclass
-class Askers:
+class UserInputs:
     """Threads that ask all the time, and hold that all ids of an answer are of one model.
 
     Args:
@@ -128,7 +128,7 @@ class Askers:
         living: whether an id with `live-` may be in any answer.
     """
 
-    host: Host
+    host: ModelManager
     prefix: dict[str, str]
     ids: list[str]
     living: bool = False
@@ -138,7 +138,7 @@ class Askers:
     _stop: threading.Event = field(default_factory=threading.Event)
     _running: list[threading.Thread] = field(default_factory=list)
 
-    def __enter__(self) -> Askers:
+    def __enter__(self) -> UserInputs:
         for number in range(self.threads):
             thread = threading.Thread(target=self._ask, args=(number,))
             self._running.append(thread)
@@ -167,18 +167,18 @@ class Askers:
         prefix = self.prefix[version]
         item = prefix + id
         if kind == 0:
-            asks = [Ask("similar", items=(item,), k=5), Ask("recommend", history=(item,), k=5)]
+            asks = [Query("similar", items=(item,), k=5), Query("recommend", history=(item,), k=5)]
         elif kind == 1:
-            asks = [Ask("similar", items=(item,), k=5, exact=True)]
+            asks = [Query("similar", items=(item,), k=5, exact=True)]
         elif kind == 2:
-            asks = [Ask("recommend", user="nobody", k=5)]
+            asks = [Query("recommend", user="nobody", k=5)]
         else:
             asks = []
             quick = engine.similar_fast(item, 5)
             if quick is not None:
                 self._held(prefix, [p.split(b'"')[0].decode() for p in quick.split(b'"id":"')[1:]])
         for answer in engine.answer(asks) if asks else []:
-            if not isinstance(answer, Reply):
+            if not isinstance(answer, Answers):
                 raise AssertionError(f"refused: {answer}")
             self._held(prefix, answer.ids)
         return version

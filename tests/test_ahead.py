@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from features.batches import Batches, TrainingEvents
-from features.inclusion import Inclusion
-from features.parts import Ahead, elapsed_seconds
-from features.timeline import Timeline
+from recsys.features.batching.batches import Batches, TrainingEvents
+from recsys.features.batching.logq import Inclusion
+from recsys.features.batching.slices import Ahead, elapsed_seconds
+from recsys.features.prepared.timeline import Timeline
 
 ITEMS = 9
 

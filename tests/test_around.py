@@ -15,16 +15,24 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from serving_cases import table as table
 
-from features.around import LATE, Around
-from features.order import FADE, PRIOR, REACH, Order
-from features.timeline import Timeline
 from recsys.errors import ConfigError
+from recsys.features.prepared.cooccurrence import LATE, Around
+from recsys.features.prepared.item_time import FADE, PRIOR, REACH, Order
+from recsys.features.prepared.timeline import Timeline
+from recsys.towers.build import build_model
+from recsys.towers.data import InteractionData
+from recsys.towers.item_context import (
+    KNOTS,
+    KNOTS_REACH,
+    SHARPNESS,
+    USUAL,
+    Lookalikes,
+    Surroundings,
+    alike,
+)
+from recsys.towers.training import TwoTowerModule
+from recsys.towers.two_tower import TowerRules
 from tests.test_towers import SEED, settle
-from towers.around import KNOTS, KNOTS_REACH, SHARPNESS, USUAL, Lookalikes, Surroundings, alike
-from towers.build import build_model
-from towers.data import InteractionData
-from towers.training import TwoTowerModule
-from towers.two_tower import TowerRules
 
 D = 5
 
@@ -194,8 +202,8 @@ def test_likenesses_are_found_in_blocks_as_at_once(monkeypatch: pytest.MonkeyPat
     torch.manual_seed(0)
     texts = torch.nn.functional.normalize(torch.randn(40, 3), dim=1)
     at_once = alike(texts, texts[:30], 4, own=True)
-    monkeypatch.setattr("towers.around.ROWS_AT_ONCE", 7)
-    monkeypatch.setattr("towers.around.AMONG_AT_ONCE", 5)
+    monkeypatch.setattr("recsys.towers.item_context.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("recsys.towers.item_context.AMONG_AT_ONCE", 5)
     in_blocks = alike(texts, texts[:30], 4, own=True)
     torch.testing.assert_close(at_once[0], in_blocks[0])
     torch.testing.assert_close(at_once[1], in_blocks[1])
@@ -228,10 +236,10 @@ def around_run(shop_run: str) -> str:
 
 
 def test_a_bundle_answers_as_the_towers_that_learned(around_run: str, tmp_path: Path) -> None:
-    from experiments.bundling import make_bundle
-    from experiments.config import loads
-    from experiments.run import Untrained, prepare
-    from serving.recommender import Recommender
+    from recsys.experiments.bundling import make_bundle
+    from recsys.experiments.config import loads
+    from recsys.experiments.run import Untrained, prepare
+    from recsys.serving.recommender import Recommender
 
     config = loads(f'out = "{tmp_path.as_posix()}"\n{around_run}')
     dataset = prepare(config)
@@ -262,9 +270,9 @@ def test_a_bundle_answers_as_the_towers_that_learned(around_run: str, tmp_path: 
 def test_training_leaves_out_who_is_asked_for(
     around_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from experiments.config import loads
-    from experiments.run import Untrained, prepare
-    from features.examples import training_events
+    from recsys.experiments.config import loads
+    from recsys.experiments.run import Untrained, prepare
+    from recsys.features.batching.examples import training_events
 
     # Few at once: of a log whose every user is asked for, nothing would be left.
     run = around_run.replace("batch_size = 256", "batch_size = 8")
@@ -298,8 +306,8 @@ def test_training_leaves_out_who_is_asked_for(
 def test_new_items_are_read_as_cold_ones_of_the_bundle(
     build: Callable[..., Any], around_run: str, tmp_path: Path, table: dict[str, dict[str, Any]]
 ) -> None:
-    from serving.living.newcomers import encode_described
-    from serving.recommender import Recommender
+    from recsys.serving.live.new_items import encode_described
+    from recsys.serving.recommender import Recommender
 
     bundle = Recommender.load(build(around_run, tmp_path, trained=True).bundle).bundle
     ids = bundle.items.ids.to_list()

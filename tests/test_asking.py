@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from features.batch import Batch
-from features.batches import Batches, TrainingEvents
-from features.inclusion import Asking
-from features.timeline import Timeline
-from towers.objectives import softmax
-from towers.scores import Scores
+from recsys.features.batching.batch import Batch
+from recsys.features.batching.batches import Batches, TrainingEvents
+from recsys.features.batching.logq import Asking
+from recsys.features.prepared.timeline import Timeline
+from recsys.towers.logits import Scores
+from recsys.towers.losses import softmax
 
 
 @pytest.fixture(autouse=True, scope="module")

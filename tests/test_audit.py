@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from features.batch import Batch, UserSide
-from towers.audit import ABOVE, EDGES, OWN, SOURCES, Audit, Draws, audit
+from recsys.features.batching.batch import Batch, UserSide
+from recsys.towers.audit import ABOVE, EDGES, OWN, SOURCES, Audit, Draws, audit
 
 INF = float("inf")
 
@@ -162,7 +162,7 @@ def test_everything_equals_a_slow_twin(queries: int, examples: int, share: float
 def test_small_tiles_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     users, items, memory, batch = scene(3, 7, 19)
     whole = audit(users, items, batch, 0.5, queued=memory)
-    monkeypatch.setattr("towers.audit.LOGITS_AT_ONCE", 50)  # three examples at once
+    monkeypatch.setattr("recsys.towers.audit.LOGITS_AT_ONCE", 50)  # three examples at once
     small = audit(users, items, batch, 0.5, queued=memory)
     assert small.gradient == pytest.approx(whole.gradient)
     assert small.hardness == whole.hardness and small.known == whole.known

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from recsys.towers import training
+from recsys.towers.training import Average
 from tests.test_learning import _one_thread as one_thread
 from tests.test_learning import equal, parts, rules_of, run
-from towers import training
-from towers.training import Average
 
 lightning = pytest.importorskip("pytorch_lightning")
 assert one_thread  # a fixture that runs by itself
@@ -86,7 +86,7 @@ def test_an_average_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_texts_are_dropped_from_in_training_only() -> None:
-    from towers.blocks import FeatureEmbedding, FeatureSpec, FeatureTable
+    from recsys.towers.embedding import FeatureEmbedding, FeatureSpec, FeatureTable
 
     texts = torch.eye(40)
     layer = FeatureEmbedding(FeatureSpec(text=40), 6, text_dropout=0.3)

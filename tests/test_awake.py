@@ -11,9 +11,9 @@ import pytest
 from service_cases import FakeHost, served
 from test_direct import HISTORY, Line, post
 
-from serving.http import awake as module
-from serving.http.awake import Awake
-from serving.http.service import ServiceRules, make_app
+from recsys.serving.api import awake as module
+from recsys.serving.api.app import ServiceRules, make_app
+from recsys.serving.api.awake import Awake
 
 
 class Loop:

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys import baselines, item_based
+from recsys import baselines
+from recsys import item_baselines as item_based
 from recsys.baselines import Popularity, newest_first
 from recsys.errors import QueryError
-from recsys.item_based import CoOccurrence, TextSimilarity
+from recsys.item_baselines import CoOccurrence, TextSimilarity
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex
 

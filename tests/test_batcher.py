@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from recsys.errors import QueryError
-from serving.answers.asks import Ask, Filter, Reply
-from serving.http.batcher import Batcher, BatchRules
-from serving.http.wire import Refusal
+from recsys.serving.api.batcher import Batcher, BatchRules
+from recsys.serving.api.schemas import Refusal
+from recsys.serving.engine.query import Answers, Filter, Query
 
 
 class Gate:
@@ -25,20 +25,20 @@ class Gate:
         self.calls: list[list[str]] = []
         self.go = threading.Semaphore(10_000 if open else 0)
 
-    def answer(self, asks: Sequence[Ask]) -> list[Reply | QueryError]:
+    def answer(self, asks: Sequence[Query]) -> list[Answers | QueryError]:
         texts = [str(ask.text) for ask in asks]
         self.calls.append(texts)
         self.go.acquire()
         if "boom" in texts:
             raise ZeroDivisionError(f"{len(texts)} at once")
         return [
-            QueryError(text) if text == "wrong" else Reply([text], np.zeros(1, np.float32))
+            QueryError(text) if text == "wrong" else Answers([text], np.zeros(1, np.float32))
             for text in texts
         ]
 
 
-def asks(*texts: str) -> list[Ask]:
-    return [Ask("search", text=text) for text in texts]
+def asks(*texts: str) -> list[Query]:
+    return [Query("search", text=text) for text in texts]
 
 
 def soon(seconds: float = 5.0) -> float:
@@ -241,7 +241,7 @@ def test_work_that_panics_costs_no_thread() -> None:
 
 def test_an_engine_that_panics_costs_the_others_nothing() -> None:
     class Panicking(Gate):
-        def answer(self, asks: Sequence[Ask]) -> list[Reply | QueryError]:
+        def answer(self, asks: Sequence[Query]) -> list[Answers | QueryError]:
             try:
                 return super().answer(asks)
             except ZeroDivisionError as error:
@@ -304,13 +304,13 @@ class Where:
     def __init__(self) -> None:
         self.calls: list[tuple[bool, int]] = []
 
-    def answer(self, asks: Sequence[Ask]) -> list[Reply | QueryError]:
+    def answer(self, asks: Sequence[Query]) -> list[Answers | QueryError]:
         here = threading.current_thread() is threading.main_thread()
         self.calls.append((here, len(asks)))
-        return [Reply(["a"], np.zeros(1, np.float32)) for _ in asks]
+        return [Answers(["a"], np.zeros(1, np.float32)) for _ in asks]
 
 
-QUICK = Ask("recommend", history=("a",))
+QUICK = Query("recommend", history=("a",))
 
 
 def test_a_quick_question_that_comes_alone_is_answered_on_the_loop() -> None:

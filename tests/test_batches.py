@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.batch import Batch, Queries, query_side
-from features.batches import Batches, TrainingEvents
-from features.distinct import Distinct
-from features.parts import Part
-from features.timeline import Timeline
+from recsys.features.batching.batch import Batch, Queries, query_side
+from recsys.features.batching.batches import Batches, TrainingEvents
+from recsys.features.batching.distinct import Distinct
+from recsys.features.batching.slices import Part
+from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
 
 N_USERS, N_ITEMS = 6, 15

@@ -16,13 +16,13 @@ import torch
 
 from recsys.errors import BundleError
 from recsys.files import sha256_file
-from serving import bundle as bundles
-from serving import manifest as manifests
-from serving.index import HnswIndex, IndexRules
-from serving.living import newcomers
-from serving.recommender import Recommender
-from towers.blocks import narrowed
-from towers.encode import encode_items
+from recsys.serving import bundle as bundles
+from recsys.serving import manifest as manifests
+from recsys.serving.index import HnswIndex, IndexRules
+from recsys.serving.live import new_items as newcomers
+from recsys.serving.recommender import Recommender
+from recsys.towers.embedding import narrowed
+from recsys.towers.encode import encode_items
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import polars as pl
 import pytest
 
 from recsys.errors import ConfigError, DataError
-from serving import candidates
-from serving.candidates import write_candidates
-from serving.recommender import Recommender
+from recsys.serving import candidates
+from recsys.serving.candidates import write_candidates
+from recsys.serving.recommender import Recommender
 
 
 @pytest.fixture(scope="module")

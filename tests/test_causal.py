@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from features.batch import UserSide
-from towers.causal import Blocks, CausalTransformer
+from recsys.features.batching.batch import UserSide
+from recsys.towers.causal_transformer import Blocks, CausalTransformer
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from experiments import cli, show
 from recsys.errors import BundleError, ConfigError
+from recsys.experiments import cli, show
 
 VERBS = ["init", "prepare", "train", "evaluate", "candidates", "similar", "recommend", "score"]
 VERBS += [
@@ -92,7 +92,7 @@ def recommender(library: Callable[..., None]) -> dict[str, Any]:
             answers.fallback = "user 'u9' is unknown" if query["user"] == "u9" else None
             return answers
 
-    library("serving.recommender", Recommender=Recommender)
+    library("recsys.serving.recommender", Recommender=Recommender)
     return asked
 
 
@@ -134,7 +134,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
         "try:\n"
-        "    from experiments.cli import main; main(['--help'])\n"
+        "    from recsys.experiments.cli import main; main(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'polars', 'numpy', 'mlflow', 'pytorch_lightning', 'rich', 'pydantic'}\n"
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)\n"
@@ -206,11 +206,11 @@ def test_a_mistake_of_the_user_ends_with_2_and_no_traceback(
     arguments: tuple[str, ...],
     words: str,
 ) -> None:
-    from experiments import toml
+    from recsys.experiments import toml
     from recsys.tables import Strict
 
-    library("experiments.config", load=lambda path, sets: toml.read(Strict, path, sets))
-    library("experiments.run", train=None)
+    library("recsys.experiments.config", load=lambda path, sets: toml.read(Strict, path, sets))
+    library("recsys.experiments.run", train=None)
     ended = recsys(*arguments)
     assert ended.code == 2
     assert words in ended.err and "Traceback" not in ended.err
@@ -223,7 +223,7 @@ def test_an_error_of_the_library_is_one_message_on_stderr(
     def evaluate_bundle(bundle: Path, on: str | None = None, against: Any = ()) -> None:
         raise BundleError(f"{bundle}/manifest.json says 128, but index.bin was built with 64.")
 
-    library("experiments.evaluate", evaluate_bundle=evaluate_bundle)
+    library("recsys.experiments.evaluation.evaluate", evaluate_bundle=evaluate_bundle)
     ended = recsys("evaluate", "b", "--json")
     assert (ended.code, ended.out) == (2, "")
     assert ended.err == "b/manifest.json says 128, but index.bin was built with 64.\n"
@@ -236,7 +236,7 @@ def test_a_mistake_of_ours_ends_with_1_and_says_how_to_see_more(
     def evaluate_bundle(bundle: Path, on: str | None = None, against: Any = ()) -> None:
         raise ZeroDivisionError("division by zero")
 
-    library("experiments.evaluate", evaluate_bundle=evaluate_bundle)
+    library("recsys.experiments.evaluation.evaluate", evaluate_bundle=evaluate_bundle)
     ended = recsys("evaluate", "b")
     assert ended.code == 1
     assert "ZeroDivisionError: division by zero" in ended.err and "--verbose" in ended.err
@@ -257,7 +257,7 @@ def test_an_interrupt_ends_with_130_also_as_lightning_passes_it_on(
             sys.exit(1)
 
     for evaluate_bundle in (interrupted, lightning):
-        library("experiments.evaluate", evaluate_bundle=evaluate_bundle)
+        library("recsys.experiments.evaluation.evaluate", evaluate_bundle=evaluate_bundle)
         ended = recsys("evaluate", "b")
         assert ended.code == 130 and "Traceback" not in ended.err
 
@@ -265,11 +265,11 @@ def test_an_interrupt_ends_with_130_also_as_lightning_passes_it_on(
 def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
     code = (
         "import sys, types\n"
-        "module = types.ModuleType('experiments.evaluate')\n"
+        "module = types.ModuleType('recsys.experiments.evaluation.evaluate')\n"
         "card = {'model': {'x%d' % n: 'y' * 100 for n in range(10_000)}}\n"
         "module.evaluate_bundle = lambda bundle, on=None, against=(): card\n"
-        "sys.modules['experiments.evaluate'] = module\n"
-        "from experiments.cli import main; main(['evaluate', 'b', '--json'])\n"
+        "sys.modules['recsys.experiments.evaluation.evaluate'] = module\n"
+        "from recsys.experiments.cli import main; main(['evaluate', 'b', '--json'])\n"
     )
     writer = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -323,8 +323,8 @@ def test_train_prints_one_object_with_run_bundle_and_scorecard(
         seen.update(config=config, resume=resume)
         return SimpleNamespace(run_id="r1", bundle=Path("runs/shop/bundle"), scorecard=CARD)
 
-    library("experiments.config", load=lambda path, sets: (path, sets))
-    library("experiments.run", train=train)
+    library("recsys.experiments.config", load=lambda path, sets: (path, sets))
+    library("recsys.experiments.run", train=train)
     ended = recsys("train", "run.toml", "--set", "a.b=1", "--set", "c.d=x", "--json")
     printed = json.loads(ended.out)
     assert sorted(printed) == ["bundle", "run_id", "scorecard"]
@@ -359,7 +359,7 @@ def test_the_scorecard_of_people_has_baselines_slices_protocol_and_verdict(
 def test_init_writes_a_file_and_never_over_another(
     recsys: Callable[..., Any], library: Callable[..., None], tmp_path: Path
 ) -> None:
-    library("features.guess", guess=lambda log, items: f"# {log.name} {items}\n")
+    library("recsys.experiments.wizard.guess", guess=lambda log, items: f"# {log.name} {items}\n")
     out = tmp_path / "run.toml"
     assert recsys("init", "log.csv", "--out", str(out)).code == 0
     assert out.read_text() == "# log.csv None\n"
@@ -376,7 +376,7 @@ def test_nothing_is_written_when_the_guess_fails(
     def guess(log: Path, items: Path | None) -> str:
         raise ConfigError("There is no log.csv.")
 
-    library("features.guess", guess=guess)
+    library("recsys.experiments.wizard.guess", guess=guess)
     assert recsys("init", "log.csv", "--out", str(tmp_path / "run.toml")).code == 2
     assert list(tmp_path.iterdir()) == []
 
@@ -394,8 +394,8 @@ def test_candidates_and_scores_are_files_with_a_line_about_them(
     def write_scores(recommender: Any, pairs: Path, out: Path, log: Any = None) -> Any:
         return SimpleNamespace(path=out, pairs=7, unknown_users=0, unknown_items=1)
 
-    library("serving.candidates", write_candidates=write_candidates)
-    library("serving.score", write_scores=write_scores)
+    library("recsys.serving.candidates", write_candidates=write_candidates)
+    library("recsys.serving.score", write_scores=write_scores)
     ended = recsys("candidates", "b", "--k", "50", "--out", "c.parquet", "--users", "u.csv")
     assert ended.out == "c.parquet: 5,000 users, 2 unknown\n"
     assert seen == {

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.client import Client, Event, ServiceError
+from recsys.serving.client import Client, Event, ServiceError
 
 ANSWER = {
     "request_id": "r1", "model": "abc", "variant": "a", "fallback": None,
@@ -287,7 +287,7 @@ def test_threads_share_a_client(fake: Fake) -> None:
 
 def test_importing_the_client_loads_no_model_library() -> None:
     code = (
-        "import sys; import serving.client; sys.exit(', '.join(sorted(set(sys.modules) &"
+        "import sys; import recsys.serving.client; sys.exit(', '.join(sorted(set(sys.modules) &"
         " {'torch', 'polars', 'numpy', 'pydantic', 'fastapi', 'orjson'})) or 0)"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -12,9 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from features.coder import ItemCoder, unknown_columns
-from features.columns import BEGINNING, NEVER, categories, joined_text, numbers, texts
 from recsys.errors import QueryError
+from recsys.features.prepared.columns import (
+    BEGINNING,
+    NEVER,
+    categories,
+    joined_text,
+    numbers,
+    texts,
+)
+from recsys.features.prepared.item_coder import ItemCoder, unknown_columns
 from recsys.tables import CatalogSchema
 
 SCHEMA = CatalogSchema(
@@ -42,7 +49,7 @@ rows = st.fixed_dictionaries(
 
 @given(st.lists(rows, min_size=1, max_size=6))
 def test_one_by_one_equals_the_table(table: list[dict[str, Any]]) -> None:
-    """Twin: `features.columns`, fitted on the table, beside a coder made of what was fitted."""
+    """Twin: columns.py, fitted on the table, beside a coder made of what was fitted."""
     frame = pl.DataFrame(
         table,
         schema={

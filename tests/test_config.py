@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
-from experiments import toml
 from recsys.errors import ConfigError
+from recsys.experiments import toml
 from recsys.tables import Schema, Strict
 
 
@@ -220,7 +220,7 @@ def test_a_written_run_has_its_defaults(file: Path) -> None:
 
 
 def test_every_recipe_is_a_configuration_that_reads_back() -> None:
-    from experiments import config
+    from recsys.experiments import config
 
     recipes = sorted((Path(config.__file__).parent / "recipes").glob("*.toml"))
     assert recipes
@@ -230,7 +230,7 @@ def test_every_recipe_is_a_configuration_that_reads_back() -> None:
 
 
 def test_the_run_configuration_reads_back_and_refuses_what_it_does_not_know(tmp_path: Path) -> None:
-    from experiments import config
+    from recsys.experiments import config
 
     file = tmp_path / "run.toml"
     file.write_text('name = "shop"\n[data]\nlog = "log.csv"\n')

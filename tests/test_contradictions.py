@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from features.batches import TrainingEvents
-from features.timeline import Timeline
 from recsys.errors import ConfigError
-from towers.data import InteractionData, plan_of
-from towers.rules import TrainingRules
-from towers.two_tower import TowerRules
+from recsys.features.batching.batches import TrainingEvents
+from recsys.features.prepared.timeline import Timeline
+from recsys.towers.data import InteractionData, plan_of
+from recsys.towers.rules import TrainingRules
+from recsys.towers.two_tower import TowerRules
 
 CAUSAL = TowerRules(history="transformer", max_history=2)
 

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from towers import diagnosis
-from towers.blocks import FeatureSpec, FeatureTable
-from towers.diagnosis import Measured, Part, diagnose
-from towers.two_tower import TowerRules, TwoTower
+from recsys.towers import diagnosis
+from recsys.towers.diagnosis import Measured, Part, diagnose
+from recsys.towers.embedding import FeatureSpec, FeatureTable
+from recsys.towers.two_tower import TowerRules, TwoTower
 
 
 def rows(seed: int, n: int, d: int) -> np.ndarray:

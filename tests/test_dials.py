@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.answers.dials import diversified, pool_size, standardised, with_popularity
+from recsys.serving.engine.rerank import diversified, pool_size, standardised, with_popularity
 
 
 def test_a_near_copy_of_the_best_waits_for_something_else() -> None:

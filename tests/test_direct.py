@@ -17,12 +17,12 @@ from polars.exceptions import PanicException
 from service_cases import FakeEngine, FakeExposures, FakeHost, served
 
 from recsys.errors import QueryError
-from serving.http.direct import MOST_BYTES, Direct
-from serving.http.keys import Keys, make_key
-from serving.http.protocol import GuardedProtocol
-from serving.http.rates import Rate
-from serving.http.running import ServerRules, bind, listeners, make_server
-from serving.http.service import ServiceRules, make_app
+from recsys.serving.api.app import ServiceRules, make_app
+from recsys.serving.api.auth import Keys, make_key
+from recsys.serving.api.direct import MOST_BYTES, Direct
+from recsys.serving.api.limits import Rate
+from recsys.serving.api.protocol import GuardedProtocol
+from recsys.serving.api.server import ServerRules, bind, listeners, make_server
 
 HISTORY = {"history": ["i1", "i2"], "k": 3}
 VECTOR = {"vector": [0.5, 0.0, 0.0, 1.0], "k": 2}

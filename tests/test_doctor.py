@@ -18,22 +18,22 @@ import polars as pl
 import pytest
 import torch
 
-from experiments import cli
-from experiments.doctor import examine
-from experiments.spool import Spool
-from features.batch import Queries, query_side
-from features.timeline import Timeline
 from recsys.errors import BundleError, DataError
+from recsys.experiments import cli
+from recsys.experiments.doctor import examine
+from recsys.experiments.tracking.spool import Spool
+from recsys.features.batching.batch import Queries, query_side
+from recsys.features.prepared.timeline import Timeline
 from recsys.files import write_json
 from recsys.search import ExactIndex
+from recsys.serving import bundle as bundles
+from recsys.serving.bundle import Bundle
+from recsys.serving.index import IndexRules
+from recsys.serving.recommender import Recommender
+from recsys.towers.embedding import FeatureTable
+from recsys.towers.encode import encode_items
+from recsys.towers.two_tower import TowerRules, TwoTower
 from recsys.vocab import Vocab
-from serving import bundle as bundles
-from serving.bundle import Bundle
-from serving.index import IndexRules
-from serving.recommender import Recommender
-from towers.blocks import FeatureTable
-from towers.encode import encode_items
-from towers.two_tower import TowerRules, TwoTower
 
 TASTES, EACH, PEOPLE, CHOICES = 6, 20, 150, 8
 ITEMS = TASTES * EACH

@@ -11,12 +11,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from experiments.evaluate import evaluate_bundle, later_log, protocol
-from experiments.evaluate import test_side as later_side  # the name is not that of a test
-from experiments.scorecard import judge
 from recsys.errors import BundleError, ConfigError, DataError
-from serving.later import Later, extend
-from serving.recommender import Recommender
+from recsys.experiments.evaluation.evaluate import evaluate_bundle, later_log, protocol
+from recsys.experiments.evaluation.evaluate import (
+    test_side as later_side,  # the name is not that of a test
+)
+from recsys.experiments.evaluation.scorecard import judge
+from recsys.serving.later_events import Later, extend
+from recsys.serving.recommender import Recommender
 
 DAY = 86_400
 
@@ -189,7 +191,7 @@ def test_prepared_data_that_is_gone_or_another_is_refused_with_the_way_out(
     # The same configuration, another log in the same place: prepared anew under the same name.
     events = pl.read_csv(own / "events.csv")
     events.head(590).write_csv(own / "events.csv")
-    from experiments.run import prepare
+    from recsys.experiments.run import prepare
 
     assert prepare(built.config).path == path
     with pytest.raises(BundleError, match=r"was prepared from other input .* than this bundle"):

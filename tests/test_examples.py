@@ -11,19 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.examples import (
+from recsys.errors import ConfigError
+from recsys.features.batching.examples import (
     Questions,
     ask,
     consecutive,
     timeline_until,
     training_events,
 )
-from features.timeline import Timeline
-from recsys.errors import ConfigError
+from recsys.features.prepared.timeline import Timeline
 from recsys.tables import Side
-from towers.build import moments_of, validation_side
-from towers.rules import TrainingRules
-from towers.validation import Validation
+from recsys.towers.build import moments_of, validation_side
+from recsys.towers.rules import TrainingRules
+from recsys.towers.validation import Validation
 
 N_USERS, N_ITEMS = 4, 7
 EVENT = st.tuples(st.integers(1, N_USERS - 1), st.integers(1, N_ITEMS - 1), st.integers(0, 12))

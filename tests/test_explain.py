@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from serving.answers.asks import Ask, Reply
-from serving.answers.engine import Engine, EngineRules
-from serving.answers.explain import EXPLAINED
-from serving.answers.served import Served
+from recsys.serving.engine.engine import Engine, EngineRules
+from recsys.serving.engine.explain import EXPLAINED
+from recsys.serving.engine.loaded_model import LoadedModel
+from recsys.serving.engine.query import Answers, Query
 from tests.serving_cases import FakeOverlay, no_view, view_of
 
 
@@ -24,21 +24,21 @@ def keeper(
     build: Callable[..., Any],
     shop_run: str,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Served:
+) -> LoadedModel:
     if not request.param:
-        return Served.load(tiny.bundle)
+        return LoadedModel.load(tiny.bundle)
     toml = shop_run.replace("[towers]\n", f"[towers]\ntext_share = {request.param}\n")
-    return Served.load(build(toml, tmp_path_factory.mktemp("share"), trained=True).bundle)
+    return LoadedModel.load(build(toml, tmp_path_factory.mktemp("share"), trained=True).bundle)
 
 
-def _reply(served: Served, ask: Ask) -> Reply:
+def _reply(served: LoadedModel, ask: Query) -> Answers:
     engine = Engine(served, FakeOverlay(no_view(served)), rules=EngineRules(clock=None))
     (reply,) = engine.answer([ask])
-    assert isinstance(reply, Reply) and reply.explanations is not None
+    assert isinstance(reply, Answers) and reply.explanations is not None
     return reply
 
 
-def _vector(served: Served, row: int, part: str) -> np.ndarray:
+def _vector(served: LoadedModel, row: int, part: str) -> np.ndarray:
     """The item's vector with a part of the feature table blanked."""
     bundle = served.bundle
     model, table = bundle.model, bundle.model.items
@@ -70,9 +70,9 @@ def _vector(served: Served, row: int, part: str) -> np.ndarray:
                 values.copy_(before)
 
 
-def test_parts_are_what_the_score_lacks_without_them(keeper: Served) -> None:
+def test_parts_are_what_the_score_lacks_without_them(keeper: LoadedModel) -> None:
     items = keeper.bundle.items.ids.to_list()
-    reply = _reply(keeper, Ask("similar", items=(items[4],), k=6, explain=True, exact=True))
+    reply = _reply(keeper, Query("similar", items=(items[4],), k=6, explain=True, exact=True))
     query = keeper.bundle.vectors[5]
     for id, said in zip(reply.ids, reply.explanations or [], strict=True):
         row = keeper.row_of(id)
@@ -85,10 +85,10 @@ def test_parts_are_what_the_score_lacks_without_them(keeper: Served) -> None:
             ), part
 
 
-def test_history_entries_pull_by_what_the_score_lacks_without_them(keeper: Served) -> None:
+def test_history_entries_pull_by_what_the_score_lacks_without_them(keeper: LoadedModel) -> None:
     items = keeper.bundle.items.ids.to_list()
     history = (items[3], items[17], items[50], items[17])
-    ask = Ask("recommend", history=history, k=5, explain=True, exact=True)
+    ask = Query("recommend", history=history, k=5, explain=True, exact=True)
     reply = _reply(keeper, ask)
     everything = replace(ask, k=1000, explain=False, drop_seen=False)
     scores = []
@@ -96,7 +96,7 @@ def test_history_entries_pull_by_what_the_score_lacks_without_them(keeper: Serve
         engine = Engine(keeper, FakeOverlay(no_view(keeper)), rules=EngineRules(clock=None))
         short = tuple(id for place, id in enumerate(history) if place != left)
         (one,) = engine.answer([replace(everything, history=short)])
-        assert isinstance(one, Reply)
+        assert isinstance(one, Answers)
         scores.append(dict(zip(one.ids, one.scores.tolist(), strict=True)))
     for id, score, said in zip(reply.ids, reply.scores, reply.explanations or [], strict=True):
         expected = sorted(
@@ -108,32 +108,32 @@ def test_history_entries_pull_by_what_the_score_lacks_without_them(keeper: Serve
         assert said["history"][0]["id"] == expected[0][1]
 
 
-def test_explanations_have_bounds(keeper: Served) -> None:
-    reply = _reply(keeper, Ask("recommend", history=("i00003",), k=EXPLAINED + 5, explain=True))
+def test_explanations_have_bounds(keeper: LoadedModel) -> None:
+    reply = _reply(keeper, Query("recommend", history=("i00003",), k=EXPLAINED + 5, explain=True))
     assert reply.explanations is not None and len(reply.explanations) == EXPLAINED + 5
     assert all(one for one in reply.explanations[:EXPLAINED])
     assert reply.explanations[EXPLAINED:] == [{}] * 5
-    nobody = _reply(keeper, Ask("recommend", user="nobody", k=3, explain=True))
+    nobody = _reply(keeper, Query("recommend", user="nobody", k=3, explain=True))
     assert nobody.explanations == [{}] * 3
 
 
-def test_a_live_answer_says_what_is_at_hand(keeper: Served) -> None:
+def test_a_live_answer_says_what_is_at_hand(keeper: LoadedModel) -> None:
     row = keeper.bundle.rows[3]
     view = view_of(keeper, {"twin": keeper.bundle.vectors[row]})
     view = replace(view, entries=np.zeros_like(view.entries))
     engine = Engine(keeper, FakeOverlay(view), rules=EngineRules(clock=None))
     id = keeper.bundle.items.ids[int(row) - 1]
-    (reply,) = engine.answer([Ask("similar", items=(id,), k=2, explain=True)])
-    assert isinstance(reply, Reply) and reply.explanations is not None
+    (reply,) = engine.answer([Query("similar", items=(id,), k=2, explain=True)])
+    assert isinstance(reply, Answers) and reply.explanations is not None
     assert reply.ids[0] == "twin" and reply.explanations[0] == {"parts": {}, "shared": {}}
-    (reply,) = engine.answer([Ask("recommend", history=("twin", "i00003"), k=2, explain=True)])
-    assert isinstance(reply, Reply) and reply.explanations is not None
+    (reply,) = engine.answer([Query("recommend", history=("twin", "i00003"), k=2, explain=True)])
+    assert isinstance(reply, Answers) and reply.explanations is not None
     assert {one["id"] for one in reply.explanations[0]["history"]} == {"twin", "i00003"}
 
 
-def test_what_two_items_share_is_told(keeper: Served) -> None:
+def test_what_two_items_share_is_told(keeper: LoadedModel) -> None:
     first = keeper.bundle.items.decode(keeper.bundle.rows[:1])[0]
-    reply = _reply(keeper, Ask("similar", items=(first,), k=20, explain=True, fields=("*",)))
+    reply = _reply(keeper, Query("similar", items=(first,), k=20, explain=True, fields=("*",)))
     (mine,) = keeper.fields(np.array([keeper.row_of(first)]))
     for fields, said in zip(reply.fields or [], reply.explanations or [], strict=True):
         assert said["shared"] == {n: v for n, v in fields.items() if v == mine[n]}

@@ -14,13 +14,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from experiments import cli
 from recsys.errors import ConfigError
+from recsys.experiments import cli
 from recsys.search import ExactIndex
-from serving import export as exports
-from serving.export import export
-from serving.recommender import Recommender
-from towers.encode import encode_users
+from recsys.serving import export as exports
+from recsys.serving.export import export
+from recsys.serving.recommender import Recommender
+from recsys.towers.encode import encode_users
 
 K = 10
 

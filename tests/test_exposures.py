@@ -16,25 +16,25 @@ import polars as pl
 import pytest
 from conftest import Built
 
-from features.skips import Reason
 from recsys.errors import DataError
+from recsys.features.prepared.skips import Reason
+from recsys.serving.live.impression_log import SCHEMA, ImpressionLog
+from recsys.serving.live.journal import Event
+from recsys.serving.live.parquet_parts import Parts
 from recsys.tables import DAY, SECOND
-from serving.living.exposures import SCHEMA, ExposureLog
-from serving.living.journal import Event
-from serving.living.parts import Parts
 
 START = 1_704_067_200 * SECOND
 
 
 def read(folder: Path) -> pl.DataFrame:
     """What a reader of the folder sees: no hidden names."""
-    from features.sources.files import expand
+    from recsys.features.readers.files import expand
 
     return pl.concat([pl.read_parquet(path) for path, _ in expand(str(folder))])
 
 
 def test_one_row_an_item_shown_or_an_event(tmp_path: Path) -> None:
-    with ExposureLog(tmp_path, seconds=60) as log:
+    with ImpressionLog(tmp_path, seconds=60) as log:
         assert log.shown("r1", "u1", 5, ["a", "b"], "main", "v1", [0.5, 0.25])
         assert log.events([Event("u1", "b", 9, "buy", 2.0, "r1", "e1")])
         assert log.shown("r2", None, 7, ["c"], "other", "v2", first=11)
@@ -53,14 +53,14 @@ def test_one_row_an_item_shown_or_an_event(tmp_path: Path) -> None:
 
 
 def test_what_is_noted_is_on_disk_within_the_seconds(tmp_path: Path) -> None:
-    with ExposureLog(tmp_path, seconds=0.05) as log:
+    with ImpressionLog(tmp_path, seconds=0.05) as log:
         log.shown("r", "u", 1, ["a"], "m", "v")
         wait_for(lambda: log.written == 1)
         assert read(tmp_path)["item"].to_list() == ["a"]
 
 
 def test_a_full_memory_drops_and_counts(tmp_path: Path) -> None:
-    with ExposureLog(tmp_path, seconds=60, most=3) as log:
+    with ImpressionLog(tmp_path, seconds=60, most=3) as log:
         assert log.shown("r", "u", 1, ["a", "b"], "m", "v")
         assert not log.shown("r", "u", 1, ["c", "d"], "m", "v")
         assert log.events([Event("u", "a", 2)])
@@ -81,7 +81,7 @@ def test_a_part_that_cannot_be_written_is_tried_again(
         return write(self, frame)
 
     monkeypatch.setattr(Parts, "write", failing)
-    log = ExposureLog(tmp_path, seconds=0.02)
+    log = ImpressionLog(tmp_path, seconds=0.02)
     for n in range(5):
         log.shown(f"r{n}", "u", n, ["a"], "m", "v")
     wait_for(lambda: log.failures > 1)
@@ -106,7 +106,7 @@ def failing(*_: object, **__: object) -> None:
 def test_what_polars_says_of_a_full_disk_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with ExposureLog(tmp_path, seconds=0.02) as log:
+    with ImpressionLog(tmp_path, seconds=0.02) as log:
         with monkeypatch.context() as patched:
             patched.setattr(pl.DataFrame, "write_parquet", failing)
             log.shown("r1", "u", 1, ["a", "b"], "m", "v")
@@ -126,9 +126,9 @@ def test_what_polars_says_of_a_full_disk_loses_nothing(
 def test_the_thread_that_writes_outlives_any_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with ExposureLog(tmp_path, seconds=0.02) as log:
+    with ImpressionLog(tmp_path, seconds=0.02) as log:
         with monkeypatch.context() as patched:
-            patched.setattr("serving.living.exposures._frame", lambda some: 1 // 0)
+            patched.setattr("recsys.serving.live.impression_log._frame", lambda some: 1 // 0)
             log.events([Event("u", "a", 1), Event("u", "b", 2)])
             wait_for(lambda: log.failures > 1)
             assert log.alive and log.waiting == 2
@@ -149,7 +149,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_full_for_a_while_costs_no_row(small_disk: Path) -> None:
-    with ExposureLog(small_disk / "log", seconds=0.02) as log:
+    with ImpressionLog(small_disk / "log", seconds=0.02) as log:
         log.shown("r0", "u", 0, ["a"], "m", "v")
         wait_for(lambda: log.written == 1)
         with open(small_disk / "filler", "wb", buffering=0) as filler, suppress(OSError):
@@ -167,9 +167,9 @@ def test_a_disk_that_is_full_for_a_while_costs_no_row(small_disk: Path) -> None:
 
 
 def test_one_process_writes_a_folder(tmp_path: Path) -> None:
-    with ExposureLog(tmp_path), pytest.raises(DataError, match="Another process writes"):
-        ExposureLog(tmp_path)
-    ExposureLog(tmp_path).close()
+    with ImpressionLog(tmp_path), pytest.raises(DataError, match="Another process writes"):
+        ImpressionLog(tmp_path)
+    ImpressionLog(tmp_path).close()
 
 
 def frame(n: int) -> pl.DataFrame:
@@ -235,7 +235,7 @@ def test_a_crash_at_any_step_of_joining_loses_and_repeats_nothing(
 def test_parts_that_cannot_become_one_file_are_tried_again_and_never_written_twice(
     step: str, again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.living.parts.JOIN_AGAIN", 0.0)
+    monkeypatch.setattr("recsys.serving.live.parquet_parts.JOIN_AGAIN", 0.0)
     replace = os.replace
 
     def full(*_: object) -> None:
@@ -295,8 +295,8 @@ def visible(file: Path) -> bool:
 def test_a_killed_process_loses_at_most_the_last_seconds(tmp_path: Path) -> None:
     code = f"""
 import time
-from serving.living.exposures import ExposureLog
-log = ExposureLog({str(tmp_path)!r}, seconds=0.1)
+from recsys.serving.live.impression_log import ImpressionLog
+log = ImpressionLog({str(tmp_path)!r}, seconds=0.1)
 n = 0
 while True:
     log.shown(f"r{{n}}", "u", n, ["a", "b"], "m", "v")
@@ -331,11 +331,11 @@ def wait_for(condition: object, seconds: float = 10.0) -> None:
 
 def test_serving_makes_the_next_training_log(tmp_path: Path) -> None:
     """By hand: three users over six days; the recipe reads clicks, skips and their reasons."""
-    from experiments import config
-    from experiments.run import prepare
+    from recsys.experiments import config
+    from recsys.experiments.run import prepare
 
     items = [f"i{n}" for n in range(8)]
-    with ExposureLog(tmp_path / "log") as log:
+    with ImpressionLog(tmp_path / "log") as log:
         for day in range(6):
             for n, user in enumerate(("ann", "bob", None)):
                 at = START + day * DAY + n * 3600 * SECOND
@@ -389,12 +389,12 @@ def test_the_next_bundle_takes_in_what_was_served(
     tmp_path: Path, build: Callable[..., Built]
 ) -> None:
     """Serve, train on the log, attach the new model: its overlay holds only what it never saw."""
-    from experiments import config
-    from serving.answers.served import Served
-    from serving.living.live import Living
+    from recsys.experiments import config
+    from recsys.serving.engine.loaded_model import LoadedModel
+    from recsys.serving.live.updates import LiveUpdates
 
     items, told = [f"i{n}" for n in range(60)], []
-    with Living(None) as living, ExposureLog(tmp_path / "log") as log:
+    with LiveUpdates(None) as living, ImpressionLog(tmp_path / "log") as log:
         for n in range(240):
             user, at = f"u{n % 16}", START + n * 3600 * SECOND + n
             shown = [items[(n * 7 + j * (n % 3 + 1)) % 60] for j in range(4)]
@@ -408,7 +408,7 @@ def test_the_next_bundle_takes_in_what_was_served(
         text = recipe.read_text().replace('log = "log"', f'log = "{tmp_path / "log"}"')
         sizes = "[split]\ntest='1d'\nvalid='1d'\n[towers]\ndimension=8\nhidden=8\n"
         built = build(f"{text}{sizes}[training]\nepochs=2\n", tmp_path / "run", trained=True)
-        served = Served.load(built.bundle)
+        served = LoadedModel.load(built.bundle)
         late = [event for event in told if event.time >= (served.bundle.cutoff or 0)]
         assert 0 < len(late) < len(told)
         view = living.attach(served).view
@@ -419,10 +419,10 @@ def test_the_next_bundle_takes_in_what_was_served(
 
 
 def test_positions_and_propensities_come_back(tmp_path: Path) -> None:
-    from experiments import config
-    from features import logs
+    from recsys.experiments import config
+    from recsys.features.readers import read as logs
 
-    with ExposureLog(tmp_path / "log") as log:
+    with ImpressionLog(tmp_path / "log") as log:
         log.shown("r", "ann", START, ["a", "b", "c"], "main", "v1", [0.5, 0.25, 0.125], first=4)
         log.events([Event("ann", "b", START + 1, request="r")])
     recipe = Path(config.__file__).parent / "recipes" / "served.toml"

@@ -16,10 +16,10 @@ from service_cases import OPEN, FakeHost, ask
 from serving_cases import NEW
 
 from recsys.errors import QueryError
-from serving import bundle as bundles
-from serving.answers.served import Served
-from serving.http.service import make_app
-from serving.living.live import Event, Living, Overlay
+from recsys.serving import bundle as bundles
+from recsys.serving.api.app import make_app
+from recsys.serving.engine.loaded_model import LoadedModel
+from recsys.serving.live.updates import Event, LiveUpdates, Overlay
 
 BERLIN = "Europe/Berlin"
 MORE = {
@@ -31,25 +31,25 @@ MORE = {
 
 
 @pytest.fixture(scope="module")
-def served(tiny: Built) -> Served:
+def served(tiny: Built) -> LoadedModel:
     bundle = bundles.load(tiny.bundle)
     nothing = [pl.lit(None, dtype).alias(name) for name, dtype in MORE.items()]
-    return Served(replace(bundle, catalog=bundle.catalog.with_columns(nothing)))
+    return LoadedModel(replace(bundle, catalog=bundle.catalog.with_columns(nothing)))
 
 
 @pytest.fixture
-def living() -> Iterator[Living]:
-    with Living(None) as living:
+def living() -> Iterator[LiveUpdates]:
+    with LiveUpdates(None) as living:
         yield living
 
 
 @pytest.fixture
-def overlay(living: Living, served: Served) -> Overlay:
+def overlay(living: LiveUpdates, served: LoadedModel) -> Overlay:
     return living.attach(served)
 
 
 @pytest.fixture
-def app(living: Living, overlay: Overlay) -> Any:
+def app(living: LiveUpdates, overlay: Overlay) -> Any:
     app = make_app(FakeHost(), living, keys=OPEN)
     yield app
     app.close()
@@ -86,7 +86,7 @@ def test_times_beyond_all_calendars_leave_the_threads_that_write(
     ],
 )  # fmt: skip
 def test_what_a_column_cannot_hold_is_refused_by_name(
-    wrong: dict[str, Any], living: Living, overlay: Overlay
+    wrong: dict[str, Any], living: LiveUpdates, overlay: Overlay
 ) -> None:
     (name,) = wrong
     with pytest.raises(QueryError, match=f"'{name}' holds"):
@@ -113,7 +113,7 @@ class Panic(BaseException):
 @pytest.mark.parametrize("error", [ZeroDivisionError("7"), Panic("7")])
 @pytest.mark.parametrize("stage", ["describe", "encode"])
 def test_a_writer_that_breaks_a_model_costs_its_commit_nothing(
-    error: BaseException, stage: str, living: Living, overlay: Overlay,
+    error: BaseException, stage: str, living: LiveUpdates, overlay: Overlay,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     real, failed = getattr(Overlay, stage), dict[str, BaseException]()
@@ -146,7 +146,7 @@ def test_a_writer_that_breaks_a_model_costs_its_commit_nothing(
 
 
 def test_what_fails_after_it_is_written_is_not_written_again(
-    living: Living, overlay: Overlay, monkeypatch: pytest.MonkeyPatch
+    living: LiveUpdates, overlay: Overlay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any) -> None:
         raise ZeroDivisionError

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from serving_cases import no_view, small
 
 from recsys.errors import QueryError
-from serving.answers.asks import Filter
-from serving.answers.choices import CHOICES, Choices
-from serving.answers.filters import KEPT_MOST, Filters, Kept
-from serving.answers.stock import Stock
-from serving.answers.windows import Windows
+from recsys.serving.engine.availability import Windows
+from recsys.serving.engine.filter_masks import CHOICES, FilterMasks
+from recsys.serving.engine.filters import KEPT_MOST, Filters, Kept
+from recsys.serving.engine.query import Filter
+from recsys.serving.engine.snapshot import CatalogSnapshot
 
 CLOCK = [datetime(2024, 1, 1, hour) for hour in (0, 10, 10, 23)] + [None, datetime(2024, 1, 2)]
 """In UTC."""
@@ -223,8 +223,8 @@ def test_small_masks_are_kept_up_to_a_number() -> None:
 
 def test_choices_count_what_was_asked(tmp_path: Path) -> None:
     served = small(tmp_path, items=300)
-    stock = Stock(served, no_view(served), Windows(served.bundle, served.position), None)
-    choices = Choices(served.bundle, limit=1 << 20)
+    stock = CatalogSnapshot(served, no_view(served), Windows(served.bundle, served.position), None)
+    choices = FilterMasks(served.bundle, limit=1 << 20)
     for n in range(10):
         choices.of(Filter(equals={"category": (f"{n}" * 300_000,)}), stock)
     assert 300_000 < choices.held <= 1 << 20

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from features.firsts import Firsts
-from features.timeline import Timeline
+from recsys.features.prepared.first_seen import Firsts
+from recsys.features.prepared.timeline import Timeline
 
 N_USERS, N_ITEMS = 4, 5
 USER, ITEM, TIME = st.integers(0, N_USERS - 1), st.integers(0, N_ITEMS - 1), st.integers(0, 6)

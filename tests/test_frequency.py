@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.batches import Batches, TrainingEvents
-from features.frequency import StreamingFrequency, exact_shares
-from features.timeline import Timeline
+from recsys.features.batching.batches import Batches, TrainingEvents
+from recsys.features.batching.frequency import StreamingFrequency, exact_shares
+from recsys.features.prepared.timeline import Timeline
 
 
 def zipf(n_items: int) -> np.ndarray:

@@ -16,30 +16,30 @@ from swapping import renamed
 
 from recsys.errors import DataError
 from recsys.search import ExactIndex
-from serving.answers.asks import Ask, Filter
-from serving.answers.served import Served
-from serving.hosting.gate import GateRules, check, golden_questions, write_golden
-from serving.index import HnswIndex, IndexRules
-from serving.neighbours import Neighbours
-from serving.publish import publish
+from recsys.serving.engine.loaded_model import LoadedModel
+from recsys.serving.engine.query import Filter, Query
+from recsys.serving.index import HnswIndex, IndexRules
+from recsys.serving.models.gate import GateRules, check, golden_questions, write_golden
+from recsys.serving.models.publish import publish
+from recsys.serving.neighbours import Neighbours
 
 GRAPH = IndexRules(kind="hnsw", exact_breadth=1, exact_below=0)
 
 
 @pytest.fixture(scope="module")
-def good(plain: Any) -> Served:
-    return Served.load(plain.bundle)
+def good(plain: Any) -> LoadedModel:
+    return LoadedModel.load(plain.bundle)
 
 
-def indexed(served: Served, break_: Callable[[np.ndarray], np.ndarray]) -> Served:
+def indexed(served: LoadedModel, break_: Callable[[np.ndarray], np.ndarray]) -> LoadedModel:
     """The model with a graph over vectors that were tampered with."""
     bundle = served.bundle
     vectors = np.ascontiguousarray(bundle.vectors[bundle.rows])
     graph = HnswIndex(break_(vectors.copy()), GRAPH)
-    return Served(replace(bundle, index=graph), None)
+    return LoadedModel(replace(bundle, index=graph), None)
 
 
-def test_a_good_model_passes_and_says_what_was_measured(good: Served) -> None:
+def test_a_good_model_passes_and_says_what_was_measured(good: LoadedModel) -> None:
     verdict = check(good, good, GateRules())
     assert verdict.passed
     assert verdict.measured["items"] == len(good.bundle.rows)
@@ -48,7 +48,7 @@ def test_a_good_model_passes_and_says_what_was_measured(good: Served) -> None:
     assert graph.passed and graph.measured["recall"] == 1.0
 
 
-def test_a_graph_over_other_vectors_is_refused(good: Served) -> None:
+def test_a_graph_over_other_vectors_is_refused(good: LoadedModel) -> None:
     verdict = check(indexed(good, lambda v: v[::-1].copy()), None, GateRules(k=5))
     assert not verdict.passed
     assert len(verdict.refusals) == 1
@@ -57,13 +57,13 @@ def test_a_graph_over_other_vectors_is_refused(good: Served) -> None:
     assert verdict.measured["recall"] < 0.95
 
 
-def table(served: Served, change: Callable[[np.ndarray], np.ndarray]) -> Served:
+def table(served: LoadedModel, change: Callable[[np.ndarray], np.ndarray]) -> LoadedModel:
     assert served.neighbours is not None
     rows = change(np.array(served.neighbours.rows))
-    return Served(served.bundle, Neighbours(rows, np.array(served.neighbours.scores), 1.0))
+    return LoadedModel(served.bundle, Neighbours(rows, np.array(served.neighbours.scores), 1.0))
 
 
-def test_a_table_of_neighbours_that_is_wrong_is_refused(good: Served) -> None:
+def test_a_table_of_neighbours_that_is_wrong_is_refused(good: LoadedModel) -> None:
     n = len(good.bundle.rows)
 
     def with_first(row: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -88,7 +88,7 @@ def test_a_table_of_neighbours_that_is_wrong_is_refused(good: Served) -> None:
         assert re.search(said, verdict.refusals[0])
 
 
-def test_recall_is_judged_as_a_naive_loop_would(good: Served) -> None:
+def test_recall_is_judged_as_a_naive_loop_would(good: LoadedModel) -> None:
     bundle, k = good.bundle, 7
     vectors = np.ascontiguousarray(bundle.vectors[bundle.rows])
     random = np.random.default_rng(3)
@@ -96,7 +96,7 @@ def test_recall_is_judged_as_a_naive_loop_would(good: Served) -> None:
     rows = np.array(good.neighbours.rows)
     spoiled = random.random(rows.shape) < 0.2
     rows[spoiled] = -1
-    tampered = Served(bundle, Neighbours(rows, np.array(good.neighbours.scores), 1.0))
+    tampered = LoadedModel(bundle, Neighbours(rows, np.array(good.neighbours.scores), 1.0))
     share = []
     for place in range(len(vectors)):
         query = vectors[place].copy()
@@ -112,7 +112,7 @@ def test_recall_is_judged_as_a_naive_loop_would(good: Served) -> None:
     )
 
 
-def test_the_luck_of_a_sample_refuses_nobody(good: Served) -> None:
+def test_the_luck_of_a_sample_refuses_nobody(good: LoadedModel) -> None:
     """A table with a recall of .99 is measured below that in half of all samples."""
     random = np.random.default_rng(0)
     assert good.neighbours is not None
@@ -120,22 +120,22 @@ def test_the_luck_of_a_sample_refuses_nobody(good: Served) -> None:
     for seed in range(100):
         rows = np.array(good.neighbours.rows)
         rows[random.random(rows.shape) < 0.01] = -1
-        tampered = Served(good.bundle, Neighbours(rows, np.array(good.neighbours.scores), 1.0))
+        tampered = LoadedModel(good.bundle, Neighbours(rows, np.array(good.neighbours.scores), 1.0))
         refused += not check(tampered, None, GateRules(seed=seed)).passed
         rows[random.random(rows.shape) < 0.2] = -1
         assert not check(tampered, None, GateRules(seed=seed)).passed
     assert refused <= 3
 
 
-def test_a_catalogue_that_shrank_is_refused(good: Served) -> None:
+def test_a_catalogue_that_shrank_is_refused(good: LoadedModel) -> None:
     rows = good.bundle.rows[:10]
     exact = ExactIndex(np.ascontiguousarray(good.bundle.vectors[rows]))
-    small = Served(replace(good.bundle, rows=rows, index=exact), None)
+    small = LoadedModel(replace(good.bundle, rows=rows, index=exact), None)
     verdict = check(small, good, GateRules())
     assert "shrank from" in verdict.refusals[0] and "to 10 items" in verdict.refusals[0]
     assert check(small, good, GateRules(catalogue=0.1)).passed
     assert check(small, None, GateRules()).passed
-    nothing = Served(
+    nothing = LoadedModel(
         replace(good.bundle, rows=rows[:0], index=ExactIndex(np.empty((0, 8), np.float32))), None
     )
     assert check(nothing, None, GateRules()).refusals == (
@@ -144,17 +144,17 @@ def test_a_catalogue_that_shrank_is_refused(good: Served) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_vectors_that_are_not_finite_are_refused(good: Served, value: float) -> None:
+def test_vectors_that_are_not_finite_are_refused(good: LoadedModel, value: float) -> None:
     vectors = good.bundle.vectors.copy()
     vectors[3, 1] = value
-    verdict = check(Served(replace(good.bundle, vectors=vectors), None), None, GateRules())
+    verdict = check(LoadedModel(replace(good.bundle, vectors=vectors), None), None, GateRules())
     assert len(verdict.refusals) == 1 and "holds NaN or infinity" in verdict.refusals[0]
 
 
 # --- golden questions -----------------------------------------------------------------------------
 
 
-def test_what_a_model_answers_is_golden_for_it(good: Served, tmp_path: Path) -> None:
+def test_what_a_model_answers_is_golden_for_it(good: LoadedModel, tmp_path: Path) -> None:
     count = write_golden(good, tmp_path / "golden.json", questions=12)
     assert count == 12
     entries = json.loads((tmp_path / "golden.json").read_text())
@@ -166,7 +166,7 @@ def test_what_a_model_answers_is_golden_for_it(good: Served, tmp_path: Path) -> 
     assert verdict.passed and verdict.measured["golden"] == 12
 
 
-def test_a_model_with_other_answers_is_refused_by_name(good: Served, tmp_path: Path) -> None:
+def test_a_model_with_other_answers_is_refused_by_name(good: LoadedModel, tmp_path: Path) -> None:
     ids = good.bundle.items.decode(good.bundle.rows).to_list()
     ask = {"kind": "similar", "items": [ids[0]], "k": 3}
     answers = good.recommender.similar(item=ids[0], k=3).ids
@@ -229,12 +229,12 @@ def test_golden_questions_are_written_as_requests_are(tmp_path: Path) -> None:
     (tmp_path / "golden.json").write_text(json.dumps([{"ask": ask, "min_overlap": 1}]))
     (question,) = golden_questions(tmp_path, GateRules())
     assert question.min_overlap == 1
-    assert question.ask.to_ask() == Ask(
+    assert question.ask.to_ask() == Query(
         "similar", items=("a", "b"), k=3, filter=Filter(ranges={"price": (0, 3)})
     )
 
 
-def test_the_gate_takes_less_than_a_second_at_a_hundred_thousand_items(good: Served) -> None:
+def test_the_gate_takes_less_than_a_second_at_a_hundred_thousand_items(good: LoadedModel) -> None:
     random = np.random.default_rng(0)
     vectors = random.standard_normal((100_001, 8)).astype(np.float32)
     rows = np.arange(1, 100_001)
@@ -246,7 +246,7 @@ def test_the_gate_takes_less_than_a_second_at_a_hundred_thousand_items(good: Ser
         index=ExactIndex(vectors[1:]),
     )
     nearest = np.zeros((100_000, 10), np.int32)
-    served = Served(big, Neighbours(nearest, nearest.astype(np.float32), 1.0))
+    served = LoadedModel(big, Neighbours(nearest, nearest.astype(np.float32), 1.0))
     verdict = check(served, None, GateRules())
     assert not verdict.passed
     assert verdict.measured["seconds"] < 1.0
@@ -256,7 +256,7 @@ def test_the_command_writes_questions_that_the_gate_asks(
     plain: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Where the gate looks for them: beside a bundle, and beside CURRENT."""
-    from experiments import cli
+    from recsys.experiments import cli
 
     def run(*arguments: object) -> tuple[int | None, str, str]:
         with pytest.raises(SystemExit) as ended:
@@ -273,10 +273,10 @@ def test_the_command_writes_questions_that_the_gate_asks(
     code, out, _ = run(folder)
     assert (code, out) == (0, f"{folder}/golden.json: 20 questions, answered by {published.name}\n")
     for path, count in ((bundle, 6), (published, 20)):
-        verdict = check(Served.load(path), None, GateRules(), folder=path)
+        verdict = check(LoadedModel.load(path), None, GateRules(), folder=path)
         assert verdict.passed and verdict.measured["golden"] == count
     # A model with other items does not pass.
-    foreign = Served.load(renamed(plain.bundle, tmp_path / "foreign", "x"))
+    foreign = LoadedModel.load(renamed(plain.bundle, tmp_path / "foreign", "x"))
     assert not check(foreign, None, GateRules(), folder=bundle).passed
     # What somebody may have written by hand is not written over unasked.
     before = (folder / "golden.json").read_text()

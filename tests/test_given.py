@@ -9,14 +9,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from experiments.config import load
-from experiments.run import _learn
-from features.examples import asking, timeline_until
-from features.given import given_negatives
 from recsys.errors import DataError
+from recsys.experiments.config import load
+from recsys.experiments.run import _learn
+from recsys.features.batching.examples import asking, timeline_until
+from recsys.features.batching.negatives_file import given_negatives
 from recsys.tables import Side
-from towers.build import build_model
-from towers.encode import encode_items, encode_users
+from recsys.towers.build import build_model
+from recsys.towers.encode import encode_items, encode_users
 
 
 def _chosen(dataset: Any, until: Side) -> set[tuple[str, str]]:
@@ -109,7 +109,7 @@ def test_what_cannot_be_meant_names_the_file_and_the_way_out(
 def test_a_run_with_a_bad_file_of_negatives_leaves_no_run_behind(
     market_run: str, tmp_path: Path
 ) -> None:
-    from experiments.run import train
+    from recsys.experiments.run import train
 
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(market_run + "[track]\nenabled = false\n")

@@ -14,9 +14,9 @@ import pytest
 from recsys.errors import BundleError
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex
-from serving.index import HnswIndex, IndexRules, build_index
-from serving.nodes import distinct
-from serving.recall import recall_against_exact
+from recsys.serving.index import HnswIndex, IndexRules, build_index
+from recsys.serving.nodes import distinct
+from recsys.serving.recall import recall_against_exact
 
 
 def clusters(n: int, d: int = 24, seed: int = 0) -> np.ndarray:
@@ -252,7 +252,7 @@ FULL_DISK = """
 import resource, signal, sys
 import numpy as np
 from recsys.errors import BundleError
-from serving.index import HnswIndex
+from recsys.serving.index import HnswIndex
 index = HnswIndex(np.random.default_rng(0).normal(size=(500, 16)).astype(np.float32))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

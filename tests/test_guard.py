@@ -18,11 +18,11 @@ import pytest
 from malformed_cases import broken, malformed
 from service_cases import FakeHost, FakeLiving, asked, raw, served
 
-from experiments.serve import MAIN, Plan, service
-from serving.http.guard import sane_id
-from serving.http.keys import Keys
-from serving.http.protocol import GuardedProtocol
-from serving.http.service import make_app
+from recsys.experiments.serve import MAIN, Plan, service
+from recsys.serving.api.app import make_app
+from recsys.serving.api.auth import Keys
+from recsys.serving.api.guard import sane_id
+from recsys.serving.api.protocol import GuardedProtocol
 
 LIVE = b"GET /v1/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 

@@ -1,4 +1,4 @@
-"""`features.guess`: what is drafted from a look at the files can be read as it stands."""
+"""`recsys init`: what is drafted from a look at the files can be read as it stands."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import polars as pl
 import pytest
 from source_cases import write_ebnerd
 
-from features.draft import comment, toml
-from features.guess import guess
-from features.logs import DataSource, read
 from recsys.errors import DataError
+from recsys.experiments.wizard.draft import comment, toml
+from recsys.experiments.wizard.guess import guess
+from recsys.features.readers.read import DataSource, read
 from recsys.tables import Log
 
 

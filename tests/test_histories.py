@@ -14,17 +14,17 @@ from history_cases import LENGTHS, N_ITEMS, SEED, D, entries_of, side, stirred
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.batch import Queries, UserSide
-from features.batches import Batches, TrainingEvents
-from features.examples import asking
-from features.timeline import Timeline
 from recsys.errors import ConfigError
+from recsys.features.batching.batch import Queries, UserSide
+from recsys.features.batching.batches import Batches, TrainingEvents
+from recsys.features.batching.examples import asking
+from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
-from towers.blocks import FeatureTable
-from towers.build import build_model
-from towers.causal import CausalTransformer
-from towers.encode import encode_items, encode_users
-from towers.histories import (
+from recsys.towers.build import build_model
+from recsys.towers.causal_transformer import CausalTransformer
+from recsys.towers.embedding import FeatureTable
+from recsys.towers.encode import encode_items, encode_users
+from recsys.towers.history import (
     EntryInputs,
     History,
     MultiInterest,
@@ -33,8 +33,8 @@ from towers.histories import (
     seconds_to_next,
     strength_buckets,
 )
-from towers.histories import segment_softmax as softmax_of_segments
-from towers.two_tower import TowerRules, TwoTower
+from recsys.towers.history import segment_softmax as softmax_of_segments
+from recsys.towers.two_tower import TowerRules, TwoTower
 
 
 @pytest.fixture(autouse=True, scope="module")

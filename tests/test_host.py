@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from swapping import (
     NAMES,
-    Askers,
     Heard,
+    UserInputs,
     golden_fails,
     point,
     pointer_to_nothing,
@@ -31,16 +31,16 @@ from swapping import models as models
 from swapping import root as root
 
 from recsys.errors import ConfigError, QueryError
-from serving.answers.asks import Ask, Filter, Reply
-from serving.answers.engine import Engine
-from serving.answers.served import Served
-from serving.hosting import host as hosts
-from serving.hosting.host import FolderSource, GateRules, Host
-from serving.living.live import Living
+from recsys.serving.engine.engine import Engine
+from recsys.serving.engine.loaded_model import LoadedModel
+from recsys.serving.engine.query import Answers, Filter, Query
+from recsys.serving.live.updates import LiveUpdates
+from recsys.serving.models import manager as hosts
+from recsys.serving.models.manager import FolderSource, GateRules, ModelManager
 
 
 def test_a_new_pointer_swaps_and_a_roll_back_swaps_back(
-    host: Callable[..., Host], root: Path
+    host: Callable[..., ModelManager], root: Path
 ) -> None:
     heard = Heard()
     one = host(on_event=heard)
@@ -64,24 +64,24 @@ def test_nothing_new_costs_a_stat(root: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_bundle_replaced_in_its_place_is_a_new_model(
-    host: Callable[..., Host], plain: Any, tmp_path: Path
+    host: Callable[..., ModelManager], plain: Any, tmp_path: Path
 ) -> None:
     renamed(plain.bundle, tmp_path / "bundle", "a-")
     one = host(FolderSource(tmp_path / "bundle"))
     before = serving(one)
     renamed(plain.bundle, tmp_path / "bundle", "b-")
     until(lambda: serving(one) != before)
-    reply = one.choose(None)[1].answer([Ask("recommend", user="nobody", k=3)])[0]
+    reply = one.choose(None)[1].answer([Query("recommend", user="nobody", k=3)])[0]
     assert all(id.startswith("b-") for id in reply.ids)  # type: ignore[union-attr]
 
 
 def test_under_load_no_question_fails_and_no_answer_mixes_two_models(
-    host: Callable[..., Host], root: Path, plain: Any
+    host: Callable[..., ModelManager], root: Path, plain: Any
 ) -> None:
     one = host()
     ids = [id.removeprefix("a-") for id in one.choose(None)[1].served.bundle.items.ids[:20]]
     prefix = {version(root, name): f"{name}-" for name in NAMES}
-    with Askers(one, prefix, ids) as askers:
+    with UserInputs(one, prefix, ids) as askers:
         for name in ("b", "c", "a", "b", "a", "c"):
             point(root, name)
             until(lambda name=name: serving(one) == version(root, name))
@@ -95,14 +95,14 @@ def test_under_load_no_question_fails_and_no_answer_mixes_two_models(
 
 
 def test_the_old_model_lives_as_long_as_a_request_holds_it_and_no_longer(
-    host: Callable[..., Host], root: Path, monkeypatch: pytest.MonkeyPatch
+    host: Callable[..., ModelManager], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hosts, "COLLECT_AFTER", 1e9)
     gc.collect()
     gc.disable()  # references alone must do
     try:
         heard = Heard()
-        living = Living(None)
+        living = LiveUpdates(None)
         one = host(living=living, on_event=heard)
         request = one.choose(None)[1]
         served = weakref.ref(request.served)
@@ -114,7 +114,7 @@ def test_the_old_model_lives_as_long_as_a_request_holds_it_and_no_longer(
         # Two models at most: c waits until the request is done.
         assert serving(one) == version(root, "b")
         assert one.facts()[0]["old_model_held"] and "freed" not in heard.names()
-        reply = request.answer([Ask("recommend", user="nobody", k=3)])[0]
+        reply = request.answer([Query("recommend", user="nobody", k=3)])[0]
         assert all(id.startswith("a-") for id in reply.ids)  # type: ignore[union-attr]
         del request, reply
         until(lambda: "freed" in heard.names())
@@ -126,7 +126,7 @@ def test_the_old_model_lives_as_long_as_a_request_holds_it_and_no_longer(
 
 
 def test_nothing_of_a_model_with_all_features_is_a_cycle(tiny: Any) -> None:
-    served, living = Served.load(tiny.bundle), Living(None)
+    served, living = LoadedModel.load(tiny.bundle), LiveUpdates(None)
     gc.collect()
     gc.disable()
     try:
@@ -136,15 +136,15 @@ def test_nothing_of_a_model_with_all_features_is_a_cycle(tiny: Any) -> None:
         told: dict[str, Any] = {"explain": True, "fields": ("*",), "popularity": 0.3}
         told |= {"diversity": 0.3, "filter": Filter(ranges={"price": (0, None)}, deny=("x",))}
         asks = [
-            Ask("similar", items=(item,), **told),
-            Ask("recommend", user=served.bundle.users.ids[0], context={"device": "app"}, **told),
-            Ask("search", text="tea", **told),
-            Ask("vector", vector=served.bundle.vectors[1].copy(), **told),
-            Ask("similar", items=(item,), paged=True),
-            Ask("similar", items=()),
+            Query("similar", items=(item,), **told),
+            Query("recommend", user=served.bundle.users.ids[0], context={"device": "app"}, **told),
+            Query("search", text="tea", **told),
+            Query("vector", vector=served.bundle.vectors[1].copy(), **told),
+            Query("similar", items=(item,), paged=True),
+            Query("similar", items=()),
         ]
         answers = engine.answer(asks)
-        assert [type(answer) for answer in answers] == [Reply] * 5 + [QueryError], answers
+        assert [type(answer) for answer in answers] == [Answers] * 5 + [QueryError], answers
         engine.similar_fast(item, 5)
         engine.item(item)
         engine.user("nobody")
@@ -164,17 +164,17 @@ def test_nothing_of_a_model_with_all_features_is_a_cycle(tiny: Any) -> None:
 
 
 def test_a_refused_model_leaves_nothing_in_memory(
-    host: Callable[..., Host], root: Path, monkeypatch: pytest.MonkeyPatch
+    host: Callable[..., ModelManager], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[weakref.ref[Any]] = []
-    load = hosts.Served.load
+    load = hosts.LoadedModel.load
 
     def watched(path: Any, **more: Any) -> Any:
         served = load(path, **more)
         made.append(weakref.ref(served))
         return served
 
-    monkeypatch.setattr(hosts.Served, "load", staticmethod(watched))
+    monkeypatch.setattr(hosts.LoadedModel, "load", staticmethod(watched))
     one = host()
     golden_fails(root)
     until(lambda: one.facts()[0]["failures"] >= 3)
@@ -183,7 +183,7 @@ def test_a_refused_model_leaves_nothing_in_memory(
 
 
 def test_a_request_that_never_ends_is_told_of(
-    host: Callable[..., Host], root: Path, monkeypatch: pytest.MonkeyPatch
+    host: Callable[..., ModelManager], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hosts, "COLLECT_AFTER", 0.05)
     one = host()
@@ -198,7 +198,7 @@ def test_a_request_that_never_ends_is_told_of(
 
 
 def test_a_cycle_that_holds_the_old_model_is_collected(
-    host: Callable[..., Host], root: Path, monkeypatch: pytest.MonkeyPatch
+    host: Callable[..., ModelManager], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hosts, "COLLECT_AFTER", 0.1)
     heard = Heard()
@@ -215,7 +215,9 @@ def test_a_cycle_that_holds_the_old_model_is_collected(
         gc.enable()
 
 
-def test_stop_joins_and_models_go_on_answering(host: Callable[..., Host], root: Path) -> None:
+def test_stop_joins_and_models_go_on_answering(
+    host: Callable[..., ModelManager], root: Path
+) -> None:
     one = host()
     threads = [thread for thread in threading.enumerate() if thread.name == "recsys-host"]
     one.stop()
@@ -230,7 +232,7 @@ def test_stop_joins_and_models_go_on_answering(host: Callable[..., Host], root: 
 
 
 def test_two_models_side_by_side_by_a_hashed_split(
-    host: Callable[..., Host], root: Path, tmp_path: Path
+    host: Callable[..., ModelManager], root: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(root, other)
@@ -256,16 +258,18 @@ def test_two_models_side_by_side_by_a_hashed_split(
     assert one.choose(None, "old")[1].served.version == version(root, "a")
 
 
-def test_unknown_variants_and_splits_are_refused(host: Callable[..., Host], root: Path) -> None:
+def test_unknown_variants_and_splits_are_refused(
+    host: Callable[..., ModelManager], root: Path
+) -> None:
     one = host()
     with pytest.raises(QueryError, match="Did you mean 'main'"):
         one.choose(None, "mian")
     with pytest.raises(ConfigError, match="Give each variant both"):
-        Host({"a": FolderSource(root)}, Living(None), split={"b": 1.0})
+        ModelManager({"a": FolderSource(root)}, LiveUpdates(None), split={"b": 1.0})
     with pytest.raises(ConfigError, match=r"sum to 0\.9"):
-        Host({"a": FolderSource(root)}, Living(None), split={"a": 0.9})
+        ModelManager({"a": FolderSource(root)}, LiveUpdates(None), split={"a": 0.9})
     with pytest.raises(ConfigError, match="no variant"):
-        Host({}, Living(None))
+        ModelManager({}, LiveUpdates(None))
 
 
 # --- the soak -------------------------------------------------------------------------------------
@@ -273,10 +277,10 @@ def test_unknown_variants_and_splits_are_refused(host: Callable[..., Host], root
 
 @pytest.mark.slow
 def test_twenty_seconds_of_swaps_and_writes_under_load(
-    host: Callable[..., Host], root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    host: Callable[..., ModelManager], root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL)
-    living = Living(tmp_path / "journal")
+    living = LiveUpdates(tmp_path / "journal")
     one = host(living=living, every=0.5, gate=GateRules())
     ids = [id.removeprefix("a-") for id in one.choose(None)[1].served.bundle.items.ids[:20]]
     prefix = {version(root, name): f"{name}-" for name in NAMES}
@@ -285,7 +289,7 @@ def test_twenty_seconds_of_swaps_and_writes_under_load(
     written = [0]
 
     def write() -> None:
-        from serving.living.live import Event
+        from recsys.serving.live.updates import Event
 
         while not done.is_set():
             id = f"live-{written[0] % 50}"
@@ -303,7 +307,7 @@ def test_twenty_seconds_of_swaps_and_writes_under_load(
     writer.start()
     swaps = 0
     try:
-        with Askers(one, prefix, ids, living=True) as askers:
+        with UserInputs(one, prefix, ids, living=True) as askers:
             end = time.monotonic() + 20
             while time.monotonic() < end:
                 swaps, again = swaps + 1, min(end, time.monotonic() + 2)

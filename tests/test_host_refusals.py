@@ -27,11 +27,11 @@ from swapping import root as root
 
 from recsys.errors import BundleError, QueryError
 from recsys.search import ExactIndex
-from serving.answers.engine import Engine
-from serving.hosting import host as hosts
-from serving.hosting.host import FolderSource, Host
-from serving.living.live import Living
-from serving.manifest import read_manifest
+from recsys.serving.engine.engine import Engine
+from recsys.serving.live.updates import LiveUpdates
+from recsys.serving.manifest import read_manifest
+from recsys.serving.models import manager as hosts
+from recsys.serving.models.manager import FolderSource, ModelManager
 
 
 def corrupt(root: Path) -> None:
@@ -65,7 +65,7 @@ def shrunk(root: Path) -> None:
 
 def neighbours_lie(root: Path) -> None:
     """A whole bundle by its digests, whose table of neighbours is one row off."""
-    from serving.manifest import MANIFEST, write_manifest
+    from recsys.serving.manifest import MANIFEST, write_manifest
 
     folder = root / "versions" / "b"
     rows = np.load(folder / "neighbours.rows.npy")
@@ -104,7 +104,7 @@ def pointer_gone(root: Path) -> None:
     ],
 )
 def test_whatever_fails_the_old_model_answers_on_and_the_next_good_one_takes_over(
-    host: Callable[..., Host], root: Path, spoil: Callable[[Path], None], said: str
+    host: Callable[..., ModelManager], root: Path, spoil: Callable[[Path], None], said: str
 ) -> None:
     heard = Heard()
     one = host(on_event=heard)
@@ -125,7 +125,7 @@ def test_whatever_fails_the_old_model_answers_on_and_the_next_good_one_takes_ove
 
 
 def test_a_broken_bundle_is_not_loaded_again_every_time_but_when_it_is_mended(
-    host: Callable[..., Host], root: Path, monkeypatch: pytest.MonkeyPatch
+    host: Callable[..., ModelManager], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = (root / "versions" / "b" / "towers.safetensors").read_bytes()
     one = host(every=0.02)
@@ -138,7 +138,7 @@ def test_a_broken_bundle_is_not_loaded_again_every_time_but_when_it_is_mended(
 
 
 def test_going_back_to_the_model_that_answers_clears_the_error(
-    host: Callable[..., Host], root: Path
+    host: Callable[..., ModelManager], root: Path
 ) -> None:
     one = host()
     corrupt(root)
@@ -150,9 +150,9 @@ def test_going_back_to_the_model_that_answers_clears_the_error(
 
 
 def test_an_engine_that_cannot_answer_is_not_swapped_in(
-    host: Callable[..., Host], root: Path, caplog: pytest.LogCaptureFixture
+    host: Callable[..., ModelManager], root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    living = Living(None)
+    living = LiveUpdates(None)
     detached: list[Any] = []
     detach = living.detach
     living.detach = lambda overlay: (detached.append(overlay), detach(overlay))[1]  # type: ignore
@@ -173,9 +173,9 @@ def test_an_engine_that_cannot_answer_is_not_swapped_in(
 
 
 def test_a_model_that_fails_at_the_last_step_is_detached(
-    host: Callable[..., Host], root: Path, monkeypatch: pytest.MonkeyPatch
+    host: Callable[..., ModelManager], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    living = Living(None)
+    living = LiveUpdates(None)
     one = host(living=living)
 
     def broken(*mapped: Any) -> None:
@@ -191,7 +191,7 @@ def test_a_model_that_fails_at_the_last_step_is_detached(
 
 def test_start_raises_what_is_wrong_with_the_first_model(root: Path) -> None:
     corrupt(root)
-    one = Host({"main": FolderSource(root)}, Living(None))
+    one = ModelManager({"main": FolderSource(root)}, LiveUpdates(None))
     with pytest.raises(BundleError, match="damaged or replaced"):
         one.start()
     assert not one.ready
@@ -201,7 +201,7 @@ def test_start_raises_what_is_wrong_with_the_first_model(root: Path) -> None:
 
 
 def test_a_listener_that_fails_stops_nothing(
-    host: Callable[..., Host], root: Path, caplog: pytest.LogCaptureFixture
+    host: Callable[..., ModelManager], root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def listener(event: str, said: Mapping[str, Any]) -> None:
         raise RuntimeError("deaf")

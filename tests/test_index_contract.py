@@ -10,7 +10,7 @@ import pytest
 from recsys.errors import QueryError
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex, Index
-from serving.index import HnswIndex, IndexRules
+from recsys.serving.index import HnswIndex, IndexRules
 
 # Wide enough to find everything in a small world, and never allowed to hand over to exact search.
 GRAPH_ONLY = IndexRules(kind="hnsw", ef=157, exact_below=0, exact_breadth=1)

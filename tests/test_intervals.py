@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys import intervals
-from recsys.intervals import Bootstrap, Estimate
+from recsys import bootstrap as intervals
+from recsys.bootstrap import Bootstrap, Estimate
 
 
 def covered(users: int, queries: int, worlds: int, seed: int) -> tuple[float, float]:

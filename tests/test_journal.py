@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from recsys.errors import QueryError
-from serving.living.journal import FILE, Change, Event, Journal, JournalError, body_of
-from serving.living.together import Together
+from recsys.serving.live.group_commit import GroupCommit
+from recsys.serving.live.journal import FILE, Change, Event, Journal, JournalError, body_of
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_many_writers_share_a_commit() -> None:
         assert written.wait(60)  # the disk, which takes until all others have come
         return [ValueError(n) if n % 10 == 7 else n * n for n in asked]
 
-    together, found = Together(work, most=16), {}
+    together, found = GroupCommit(work, most=16), {}
 
     def ask(n: int) -> None:
         try:
@@ -218,7 +218,7 @@ def test_work_that_fails_fails_for_all_who_wait_and_goes_on() -> None:
             raise OSError("the disk")
         return [0] * len(asked)
 
-    together = Together(work)
+    together = GroupCommit(work)
     with pytest.raises(OSError, match="the disk"):
         together(True)
     assert together(False) == 0
@@ -229,8 +229,8 @@ def test_work_that_fails_fails_for_all_who_wait_and_goes_on() -> None:
 
 WRITER = """
 import sys, threading
-from serving.living.journal import Change, Event, Journal
-from serving.living.together import Together
+from recsys.serving.live.journal import Change, Event, Journal
+from recsys.serving.live.group_commit import GroupCommit
 
 folder, start = sys.argv[1], int(sys.argv[2])
 journal = Journal(folder)
@@ -240,7 +240,7 @@ def work(asked):
     journal.append(changes, [Event("u", f"i{n}", n) for n in asked])
     return [None] * len(asked)
 
-together, out = Together(work), threading.Lock()
+together, out = GroupCommit(work), threading.Lock()
 
 def write(first):
     n = first

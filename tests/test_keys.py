@@ -15,10 +15,10 @@ from service_cases import FakeHost, FakeLiving, served
 from swapping import until
 
 from recsys.errors import ConfigError
-from serving.client import Client, ServiceError
-from serving.http import keys
-from serving.http.keys import KeyFile, Keys, given, make_key
-from serving.http.service import make_app
+from recsys.serving.api import auth as keys
+from recsys.serving.api.app import make_app
+from recsys.serving.api.auth import KeyFile, Keys, given, make_key
+from recsys.serving.client import Client, ServiceError
 
 
 def test_a_key_opens_its_role_and_two_of_a_role_are_valid_at_once() -> None:

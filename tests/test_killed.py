@@ -14,9 +14,9 @@ import pytest
 from killed_service import Killed
 from swapping import until
 
-from serving.client import Client, ServiceError
-from serving.manifest import check, read_manifest
-from serving.publish import current, publish, versions
+from recsys.serving.client import Client, ServiceError
+from recsys.serving.manifest import check, read_manifest
+from recsys.serving.models.publish import current, publish, versions
 
 Item = dict[str, Any] | None
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from features.batch import Queries
-from features.batches import Batches, TrainingEvents
-from features.timeline import Timeline
+from recsys.features.batching.batch import Queries
+from recsys.features.batching.batches import Batches, TrainingEvents
+from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
-from towers.blocks import FeatureSpec, FeatureTable
-from towers.encode import encode_items, encode_users
-from towers.two_tower import TowerRules, TwoTower
-from towers.validation import ShownLists
+from recsys.towers.embedding import FeatureSpec, FeatureTable
+from recsys.towers.encode import encode_items, encode_users
+from recsys.towers.two_tower import TowerRules, TwoTower
+from recsys.towers.validation import ShownLists
 
 SIZE, N_ITEMS, N_USERS = 40, 41, 6
 

@@ -21,22 +21,22 @@ import torch
 from test_training import RULES, checkerboard, equal, towers, trainer
 from torch import Tensor, nn
 
-from experiments.config import load
-from features.batch import Batch, Source
-from features.batches import Batches, TrainingEvents
-from features.timeline import Timeline
 from recsys.errors import ConfigError
+from recsys.experiments.config import load
+from recsys.features.batching.batch import Batch, Source
+from recsys.features.batching.batches import Batches, TrainingEvents
+from recsys.features.prepared.timeline import Timeline
 from recsys.tables import DAY
-from towers import training
-from towers.blocks import FeatureSpec, FeatureTable
-from towers.data import InteractionData
-from towers.encode import encode_items, encode_users
-from towers.mining import MiningRules
-from towers.objectives import psl, softmax
-from towers.rules import TrainingRules
-from towers.scores import Scores
-from towers.training import TwoTowerModule, learning_rate_at
-from towers.two_tower import TowerRules, TwoTower
+from recsys.towers import training
+from recsys.towers.data import InteractionData
+from recsys.towers.embedding import FeatureSpec, FeatureTable
+from recsys.towers.encode import encode_items, encode_users
+from recsys.towers.logits import Scores
+from recsys.towers.losses import psl, softmax
+from recsys.towers.mining import MiningRules
+from recsys.towers.rules import TrainingRules
+from recsys.towers.training import TwoTowerModule, learning_rate_at
+from recsys.towers.two_tower import TowerRules, TwoTower
 
 lightning = pytest.importorskip("pytorch_lightning")
 
@@ -344,7 +344,7 @@ def test_an_option_that_an_objective_does_not_take_is_refused_when_it_is_read(
 
 
 def test_options_that_can_be_meant_survive_being_written_and_read() -> None:
-    from experiments.config import dump, loads
+    from recsys.experiments.config import dump, loads
 
     said = '{form = "relu", decoupled = false}'
     text = f'[data]\nlog = "x"\n[training]\nobjective = "psl"\nobjective_options = {said}\n'

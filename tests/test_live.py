@@ -19,30 +19,30 @@ from serving_cases import NEW
 from serving_cases import table as table
 
 from recsys.errors import QueryError
+from recsys.serving.bundle import Bundle
+from recsys.serving.engine.loaded_model import LoadedModel
+from recsys.serving.live.journal import Journal, JournalError
+from recsys.serving.live.new_items import encode_described
+from recsys.serving.live.persistent_map import PersistentMap
+from recsys.serving.live.updates import Event, LiveUpdates, LiveView, Overlay
 from recsys.tables import SECOND
-from serving.answers.served import Served
-from serving.bundle import Bundle
-from serving.living.journal import Journal, JournalError
-from serving.living.live import Event, LiveView, Living, Overlay
-from serving.living.newcomers import encode_described
-from serving.living.shards import Shards
-from towers.encode import encode_items
-from towers.two_tower import TowerRules, TwoTower
+from recsys.towers.encode import encode_items
+from recsys.towers.two_tower import TowerRules, TwoTower
 
 
 @pytest.fixture(scope="module")
-def served(tiny: Built) -> Served:
-    return Served.load(tiny.bundle)
+def served(tiny: Built) -> LoadedModel:
+    return LoadedModel.load(tiny.bundle)
 
 
 @pytest.fixture(scope="module")
-def other(plain: Built) -> Served:
-    return Served.load(plain.bundle)
+def other(plain: Built) -> LoadedModel:
+    return LoadedModel.load(plain.bundle)
 
 
 @pytest.fixture
-def living() -> Iterator[Living]:
-    with Living(None) as living:
+def living() -> Iterator[LiveUpdates]:
+    with LiveUpdates(None) as living:
         yield living
 
 
@@ -54,7 +54,7 @@ def vector(view: LiveView, id: str) -> np.ndarray:
 
 
 def test_an_item_put_again_as_it_was_has_the_vector_it_had(
-    living: Living, served: Served, table: dict[str, dict[str, Any]]
+    living: LiveUpdates, served: LoadedModel, table: dict[str, dict[str, Any]]
 ) -> None:
     """Those without an id vector (cold) and those with one, which they keep."""
     bundle, overlay = served.bundle, living.attach(served)
@@ -69,7 +69,7 @@ def test_an_item_put_again_as_it_was_has_the_vector_it_had(
 
 
 def test_a_new_item_has_the_vector_of_its_cold_twin(
-    living: Living, served: Served, table: dict[str, dict[str, Any]]
+    living: LiveUpdates, served: LoadedModel, table: dict[str, dict[str, Any]]
 ) -> None:
     """A cold item that nothing has happened to yet, under another id; its age counts alike."""
     bundle, overlay = served.bundle, living.attach(served)
@@ -97,7 +97,11 @@ def test_a_new_item_has_the_vector_of_its_cold_twin(
     ],
 )
 def test_every_tower_reads_newcomers_as_it_reads_its_own_rows(
-    history_table: Any, score: Any, share: float, served: Served, table: dict[str, dict[str, Any]]
+    history_table: Any,
+    score: Any,
+    share: float,
+    served: LoadedModel,
+    table: dict[str, dict[str, Any]],
 ) -> None:
     """Twin: the bundle's own rows through `encode_items` and `embed_history`."""
     old, timeline, cutoff = served.bundle.model, served.bundle.timeline, served.bundle.cutoff
@@ -127,7 +131,9 @@ def test_every_tower_reads_newcomers_as_it_reads_its_own_rows(
     np.testing.assert_allclose(one.vectors[0], found.vectors[7], rtol=1e-4, atol=1e-5)
 
 
-def test_what_the_model_does_not_know_counts_as_unknown(living: Living, served: Served) -> None:
+def test_what_the_model_does_not_know_counts_as_unknown(
+    living: LiveUpdates, served: LoadedModel
+) -> None:
     overlay = living.attach(served)
     living.put_item("a", NEW)
     living.put_item("b", {**NEW, "category": ["Garden", "watering can", "never heard of"]})
@@ -139,7 +145,7 @@ def test_what_the_model_does_not_know_counts_as_unknown(living: Living, served: 
 # ---------------------------------------------------------------------------- the view
 
 
-def test_put_delete_put_by_hand(living: Living, served: Served) -> None:
+def test_put_delete_put_by_hand(living: LiveUpdates, served: LoadedModel) -> None:
     overlay = living.attach(served)
     assert overlay.view.generation == 0 and not overlay.view.ids
     known = served.bundle.items.ids[int(served.bundle.rows[3]) - 1]
@@ -166,15 +172,15 @@ def test_put_delete_put_by_hand(living: Living, served: Served) -> None:
 
 
 def test_what_is_put_later_says_so_after_a_start_too(
-    tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, served: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "time_ns", lambda: 7_000)  # a clock that stands still
-    with Living(tmp_path) as living:
+    with LiveUpdates(tmp_path) as living:
         overlay = living.attach(served)
         for id in ("a", "b", "c", "a"):
             living.put_item(id, NEW)
         assert overlay.view.ids == ("a", "b", "c") and overlay.view.since.tolist() == [10, 8, 9]
-    with Living(tmp_path) as living:
+    with LiveUpdates(tmp_path) as living:
         overlay = living.attach(served)
         living.put_item("d", NEW)
         view = overlay.view
@@ -184,14 +190,14 @@ def test_what_is_put_later_says_so_after_a_start_too(
 
 
 def test_an_item_is_not_to_be_recommended_before_it_is_published(
-    living: Living, served: Served
+    living: LiveUpdates, served: LoadedModel
 ) -> None:
     overlay = living.attach(served)
     living.put_item("soon", {**NEW, "published": "2034-01-01"})
     assert overlay.view.window.tolist() == [[2_019_686_400_000_000, 2**63 - 1]]
 
 
-def test_a_view_never_changes(living: Living, served: Served) -> None:
+def test_a_view_never_changes(living: LiveUpdates, served: LoadedModel) -> None:
     overlay, seen = living.attach(served), []
     for n in range(100):
         living.put_item(f"i{n % 40}", {**NEW, "price": n})
@@ -213,7 +219,9 @@ def frozen(view: LiveView) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def test_an_item_is_found_at_once_among_ten_thousand(living: Living, served: Served) -> None:
+def test_an_item_is_found_at_once_among_ten_thousand(
+    living: LiveUpdates, served: LoadedModel
+) -> None:
     for n in range(10_000):
         living._items[f"n{n}"] = b'{"title": "Minimalist watering can"}'
         living._put_at[f"n{n}"] = n
@@ -230,7 +238,9 @@ def test_an_item_is_found_at_once_among_ten_thousand(living: Living, served: Ser
     assert np.median(spent) < 1  # a second is what is promised
 
 
-def test_items_that_cannot_be_read_are_refused_and_named(living: Living, served: Served) -> None:
+def test_items_that_cannot_be_read_are_refused_and_named(
+    living: LiveUpdates, served: LoadedModel
+) -> None:
     overlay = living.attach(served)
     for id, item, words in (
         ("a", {"colour": "red"}, r"no column 'colour' here.*Columns: title,"),
@@ -249,7 +259,7 @@ def test_items_that_cannot_be_read_are_refused_and_named(living: Living, served:
 
 
 def test_one_bad_item_does_not_spoil_its_neighbours_in_a_commit(
-    living: Living, served: Served
+    living: LiveUpdates, served: LoadedModel
 ) -> None:
     overlay, failed = living.attach(served), []
 
@@ -273,7 +283,9 @@ def test_one_bad_item_does_not_spoil_its_neighbours_in_a_commit(
 # ---------------------------------------------------------------------------- events
 
 
-def test_events_count_at_once_in_the_order_of_time(living: Living, served: Served) -> None:
+def test_events_count_at_once_in_the_order_of_time(
+    living: LiveUpdates, served: LoadedModel
+) -> None:
     overlay = living.attach(served)
     a, b = served.bundle.items.ids[:2]
     late = (served.bundle.cutoff or 0) + SECOND
@@ -290,7 +302,7 @@ def test_events_count_at_once_in_the_order_of_time(living: Living, served: Serve
 
 
 def test_of_many_who_post_the_same_event_at_once_one_is_told_that_it_is_new(tmp_path: Path) -> None:
-    with Living(tmp_path) as living, ThreadPoolExecutor(16) as threads:
+    with LiveUpdates(tmp_path) as living, ThreadPoolExecutor(16) as threads:
         posts = [
             [Event("u", "i", n, id=f"e{n % 8}"), Event("u", "i", n, id=f"f{n}")] for n in range(64)
         ]
@@ -300,7 +312,9 @@ def test_of_many_who_post_the_same_event_at_once_one_is_told_that_it_is_new(tmp_
     assert ids == sorted([f"e{n}" for n in range(8)] + [f"f{n}" for n in range(64)])
 
 
-def test_an_event_that_the_timeline_holds_counts_once(living: Living, served: Served) -> None:
+def test_an_event_that_the_timeline_holds_counts_once(
+    living: LiveUpdates, served: LoadedModel
+) -> None:
     """By content, not by date: one before the cut-off that training did not see still counts."""
     bundle, timeline = served.bundle, served.bundle.timeline
     user = int(timeline.user[0])
@@ -315,7 +329,9 @@ def test_an_event_that_the_timeline_holds_counts_once(living: Living, served: Se
     }
 
 
-def test_only_what_is_a_positive_to_the_model_counts(living: Living, served: Served) -> None:
+def test_only_what_is_a_positive_to_the_model_counts(
+    living: LiveUpdates, served: LoadedModel
+) -> None:
     manifest = served.bundle.manifest
     config = {
         **manifest["config"],
@@ -325,23 +341,25 @@ def test_only_what_is_a_positive_to_the_model_counts(living: Living, served: Ser
         },
     }
     bundle = replace(served.bundle, manifest={**manifest, "config": config})
-    overlay = living.attach(Served(bundle, None))
+    overlay = living.attach(LoadedModel(bundle, None))
     item, at = bundle.items.ids[0], 2**50
     living.post_events([Event("u", item, at + n, name, 2.0) for n, name in enumerate(
         ("click", "dislike", "buy", "shown"))])  # fmt: skip
     assert overlay.view.events["u"] == ((item, at, 2.0), (item, at + 2, 6.0))
 
 
-def test_a_view_holds_the_newest_thousand_events_of_a_user(tmp_path: Path, served: Served) -> None:
+def test_a_view_holds_the_newest_thousand_events_of_a_user(
+    tmp_path: Path, served: LoadedModel
+) -> None:
     item = served.bundle.items.ids[0]
     wanted = tuple((item, 2**50 + n, 1.0) for n in range(500, 1500))
-    with Living(tmp_path) as living:
+    with LiveUpdates(tmp_path) as living:
         overlay = living.attach(served)
         for start in (1000, 0, 500):
             living.post_events([Event("u", item, 2**50 + start + n) for n in range(500)])
         assert overlay.view.events["u"] == wanted
         assert living.facts()["journal"]["events"] == 1500
-    with Living(tmp_path) as living:
+    with LiveUpdates(tmp_path) as living:
         assert living.attach(served).view.events["u"] == wanted
 
 
@@ -353,7 +371,9 @@ def test_a_view_holds_the_newest_thousand_events_of_a_user(tmp_path: Path, serve
         {"id": ""}, {"request": 5},
     ],
 )  # fmt: skip
-def test_events_that_cannot_be_are_refused_whole(wrong: dict[str, Any], living: Living) -> None:
+def test_events_that_cannot_be_are_refused_whole(
+    wrong: dict[str, Any], living: LiveUpdates
+) -> None:
     good = Event("u", "i", 1)
     with pytest.raises(QueryError, match=f"event's {next(iter(wrong))}"):
         living.post_events([good, replace(good, **wrong)])
@@ -364,11 +384,11 @@ def test_events_that_cannot_be_are_refused_whole(wrong: dict[str, Any], living: 
 
 
 def test_another_bundle_takes_in_what_it_holds(
-    tmp_path: Path, served: Served, other: Served, table: dict[str, dict[str, Any]]
+    tmp_path: Path, served: LoadedModel, other: LoadedModel, table: dict[str, dict[str, Any]]
 ) -> None:
     ids = served.bundle.items.ids
     same, changed, gone = (ids[int(row) - 1] for row in served.bundle.rows[:3])
-    with Living(tmp_path) as living:
+    with LiveUpdates(tmp_path) as living:
         living.put_item(same, table[same])
         living.put_item(changed, {**table[changed], "description": "Something else altogether."})
         living.put_item("new", NEW)
@@ -389,7 +409,7 @@ def test_another_bundle_takes_in_what_it_holds(
         assert living.prune() == {"items": 2, "events": 0}
         assert set(overlay.view.ids) == {changed, "stays"}
         assert overlay.view.hidden == {served.row_of(changed), served.row_of(gone)}
-    with Living(tmp_path) as living:
+    with LiveUpdates(tmp_path) as living:
         assert living._items.keys() == {changed, "stays", gone}
         overlay = living.attach(served)
         assert living.prune(before=2**62)["items"] == 3
@@ -397,7 +417,7 @@ def test_another_bundle_takes_in_what_it_holds(
 
 
 def test_an_item_that_a_later_model_cannot_read_is_left_out_and_named(
-    living: Living, served: Served
+    living: LiveUpdates, served: LoadedModel
 ) -> None:
     living.put_item("bad", {"price": "a lot"})  # no model is there to object
     living.put_item("good", NEW)
@@ -408,16 +428,16 @@ def test_an_item_that_a_later_model_cannot_read_is_left_out_and_named(
 
 
 def test_a_bundle_without_coding_refuses_items_and_serves_on(
-    living: Living, served: Served
+    living: LiveUpdates, served: LoadedModel
 ) -> None:
-    overlay = living.attach(Served(replace(served.bundle, coder=None), None))
+    overlay = living.attach(LoadedModel(replace(served.bundle, coder=None), None))
     with pytest.raises(QueryError, match="Make it again"):
         living.put_item("a", NEW)
     assert living.delete_item(served.bundle.items.ids[0]) and overlay.view.hidden
 
 
 def test_writes_go_on_while_a_model_is_attached(
-    living: Living, served: Served, monkeypatch: pytest.MonkeyPatch
+    living: LiveUpdates, served: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for n in range(50):
         living.put_item(f"i{n}", NEW)
@@ -446,9 +466,9 @@ def test_writes_go_on_while_a_model_is_attached(
 
 
 def test_a_write_that_fails_is_not_seen(
-    tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, served: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Living(tmp_path) as living:
+    with LiveUpdates(tmp_path) as living:
         overlay = living.attach(served)
 
         def full(*args: Any) -> None:
@@ -471,7 +491,7 @@ def test_a_write_that_fails_is_not_seen(
 
 
 def test_shards_by_hand() -> None:
-    one = Shards[int]().changed({"a": 1, "b": 2})
+    one = PersistentMap[int]().changed({"a": 1, "b": 2})
     two = one.changed({"a": 3, "c": 4}, ["b", "x"])
     assert dict(one) == {"a": 1, "b": 2} and dict(two) == {"a": 3, "c": 4}
     assert (len(one), len(two)) == (2, 2) and two.get("b", 7) == 7 and "a" in two

@@ -14,26 +14,26 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from serving_cases import NEW
 from serving_cases import table as table
 
-from serving.answers.served import Served
-from serving.living.live import Event, Living
-from serving.living.newcomers import encode_described
+from recsys.serving.engine.loaded_model import LoadedModel
+from recsys.serving.live.new_items import encode_described
+from recsys.serving.live.updates import Event, LiveUpdates
 
 
 @pytest.fixture(scope="module")
-def served(tiny: Built) -> Served:
-    return Served.load(tiny.bundle)
+def served(tiny: Built) -> LoadedModel:
+    return LoadedModel.load(tiny.bundle)
 
 
 class Machine(RuleBasedStateMachine):
     """Twin: one dict of items, one list of events, everything looked through every time."""
 
-    served: Served
+    served: LoadedModel
     table: dict[str, dict[str, Any]]
 
     @initialize()
     def begin(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        self.living = Living(self.folder.name)
+        self.living = LiveUpdates(self.folder.name)
         self.overlay = self.living.attach(self.served)
         self.items: dict[str, dict[str, Any] | None] = {}
         self.events: list[Event] = []
@@ -80,7 +80,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def start_again(self) -> None:
         self.living.close()
-        self.living = Living(self.folder.name)
+        self.living = LiveUpdates(self.folder.name)
         self.overlay = self.living.attach(self.served)
 
     @rule()
@@ -149,7 +149,7 @@ class Machine(RuleBasedStateMachine):
 
 
 def test_any_history_of_writes_starts_and_swaps(
-    served: Served, table: dict[str, dict[str, Any]]
+    served: LoadedModel, table: dict[str, dict[str, Any]]
 ) -> None:
     class Bound(Machine):
         pass

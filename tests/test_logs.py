@@ -1,4 +1,4 @@
-"""`features.logs`: what is read, what is refused, and that a refusal names the place."""
+"""Reading logs: what is read, what is refused, and that a refusal names the place."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from features.logs import DataSource, read, scan
-from features.sources.times import clock
 from recsys.errors import ConfigError, DataError
+from recsys.features.readers.read import DataSource, read, scan
+from recsys.features.readers.times import clock
 from recsys.tables import Kind, Log, Schema
 
 SECOND = 1_000_000

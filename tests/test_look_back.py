@@ -11,16 +11,16 @@ from history_cases import LENGTHS, N_ITEMS, SEED, D, entries_of, side, stirred
 from hypothesis import given, settings
 from torch.nn import functional as F
 
-from features.batch import Queries
-from features.timeline import Timeline
 from recsys.errors import ConfigError
+from recsys.features.batching.batch import Queries
+from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
-from towers.blocks import FeatureSpec, FeatureTable
-from towers.encode import encode_items, encode_users
-from towers.histories import LookBack
-from towers.rules import TrainingRules
-from towers.spectral import CODE_LENGTH, company, start
-from towers.two_tower import TowerRules, TwoTower
+from recsys.towers.embedding import FeatureSpec, FeatureTable
+from recsys.towers.encode import encode_items, encode_users
+from recsys.towers.history import LookBack
+from recsys.towers.id_init import CODE_LENGTH, company, start
+from recsys.towers.rules import TrainingRules
+from recsys.towers.two_tower import TowerRules, TwoTower
 
 
 def naive(look: LookBack, answer: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:

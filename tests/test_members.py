@@ -13,16 +13,16 @@ from test_towers import N_ITEMS, side, towers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from features.batches import Batches
 from recsys.errors import ConfigError
-from towers.data import plan_of
-from towers.members import Members, side_by_side, unit_vectors
-from towers.objectives import of_members, softmax
-from towers.rules import TrainingRules
-from towers.scores import Scores
-from towers.spectral import start
-from towers.training import objective_of
-from towers.two_tower import TowerRules, TwoTower
+from recsys.features.batching.batches import Batches
+from recsys.towers.data import plan_of
+from recsys.towers.ensemble import Members, side_by_side, unit_vectors
+from recsys.towers.id_init import start
+from recsys.towers.logits import Scores
+from recsys.towers.losses import of_members, softmax
+from recsys.towers.rules import TrainingRules
+from recsys.towers.training import objective_of
+from recsys.towers.two_tower import TowerRules, TwoTower
 
 HISTORIES = [[3, 1, 4], [], [5], [2, 6, 7, 8], [1]]
 MEMBERS, WIDTH = 3, 4

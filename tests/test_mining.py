@@ -10,18 +10,18 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from features.batch import Source
-from features.batches import Batches, TrainingEvents
-from features.examples import asking
-from features.timeline import Timeline
 from recsys.errors import ConfigError
+from recsys.features.batching.batch import Source
+from recsys.features.batching.batches import Batches, TrainingEvents
+from recsys.features.batching.examples import asking
+from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex
-from towers.blocks import FeatureSpec, FeatureTable
-from towers.encode import encode_items, encode_users
-from towers.mining import MiningRules, ceilings, draw, from_state, mine, mine_again, to_state
-from towers.remembered import Remembered
-from towers.two_tower import TowerRules, TwoTower
+from recsys.towers.embedding import FeatureSpec, FeatureTable
+from recsys.towers.encode import encode_items, encode_users
+from recsys.towers.memory_bank import Remembered
+from recsys.towers.mining import MiningRules, ceilings, draw, from_state, mine, mine_again, to_state
+from recsys.towers.two_tower import TowerRules, TwoTower
 
 N_ITEMS, PEOPLE = 41, 13
 
@@ -101,7 +101,7 @@ def test_blocks_of_users_change_nothing_that_is_not_drawn(monkeypatch: pytest.Mo
     model, timeline = scene()
     rules = MiningRules(per_query=50, from_rank=3, to_rank=11, margin=0.1)
     whole = mine(model, timeline, rules)
-    monkeypatch.setattr("towers.mining.USERS_AT_ONCE", 4)
+    monkeypatch.setattr("recsys.towers.mining.USERS_AT_ONCE", 4)
     blocks = mine(model, timeline, rules)
     np.testing.assert_array_equal(whole.items, blocks.items)
     np.testing.assert_array_equal(whole.offsets, blocks.offsets)

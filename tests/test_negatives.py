@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.batch import Batch, Source
-from features.batches import Batches, TrainingEvents
-from features.inclusion import Drawn
-from features.negatives import UserNegatives
-from features.parts import Part
-from features.timeline import Timeline
+from recsys.features.batching.batch import Batch, Source
+from recsys.features.batching.batches import Batches, TrainingEvents
+from recsys.features.batching.logq import Drawn
+from recsys.features.batching.negatives import UserNegatives
+from recsys.features.batching.slices import Part
+from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
 
 SEED = st.integers(0, 2**32 - 1)

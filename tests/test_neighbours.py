@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from recsys.errors import BundleError
 from recsys.search import ExactIndex
-from serving import bundle as bundles
-from serving.answers.served import Served
-from serving.index import HnswIndex, IndexRules
-from serving.manifest import MANIFEST, write_manifest
-from serving.neighbours import FIRST, Neighbours, likeness, write_neighbours
+from recsys.serving import bundle as bundles
+from recsys.serving.engine.loaded_model import LoadedModel
+from recsys.serving.index import HnswIndex, IndexRules
+from recsys.serving.manifest import MANIFEST, write_manifest
+from recsys.serving.neighbours import FIRST, Neighbours, likeness, write_neighbours
 
 RULES = IndexRules(kind="hnsw", exact_breadth=1.0, exact_below=0.0)
 
@@ -126,7 +126,7 @@ def test_the_graph_is_searched_more_broadly_until_it_finds_enough(
         t.rows[:300] for t in (table, table_of(tmp_path, ExactIndex(vectors), vectors, 10)[0])
     ], strict=True)])  # fmt: skip
     assert share == pytest.approx(said["recall"], abs=0.01) and share > 0.98
-    monkeypatch.setattr("serving.neighbours.BROADEST", 30)
+    monkeypatch.setattr("recsys.serving.neighbours.BROADEST", 30)
     with pytest.warns(UserWarning, match=r"holds \d+\.\d% of the exact"):
         _, said = table_of(tmp_path, index, vectors, 10)
     assert said["recall"] < 0.99 and said["enough"] is False and said["breadth"] == 30
@@ -134,7 +134,7 @@ def test_the_graph_is_searched_more_broadly_until_it_finds_enough(
 
 def test_neighbours_are_what_similar_answers(tiny: Any, plain: Any) -> None:
     for built in (tiny, plain):
-        served = Served.load(built.bundle)
+        served = LoadedModel.load(built.bundle)
         table, rows = served.neighbours, served.bundle.rows
         assert table is not None and table.rows.shape == (len(rows), 100)
         for place, row in enumerate(rows):
@@ -146,7 +146,7 @@ def test_neighbours_are_what_similar_answers(tiny: Any, plain: Any) -> None:
 
 
 def test_items_that_are_not_available_are_no_neighbours(plain: Any) -> None:
-    served = Served.load(plain.bundle)
+    served = LoadedModel.load(plain.bundle)
     over = [served.row_of(name) for name in ("i05", "i06")]
     assert all(over) and (served.position[over] == -1).all()
     bundle = served.bundle
@@ -166,7 +166,7 @@ def test_a_bundle_says_what_its_table_holds_and_may_go_without(
     assert {"neighbours.rows.npy", "neighbours.scores.npy"} <= set(said["files"])
     none = bundles.save(bundles.load(few), tmp_path / "none", rules=IndexRules(neighbours=0))
     assert not list(none.glob("neighbours*"))
-    assert Served.load(none).neighbours is None
+    assert LoadedModel.load(none).neighbours is None
 
 
 def _sign(folder: Path, **changes: Any) -> None:
@@ -186,7 +186,7 @@ def test_a_bundle_of_before_tables_and_checks_is_read(plain: Any, tmp_path: Path
     del said["neighbours"]
     (copy / MANIFEST).write_text(json.dumps(said))
     _sign(copy, index=index)
-    old, new = Served.load(copy), Served.load(plain.bundle)
+    old, new = LoadedModel.load(copy), LoadedModel.load(plain.bundle)
     assert old.neighbours is None
     np.testing.assert_array_equal(old.bundle.vectors, new.bundle.vectors)
     assert old.recommender.similar(item="i01").to_list() == (
@@ -201,15 +201,15 @@ def test_a_table_of_another_size_or_of_two_bundles_is_refused(plain: Any, tmp_pa
         np.save(copy / "neighbours.rows.npy", wrong)
         _sign(copy)
         with pytest.raises(BundleError, match="the manifest says int32"):
-            Served.load(copy)
+            LoadedModel.load(copy)
     np.save(copy / "neighbours.rows.npy", np.roll(rows, 1, axis=0))
     _sign(copy)
     with pytest.raises(BundleError, match="first columns differ"):
-        Served.load(copy)
+        LoadedModel.load(copy)
     (copy / "neighbours.rows.npy").write_bytes(b"no array")
     _sign(copy)
     with pytest.raises(BundleError, match=r"table of neighbours in .* cannot be read"):
-        Served.load(copy)
+        LoadedModel.load(copy)
 
 
 def test_nothing_indexed_has_no_table(plain: Any, tmp_path: Path) -> None:
@@ -217,4 +217,4 @@ def test_nothing_indexed_has_no_table(plain: Any, tmp_path: Path) -> None:
     none = np.empty(0, np.int64)
     bare = replace(bundle, rows=none, index=ExactIndex(bundle.vectors[none]))
     saved = bundles.save(bare, tmp_path / "bare", rules=IndexRules())
-    assert Served.load(saved).neighbours is None
+    assert LoadedModel.load(saved).neighbours is None

@@ -15,8 +15,9 @@ from score_cases import LEARNED, SIZES, Naive, Size, case, gradients, learning, 
 from torch import Tensor
 from torch.nn import functional as F
 
-from features.batch import Source
-from towers.objectives import (
+from recsys.features.batching.batch import Source
+from recsys.towers.logits import Scores
+from recsys.towers.losses import (
     OBJECTIVES,
     bsl,
     ccl,
@@ -30,7 +31,6 @@ from towers.objectives import (
     symmetric,
     triplet,
 )
-from towers.scores import Scores
 
 
 @pytest.fixture(autouse=True, scope="module")

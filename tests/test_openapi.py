@@ -12,13 +12,13 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from service_cases import FakeHost, FakeLiving, ask
 
-from experiments.serve import MAIN, Plan, service
-from serving.http import openapi
-from serving.http.contract import OPERATIONS
-from serving.http.keys import Keys
-from serving.http.operations import PARAMETERS
-from serving.http.service import make_app
-from serving.http.wire import STATUS, Code, Options
+from recsys.experiments.serve import MAIN, Plan, service
+from recsys.serving.api import openapi
+from recsys.serving.api.app import make_app
+from recsys.serving.api.auth import Keys
+from recsys.serving.api.contract import OPERATIONS
+from recsys.serving.api.handlers import PARAMETERS
+from recsys.serving.api.schemas import STATUS, Code, Options
 
 FILE = Path(__file__).parents[1] / "docs" / "openapi.json"
 DESCRIBED = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {"paths": {}}
@@ -26,7 +26,7 @@ DESCRIBED = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {
 
 def test_the_file_is_current() -> None:
     assert FILE.read_text(encoding="utf-8") == openapi.text(), (
-        "Write it again: python -m serving.http.openapi > docs/openapi.json"
+        "Write it again: python -m recsys.serving.api.openapi > docs/openapi.json"
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from towers.optimizer import RowAdam, clip_gradients
+from recsys.towers.optimizer import RowAdam, clip_gradients
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from features.order import FADE, PRIOR, REACH, Order, pairs
+from recsys.features.prepared.item_time import FADE, PRIOR, REACH, Order, pairs
 from tests.test_towers import SEED
 
 

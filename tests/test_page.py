@@ -14,10 +14,10 @@ from urllib.parse import quote
 import pytest
 from page_cases import EVIL, EVIL_ID, OneModel, Shop, chromium, served
 
-from serving.http.keys import Keys, make_key
-from serving.http.service import make_app
+from recsys.serving.api.app import make_app
+from recsys.serving.api.auth import Keys, make_key
 
-PAGE = Path(__file__).parents[1] / "serving" / "http" / "page"
+PAGE = Path(__file__).parents[1] / "serving" / "api" / "page"
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from page_cases import chromium, served
 
-from experiments.serve import Plan, service
-from serving.answers.asks import Ask, Reply
-from serving.answers.engine import Engine
-from serving.client import Client, ServiceError
-from serving.http.keys import Keys
+from recsys.experiments.serve import Plan, service
+from recsys.serving.api.auth import Keys
+from recsys.serving.client import Client, ServiceError
+from recsys.serving.engine.engine import Engine
+from recsys.serving.engine.query import Answers, Query
 
 K = 5
 
@@ -37,9 +37,9 @@ def engine(running: tuple[str, Engine]) -> Engine:
     return running[1]
 
 
-def reply(engine: Engine, ask: Ask) -> Reply:
+def reply(engine: Engine, ask: Query) -> Answers:
     (one,) = engine.answer([ask])
-    assert isinstance(one, Reply)
+    assert isinstance(one, Answers)
     return one
 
 
@@ -54,11 +54,11 @@ def test_the_client_gets_what_the_engine_says(client: Client, engine: Engine) ->
     item, user = bundle.items.ids[3], bundle.users.ids[0]
     assert client.live() and client.ready()
     answer = client.similar(item, k=K, fields=["title"], exact=True)
-    expected = reply(engine, Ask("similar", (item,), k=K, fields=("title",), exact=True))
+    expected = reply(engine, Query("similar", (item,), k=K, fields=("title",), exact=True))
     np.testing.assert_allclose([i.score for i in answer], expected.scores, atol=1e-5)
     assert answer.ids == expected.ids and answer.model == bundle.manifest["content"][:12]
     assert [i.fields for i in answer] == expected.fields
-    found = reply(engine, Ask("search", text="oak lamp", k=K))
+    found = reply(engine, Query("search", text="oak lamp", k=K))
     assert client.search("oak lamp", k=K).ids == found.ids
     vector = bundle.vectors[bundle.rows[0]]
     assert client.vector(vector, k=1).ids == [bundle.items.decode([bundle.rows[0]])[0]]
@@ -123,7 +123,7 @@ def test_the_page_over_trained_towers(url: str, engine: Engine) -> None:
         page.locator(".chip").first.click()
         page.wait_for_selector("#active:visible")
         go("#/search/oak%20lamp")
-        fields = reply(engine, Ask("search", text="oak lamp", k=12, fields=("title",))).fields
+        fields = reply(engine, Query("search", text="oak lamp", k=12, fields=("title",))).fields
         assert titles() == [one["title"] for one in fields or ()]
         page.get_by_role("button", name="More").click()
         page.wait_for_selector(".results > li:nth-child(13)")

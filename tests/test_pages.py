@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.errors import QueryError
-from serving.answers.asks import Ask, CursorError, Filter, Reply
-from serving.answers.engine import Engine
-from serving.answers.pages import LIVE, Cursor, cut, exact_scores, question_of
-from serving.answers.served import Served
+from recsys.serving.engine.engine import Engine
+from recsys.serving.engine.loaded_model import LoadedModel
+from recsys.serving.engine.paging import LIVE, Cursor, cut, exact_scores, question_of
+from recsys.serving.engine.query import Answers, CursorError, Filter, Query
 from tests.serving_cases import FakeOverlay, no_view, small, view_of
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+def served(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return small(tmp_path_factory.mktemp("pages") / "bundle", items=600)
 
 
@@ -76,7 +76,7 @@ def test_a_cursor_of_another_model_is_gone_and_of_another_question_wrong() -> No
 
 
 def test_what_may_change_between_pages_and_what_may_not() -> None:
-    ask = Ask("recommend", user="u", history=("a",), context={"x": 1.0, "y": "z"}, paged=True)
+    ask = Query("recommend", user="u", history=("a",), context={"x": 1.0, "y": "z"}, paged=True)
     same = replace(
         ask, k=50, fields=("title",), cursor="x", explain=True, context={"y": "z", "x": 1.0}
     )
@@ -85,7 +85,7 @@ def test_what_may_change_between_pages_and_what_may_not() -> None:
         replace(ask, user="v"), replace(ask, history=("a", "b")), replace(ask, history=None),
         replace(ask, context={}), replace(ask, drop_seen=False),
         replace(ask, filter=Filter(deny=("a",))),
-        Ask("vector", vector=np.ones(2)), Ask("vector", vector=np.zeros(2)),
+        Query("vector", vector=np.ones(2)), Query("vector", vector=np.zeros(2)),
     ]  # fmt: skip
     assert len({question_of(one) for one in (ask, *others)}) == 1 + len(others)
 
@@ -131,11 +131,11 @@ def test_an_exact_score_does_not_depend_on_its_neighbours() -> None:
 # --- pages of an engine ---------------------------------------------------------------------------
 
 
-def _pages(engine: Engine, ask: Ask, between: object = None) -> list[list[str]]:
+def _pages(engine: Engine, ask: Query, between: object = None) -> list[list[str]]:
     pages, cursor = [], None
     while True:
         reply = engine.answer([replace(ask, cursor=cursor)])[0]
-        assert isinstance(reply, Reply), reply
+        assert isinstance(reply, Answers), reply
         assert reply.exact and (np.diff(reply.scores) <= 0).all()
         assert reply.first == 1 + sum(len(page) for page in pages)
         pages.append(reply.ids)
@@ -147,21 +147,21 @@ def _pages(engine: Engine, ask: Ask, between: object = None) -> list[list[str]]:
 
 
 ASKS = [
-    Ask("recommend", history=("i0000005", "i0000009"), k=70, paged=True),
-    Ask("recommend", user="nobody", k=100, paged=True),
-    Ask("similar", items=("i0000050",), k=90, paged=True),  # has a twin
-    Ask("similar", items=("i0000001",), k=9, paged=True, filter=Filter(ranges={"price": (0, 8)})),
-    Ask("vector", vector=np.zeros(8, np.float32), k=99, paged=True),  # all scores are equal
-    Ask("similar", items=("i0000001",), k=3, paged=True,
+    Query("recommend", history=("i0000005", "i0000009"), k=70, paged=True),
+    Query("recommend", user="nobody", k=100, paged=True),
+    Query("similar", items=("i0000050",), k=90, paged=True),  # has a twin
+    Query("similar", items=("i0000001",), k=9, paged=True, filter=Filter(ranges={"price": (0, 8)})),
+    Query("vector", vector=np.zeros(8, np.float32), k=99, paged=True),  # all scores are equal
+    Query("similar", items=("i0000001",), k=3, paged=True,
         filter=Filter(allow=tuple(f"i{n:07}" for n in range(20)))),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("ask", ASKS)
-def test_pages_are_the_whole_ranking(served: Served, ask: Ask) -> None:
+def test_pages_are_the_whole_ranking(served: LoadedModel, ask: Query) -> None:
     engine = Engine(served, FakeOverlay(no_view(served)))
     whole = engine.answer([replace(ask, paged=False, k=10_000, exact=True)])[0]
-    assert isinstance(whole, Reply)
+    assert isinstance(whole, Answers)
     pages = _pages(engine, ask)
     together = [id for page in pages for id in page]
     assert all(len(page) == ask.k for page in pages[:-1]) and 1 <= len(pages[-1]) <= ask.k
@@ -173,7 +173,7 @@ def test_pages_are_the_whole_ranking(served: Served, ask: Ask) -> None:
 @settings(max_examples=40)
 @given(data=st.data())
 def test_nothing_repeats_and_nothing_that_stayed_is_lost(
-    served: Served, data: st.DataObject
+    served: LoadedModel, data: st.DataObject
 ) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
     ask = replace(data.draw(st.sampled_from(ASKS)), k=data.draw(st.integers(5, 150)))
@@ -206,7 +206,7 @@ def test_nothing_repeats_and_nothing_that_stayed_is_lost(
         )  # fmt: skip
 
     first = engine.answer([replace(ask, paged=False, k=10_000, exact=True)])[0]
-    assert isinstance(first, Reply)
+    assert isinstance(first, Answers)
     together = [id for page in _pages(engine, ask, happens) for id in page]
     assert len(set(together)) == len(together)
     # What the user did meanwhile counts as seen from then on.
@@ -215,14 +215,14 @@ def test_nothing_repeats_and_nothing_that_stayed_is_lost(
     assert set(together) <= set(first.ids)
 
 
-def test_an_item_that_sinks_between_two_pages_does_not_stand_on_both(served: Served) -> None:
+def test_an_item_that_sinks_between_two_pages_does_not_stand_on_both(served: LoadedModel) -> None:
     query = served.bundle.vectors[6]
     live, since = {"mine": query}, {"mine": 1}
     overlay = FakeOverlay(view_of(served, live, since=since))
     engine = Engine(served, overlay)
-    ask = Ask("vector", vector=query, k=3, paged=True)
+    ask = Query("vector", vector=query, k=3, paged=True)
     (first,) = engine.answer([ask])
-    assert isinstance(first, Reply) and "mine" in first.ids
+    assert isinstance(first, Answers) and "mine" in first.ids
     overlay.view = view_of(
         served, {"mine": -query, "new": 0.5 * query}, since={"mine": 2, "new": 3}
     )
@@ -230,50 +230,51 @@ def test_an_item_that_sinks_between_two_pages_does_not_stand_on_both(served: Ser
     reply = first
     while reply.next:
         (reply,) = engine.answer([replace(ask, k=100, cursor=reply.next)])  # type: ignore[assignment]
-        assert isinstance(reply, Reply)
+        assert isinstance(reply, Answers)
         later += reply.ids
     assert not {"mine", "new"} & set(later) and len(later) == 600 + 1 - 3
 
 
-def test_a_click_between_two_pages_does_not_shuffle_them(served: Served) -> None:
+def test_a_click_between_two_pages_does_not_shuffle_them(served: LoadedModel) -> None:
     overlay = FakeOverlay(no_view(served))
     engine = Engine(served, overlay)
-    ask = Ask("recommend", user="u00003", k=20, paged=True)
+    ask = Query("recommend", user="u00003", k=20, paged=True)
     whole = engine.answer([replace(ask, k=40)])[0]
     (first,) = engine.answer([ask])
-    assert isinstance(first, Reply) and isinstance(whole, Reply) and first.next
+    assert isinstance(first, Answers) and isinstance(whole, Answers) and first.next
     clicked = (("i0000500", 2 * 10**15, 1.0),) * 9
     overlay.view = view_of(served, {}, events={"u00003": clicked})
     (second,) = engine.answer([replace(ask, cursor=first.next)])
-    assert isinstance(second, Reply)
+    assert isinstance(second, Answers)
     assert second.ids == [id for id in whole.ids[20:] if id != "i0000500"]
     (anew,) = engine.answer([ask])
-    assert isinstance(anew, Reply) and anew.ids != first.ids
+    assert isinstance(anew, Answers) and anew.ids != first.ids
 
 
 def test_a_page_costs_one_pass_whichever_it_is(
-    served: Served, monkeypatch: pytest.MonkeyPatch
+    served: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from serving.answers import pages
+    from recsys.serving.engine import paging as pages
 
     engine = Engine(served, FakeOverlay(no_view(served)))
     looked: list[int] = []
     real = pages.exact_scores
     monkeypatch.setattr(
-        "serving.answers.ranking.exact_scores", lambda v, q: looked.append(len(v)) or real(v, q)
+        "recsys.serving.engine.ranking.exact_scores",
+        lambda v, q: looked.append(len(v)) or real(v, q),
     )
     _pages(engine, replace(ASKS[0], k=20))
     assert len(looked) == 30 and max(looked) < 40  # closely at little more than a page
 
 
-def test_dials_have_no_pages_and_other_versions_no_cursor(served: Served) -> None:
+def test_dials_have_no_pages_and_other_versions_no_cursor(served: LoadedModel) -> None:
     engine = Engine(served, FakeOverlay(no_view(served)))
     for dial in ({"diversity": 0.5}, {"popularity": -0.5}):
         (refused,) = engine.answer([replace(ASKS[0], **dial)])
         assert isinstance(refused, QueryError) and "no next page" in str(refused)
     (first,) = engine.answer([ASKS[0]])
-    assert isinstance(first, Reply) and first.next
-    other = Engine(Served(served.bundle, None, version="two"), FakeOverlay(no_view(served)))
+    assert isinstance(first, Answers) and first.next
+    other = Engine(LoadedModel(served.bundle, None, version="two"), FakeOverlay(no_view(served)))
     (refused,) = other.answer([replace(ASKS[0], cursor=first.next)])
     assert isinstance(refused, CursorError) and refused.gone
     (refused,) = engine.answer([replace(ASKS[0], history=("i0000006",), cursor=first.next)])

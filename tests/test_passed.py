@@ -12,30 +12,32 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.evaluate import later_log
-from experiments.evaluate import test_side as later_side  # the name is not that of a test
-from experiments.questions import without_later_events
-from experiments.scorecard import judge
-from features.batch import Queries, UserSide, query_side
-from features.batches import Batches, TrainingEvents
-from features.dataset import Dataset
-from features.examples import asking, timeline_until, training_events
-from features.parts import Part
-from features.passed import PASSED, PassedOver
-from features.timeline import Timeline
 from recsys.errors import ConfigError
+from recsys.experiments.evaluation.evaluate import later_log
+from recsys.experiments.evaluation.evaluate import (
+    test_side as later_side,  # the name is not that of a test
+)
+from recsys.experiments.evaluation.queries import without_later_events
+from recsys.experiments.evaluation.scorecard import judge
+from recsys.features.batching.batch import Queries, UserSide, query_side
+from recsys.features.batching.batches import Batches, TrainingEvents
+from recsys.features.batching.examples import asking, timeline_until, training_events
+from recsys.features.batching.slices import Part
+from recsys.features.prepared.dataset import Dataset
+from recsys.features.prepared.passed import PASSED, PassedOver
+from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
+from recsys.serving import bundle as bundles
+from recsys.serving.index import IndexRules
+from recsys.serving.later_events import extend
+from recsys.serving.recommender import Recommender
 from recsys.tables import Side
-from serving import bundle as bundles
-from serving.index import IndexRules
-from serving.later import extend
-from serving.recommender import Recommender
-from towers.blocks import FeatureTable
-from towers.build import build_model, validation_side
-from towers.data import plan_of
-from towers.encode import encode_users
-from towers.rules import TrainingRules
-from towers.two_tower import TowerRules, TwoTower
+from recsys.towers.build import build_model, validation_side
+from recsys.towers.data import plan_of
+from recsys.towers.embedding import FeatureTable
+from recsys.towers.encode import encode_users
+from recsys.towers.rules import TrainingRules
+from recsys.towers.two_tower import TowerRules, TwoTower
 
 N_USERS, N_ITEMS = 5, 9
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from experiments import pictures
+from recsys.experiments.evaluation import pictures
 
 
 def estimate(value: float | None, width: float | None = 0.01) -> dict[str, float | None]:

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.batch import Batch, Queries, query_side
-from features.batches import Batches, TrainingEvents
-from features.parts import ByUser, Part
-from features.plans import Share, Shuffled, Windows
-from features.timeline import Timeline
+from recsys.features.batching.batch import Batch, Queries, query_side
+from recsys.features.batching.batches import Batches, TrainingEvents
+from recsys.features.batching.samplers import Share, Shuffled, Windows
+from recsys.features.batching.slices import ByUser, Part
+from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
 
 SEED = st.integers(0, 2**32 - 1)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.benchmarks.pooled import averaged, pooled
 from recsys.errors import ConfigError
+from recsys.experiments.benchmarks.pooled import averaged, pooled
 
 
 def test_values_are_averaged_query_by_query() -> None:
@@ -32,7 +32,7 @@ def test_gains_are_of_our_bundles_over_theirs(tiny: Any, tmp_path: Path) -> None
     gains = pooled([tiny.bundle, one], [two])
     assert set(gains) == {"targets", "impressions"}
     assert gains["targets"]["recall_at_20"].value == 0 == gains["impressions"]["auc"].value
-    from serving.recommender import Recommender
+    from recsys.serving.recommender import Recommender
 
     answers, worse = Recommender.recommend_rows, str(two)
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.dataset import MANIFEST, Dataset
-from features.prepare import prepare
-from features.skips import Reason, SkipRules
 from recsys.errors import BundleError, DataError
+from recsys.features.prepared.dataset import MANIFEST, Dataset
+from recsys.features.prepared.prepare import prepare
+from recsys.features.prepared.skips import Reason, SkipRules
 from recsys.split import SplitRules
 from recsys.tables import Catalog, CatalogSchema, Kind, Log, Schema, Side, UserSchema
 
@@ -482,7 +482,7 @@ def test_a_null_user_is_named_by_its_row(tmp_path):
 
 
 def test_real_news_impressions_are_prepared_with_their_skips(tmp_path, real_data):
-    from features.logs import DataSource, read
+    from recsys.features.readers.read import DataSource, read
 
     log = read(DataSource(format="ebnerd", log=str(real_data("ebnerd_demo_week1"))))
     rules = SplitRules(test="1d", valid="1d")
@@ -499,8 +499,8 @@ def test_real_news_impressions_are_prepared_with_their_skips(tmp_path, real_data
 
 def test_validation_items_that_a_reader_laid_between_the_training_items_stay_there(tmp_path):
     """Adjacency lists: what is learned from both sides together keeps the order of the lists."""
-    from features.logs import read
-    from features.sources.source import DataSource
+    from recsys.features.readers.read import read
+    from recsys.features.readers.source import DataSource
 
     lists = {"train": "0 a b c d\n1 a c\n", "valid": "0 v w\n", "test": "0 t\n1 d\n"}
     for name, text in lists.items():

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from source_cases import requests, rows, write, write_ebnerd
 
-from features.logs import DataSource, read
+from recsys.features.readers.read import DataSource, read
 from recsys.tables import Kind, Log
 
 SECOND = 1_000_000

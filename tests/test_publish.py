@@ -18,8 +18,8 @@ from serving_cases import NEW
 from serving_cases import table as table
 
 from recsys.errors import BundleError
-from serving.manifest import check, read_manifest, write_manifest
-from serving.publish import current, publish, rollback, versions
+from recsys.serving.manifest import check, read_manifest, write_manifest
+from recsys.serving.models.publish import current, publish, rollback, versions
 
 
 def small(path: Path, says: str, size: int = 2000) -> Path:
@@ -50,12 +50,12 @@ def bundles(tmp_path: Path) -> list[Path]:
 
 
 def test_a_published_bundle_is_current_and_answers(plain: Any, tmp_path: Path) -> None:
-    from serving.answers.served import Served
+    from recsys.serving.engine.loaded_model import LoadedModel
 
     path = publish(plain.bundle, tmp_path / "shop")
     assert path == current(tmp_path / "shop") == tmp_path / "shop" / "versions" / path.name
     assert (tmp_path / "shop" / "CURRENT").read_text() == f"versions/{path.name}\n"
-    served = Served.load(path)
+    served = LoadedModel.load(path)
     assert served.version == path.name == version(plain.bundle)
     assert served.recommender.similar(item="i01", k=3).ids
 
@@ -192,7 +192,7 @@ def test_two_publishers_at_once_leave_a_whole_bundle(bundles: list[Path], tmp_pa
 LOOP = """
 import sys
 from pathlib import Path
-from serving.publish import publish, rollback
+from recsys.serving.models.publish import publish, rollback
 folder, bundles = Path(sys.argv[1]), sorted(Path(sys.argv[2]).iterdir())
 print("ready", flush=True)
 turn = int(sys.argv[3])
@@ -244,7 +244,7 @@ def test_whoever_is_killed_while_publishing_leaves_a_whole_current_bundle(
 def test_the_commands_say_where_the_bundle_is(
     bundles: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from experiments import cli
+    from recsys.experiments import cli
 
     folder = tmp_path / "shop"
 
@@ -268,9 +268,9 @@ def test_a_journal_forgets_what_every_bundle_holds(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from experiments import cli
-    from serving.answers.served import Served
-    from serving.living.live import Event, Living
+    from recsys.experiments import cli
+    from recsys.serving.engine.loaded_model import LoadedModel
+    from recsys.serving.live.updates import Event, LiveUpdates
 
     def said(*arguments: object, code: int = 0) -> str:
         with pytest.raises(SystemExit) as ended:
@@ -280,10 +280,14 @@ def test_a_journal_forgets_what_every_bundle_holds(
         return err if code else out
 
     def kept() -> tuple[set[str], int]:
-        with Living(journal) as living:
+        with LiveUpdates(journal) as living:
             return set(living._items), living.facts()["journal"]["events"]
 
-    journal, shop, bundle = tmp_path / "live", tmp_path / "shop", Served.load(tiny.bundle).bundle
+    journal, shop, bundle = (
+        tmp_path / "live",
+        tmp_path / "shop",
+        LoadedModel.load(tiny.bundle).bundle,
+    )
     publish(plain.bundle, shop)  # of another shop: it holds nothing of this
     publish(tiny.bundle, shop)
     user, row, at = (
@@ -291,7 +295,7 @@ def test_a_journal_forgets_what_every_bundle_holds(
         for column in (bundle.timeline.user, bundle.timeline.item, bundle.timeline.time)
     )
     name, item = bundle.users.ids[user - 1], bundle.items.ids[row - 1]
-    with Living(journal) as living:
+    with LiveUpdates(journal) as living:
         living.put_item(item, table[item])
         living.put_item("new", NEW)
         living.post_events([Event(name, item, at), Event(name, item, at + 1), Event("x", item, at)])

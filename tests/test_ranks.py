@@ -14,11 +14,11 @@ import torch
 from test_training import RULES, checkerboard, towers, trainer
 from torch import Tensor
 
-from towers.data import InteractionData
-from towers.mining import MiningRules
-from towers.rules import TrainingRules
-from towers.training import TwoTowerModule
-from towers.two_tower import TowerRules
+from recsys.towers.data import InteractionData
+from recsys.towers.mining import MiningRules
+from recsys.towers.rules import TrainingRules
+from recsys.towers.training import TwoTowerModule
+from recsys.towers.two_tower import TowerRules
 
 lightning = pytest.importorskip("pytorch_lightning")
 

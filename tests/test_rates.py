@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from service_cases import FakeHost, FakeLiving, ask, raw, served
 from typer.testing import CliRunner
 
-from experiments import cli
 from recsys.errors import ConfigError
-from serving.client import Client, ServiceError
-from serving.http.keys import Keys, make_key
-from serving.http.rates import Rate, Rates, parse_rates
-from serving.http.service import ServiceRules, make_app
+from recsys.experiments import cli
+from recsys.serving.api.app import ServiceRules, make_app
+from recsys.serving.api.auth import Keys, make_key
+from recsys.serving.api.limits import Rate, Rates, parse_rates
+from recsys.serving.client import Client, ServiceError
 
 
 class Clock:

@@ -12,14 +12,14 @@ import polars as pl
 import pytest
 import torch
 
-from features.batch import Queries
 from recsys.errors import QueryError
+from recsys.features.batching.batch import Queries
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex
-from serving import bundle as bundles
-from serving.index import IndexRules
-from serving.recommender import Answers, Recommender
-from towers.encode import encode_users
+from recsys.serving import bundle as bundles
+from recsys.serving.index import IndexRules
+from recsys.serving.recommender import Answers, Recommender
+from recsys.towers.encode import encode_users
 
 
 @pytest.fixture(scope="module")

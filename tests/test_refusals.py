@@ -13,9 +13,9 @@ from service_cases import exposures as exposures
 from service_cases import host as host
 from service_cases import living as living
 
-from serving.http.front import Front
-from serving.http.keys import Keys, make_key
-from serving.http.service import ServiceRules, make_app
+from recsys.serving.api.app import ServiceRules, make_app
+from recsys.serving.api.auth import Keys, make_key
+from recsys.serving.api.front import Front
 
 
 @pytest.mark.parametrize(

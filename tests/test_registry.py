@@ -13,13 +13,13 @@ import pytest
 from swapping import renamed, until
 from tracking_server import TrackingServer
 
-from experiments import registry
-from experiments.registry import RegistrySource, promote
-from experiments.store import Store
-from experiments.track import Tracker, TrackRules
 from recsys.errors import BundleError, ConfigError
-from serving.hosting.host import Host
-from serving.living.live import Living
+from recsys.experiments.tracking import registry
+from recsys.experiments.tracking.registry import RegistrySource, promote
+from recsys.experiments.tracking.store import Store
+from recsys.experiments.tracking.track import Tracker, TrackRules
+from recsys.serving.live.updates import LiveUpdates
+from recsys.serving.models.manager import ModelManager
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_a_server_that_is_down_costs_seconds_and_no_password(
     assert time.monotonic() - begin < 10
 
 
-def begins(host: Host, prefix: str) -> bool:
+def begins(host: ModelManager, prefix: str) -> bool:
     """Whether the ids of the model that answers begin so."""
     return bool(host.choose(None)[1].served.bundle.items.ids[0].startswith(prefix))
 
@@ -201,7 +201,7 @@ def test_the_service_follows_the_champion_and_survives_the_store(
     second = register(renamed(plain.bundle, tmp_path / "b", "b-"))
     promote("shop", first, out=out)
     source = RegistrySource("models:/shop@champion", tmp_path / "cache", out=out, every=0.1)
-    host = Host({"main": source}, Living(None), every=0.05)
+    host = ModelManager({"main": source}, LiveUpdates(None), every=0.05)
     host.start()
     try:
         assert begins(host, "a-")
@@ -248,7 +248,7 @@ def test_the_service_follows_a_registry_over_http(
             assert (found / file.relative_to(made["b"])).read_bytes() == file.read_bytes()
         shutil.rmtree(found)
 
-        host = Host({"main": source}, Living(None), every=0.05)
+        host = ModelManager({"main": source}, LiveUpdates(None), every=0.05)
         host.start()
         try:
             assert begins(host, "a-")
@@ -268,7 +268,7 @@ def test_the_service_follows_a_registry_over_http(
 def test_a_registry_is_asked_every_ten_seconds_unless_the_plan_says_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from experiments.serve import _source
+    from recsys.experiments.serve import _source
 
     asked: list[float] = []
 

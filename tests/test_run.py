@@ -14,9 +14,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from experiments import cli
-from experiments.config import load, loads
 from recsys.errors import ConfigError, DataError
+from recsys.experiments import cli
+from recsys.experiments.config import load, loads
 
 QUICK = [
     "training.epochs=2", "training.batch_size=256", "towers.dimension=16", "towers.hidden=16",
@@ -185,7 +185,7 @@ def test_a_mistake_of_ours_ends_with_1(
     recsys: Callable[..., SimpleNamespace],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from serving.recommender import Recommender
+    from recsys.serving.recommender import Recommender
 
     monkeypatch.setattr(Recommender, "similar", lambda *_, **__: 1 / 0)
     ended = recsys("similar", trained.bundle, "--item", "i")
@@ -207,7 +207,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_towers(
     import pytorch_lightning as lightning
     import torch
 
-    from experiments.run import train
+    from recsys.experiments.run import train
 
     torch.set_num_threads(1)
     market_run = market_run.replace("[towers]\n", f"[towers]\n{towers}")
@@ -253,7 +253,7 @@ def test_a_choice_of_epochs_that_had_ended_is_not_taken_up_again(
     """Stopped early, then killed before the refit's first checkpoint."""
     import torch
 
-    from experiments import run as runs
+    from recsys.experiments import run as runs
 
     torch.set_num_threads(1)
     lines: list[str] = []
@@ -303,8 +303,8 @@ def test_a_choice_of_epochs_that_had_ended_is_not_taken_up_again(
 def test_a_table_that_came_or_went_is_named_when_a_run_is_to_go_on(
     market_run: str, tmp_path: Path
 ) -> None:
-    from experiments.config import dump
-    from experiments.run import train
+    from recsys.experiments.config import dump
+    from recsys.experiments.run import train
 
     def config(*options: str) -> Any:
         return _quiet(market_run, tmp_path, "[training]", 'objective = "margin_softmax"', *options)
@@ -320,7 +320,7 @@ def test_a_table_that_came_or_went_is_named_when_a_run_is_to_go_on(
 def test_given_files_are_a_split_like_any_other_and_valid_may_be_absent(
     market: Path, market_run: str, tmp_path: Path
 ) -> None:
-    from experiments.run import prepare, train
+    from recsys.experiments.run import prepare, train
 
     events = pl.read_csv(market / "events.csv")
     events.head(400).write_csv(tmp_path / "train.csv")
@@ -348,9 +348,9 @@ def test_without_a_test_side_the_bundle_knows_everything_and_nothing_is_judged(
     market_run: str, tmp_path: Path
 ) -> None:
     """How one trains for tomorrow: on all there is."""
-    from experiments import show
-    from experiments.run import train
-    from serving.recommender import Recommender
+    from recsys.experiments import show
+    from recsys.experiments.run import train
+    from recsys.serving.recommender import Recommender
 
     run = market_run.replace('test = "2d"', "test = 0")
     result = train(_quiet(run, tmp_path, "[training]", "epochs = 1"))
@@ -367,7 +367,7 @@ def test_the_same_recipe_runs_on_other_data_of_the_same_form(
     market: Path, market_run: str, tmp_path: Path
 ) -> None:
     """`--set data.log=…` is all it takes; a second run has a folder of its own."""
-    from experiments.run import train
+    from recsys.experiments.run import train
 
     path = tmp_path / "recipe.toml"
     path.write_text(market_run + "[track]\nenabled = false\n[training]\nepochs = 1\n")
@@ -384,9 +384,9 @@ def test_the_same_recipe_runs_on_other_data_of_the_same_form(
 def test_towers_that_learned_nothing_but_nan_make_no_bundle(plain: Any, tmp_path: Path) -> None:
     import torch
 
-    from experiments.bundling import make_bundle
     from recsys.errors import RecsysError
-    from towers.build import build_model
+    from recsys.experiments.bundling import make_bundle
+    from recsys.towers.build import build_model
 
     model = build_model(plain.dataset, plain.config.towers, item_text=None, seed=0).eval()
     with torch.no_grad():
@@ -397,7 +397,7 @@ def test_towers_that_learned_nothing_but_nan_make_no_bundle(plain: Any, tmp_path
 
 
 def test_a_bundle_holds_nothing_of_the_test_side(plain: Any, tiny: Any) -> None:
-    from serving.recommender import Recommender
+    from recsys.serving.recommender import Recommender
 
     for built in (plain, tiny):
         bundle = Recommender.load(built.bundle).bundle
@@ -411,7 +411,7 @@ def test_a_bundle_holds_nothing_of_the_test_side(plain: Any, tiny: Any) -> None:
 
 
 def test_a_log_that_fails_leaves_no_run_behind(market_run: str, tmp_path: Path) -> None:
-    from experiments.run import train
+    from recsys.experiments.run import train
 
     config = _quiet(market_run.replace("events.csv", "absent.csv"), tmp_path)
     with pytest.raises(DataError, match=r"absent\.csv"):
@@ -422,7 +422,7 @@ def test_a_log_that_fails_leaves_no_run_behind(market_run: str, tmp_path: Path) 
 def test_texts_learn_company_of_the_train_side_first_and_of_both_for_the_refit(
     shop_run: str, tmp_path: Path
 ) -> None:
-    from experiments.run import Untrained, fit, prepare, text_vectors
+    from recsys.experiments.run import Untrained, fit, prepare, text_vectors
     from recsys.tables import Side
 
     toml = shop_run.replace("[text]\n", '[text]\nviews = ["company"]\ndimension = 8\n')
@@ -456,9 +456,9 @@ def test_what_the_validation_side_is_the_first_to_know_has_ids_once_it_is_learne
     """A catalogue that renews itself: each item is chosen within a short time of its life."""
     import torch
 
-    from experiments.bundling import make_bundle
-    from experiments.run import Untrained, prepare
-    from serving.manifest import read_manifest
+    from recsys.experiments.bundling import make_bundle
+    from recsys.experiments.run import Untrained, prepare
+    from recsys.serving.manifest import read_manifest
 
     random = np.random.default_rng(0)
     n = 2000

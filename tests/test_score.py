@@ -10,15 +10,17 @@ import numpy as np
 import polars as pl
 import pytest
 
-from experiments.evaluate import test_side as later_side  # the name is not that of a test
-from experiments.scorecard import judge
-from features.batch import Queries
 from recsys.errors import DataError
+from recsys.experiments.evaluation.evaluate import (
+    test_side as later_side,  # the name is not that of a test
+)
+from recsys.experiments.evaluation.scorecard import judge
+from recsys.features.batching.batch import Queries
 from recsys.metrics import auc
 from recsys.ragged import Ragged
-from serving.recommender import Recommender
-from serving.score import write_scores
-from towers.encode import encode_users
+from recsys.serving.recommender import Recommender
+from recsys.serving.score import write_scores
+from recsys.towers.encode import encode_users
 
 SECOND = 1_000_000
 

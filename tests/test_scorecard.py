@@ -13,18 +13,20 @@ import numpy as np
 import polars as pl
 import pytest
 
-from experiments.contest import Baselines, Ranking, rank
-from experiments.evaluate import test_side as later_side  # the name is not that of a test
-from experiments.parts import slices
-from experiments.questions import EvaluateRules, questions_of, without_later_events
-from experiments.scorecard import judge, verdict
-from features.batch import Queries
-from features.examples import Questions
 from recsys.errors import ConfigError
+from recsys.experiments.evaluation.comparison import Baselines, Ranking, rank
+from recsys.experiments.evaluation.evaluate import (
+    test_side as later_side,  # the name is not that of a test
+)
+from recsys.experiments.evaluation.queries import EvaluateRules, questions_of, without_later_events
+from recsys.experiments.evaluation.scorecard import judge, verdict
+from recsys.experiments.evaluation.slices import slices
+from recsys.features.batching.batch import Queries
+from recsys.features.batching.examples import Questions
 from recsys.ragged import Ragged
-from serving.later import Later, extend
-from serving.recommender import Recommender
-from towers.encode import encode_users
+from recsys.serving.later_events import Later, extend
+from recsys.serving.recommender import Recommender
+from recsys.towers.encode import encode_users
 
 HOUR = 3_600_000_000
 
@@ -508,7 +510,7 @@ def test_the_verdict_says_plainly_who_wins(gaps: dict[str, Any], sentence: str) 
     ],
 )
 def test_a_protocol_that_cannot_be_meant_is_refused(line: str, message: str) -> None:
-    from experiments.config import loads
+    from recsys.experiments.config import loads
 
     with pytest.raises(ConfigError, match=message):
         loads(f"[data]\nlog = 'x.csv'\n[evaluate]\n{line}\n")

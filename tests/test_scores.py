@@ -14,10 +14,10 @@ from score_cases import SIZES, Naive, Size, case, gradients, learning, scores
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from features.batch import Source
-from towers.objectives import ccl, psl, sl_at_k, softmax, symmetric, triplet
-from towers.scores import Scores
-from towers.sums import ragged_logaddexp
+from recsys.features.batching.batch import Source
+from recsys.towers.logits import Scores
+from recsys.towers.logsumexp import ragged_logaddexp
+from recsys.towers.losses import ccl, psl, sl_at_k, softmax, symmetric, triplet
 
 
 @pytest.fixture(autouse=True, scope="module")

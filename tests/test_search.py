@@ -14,7 +14,7 @@ import recsys.search
 from recsys.errors import QueryError
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex, Index, best_scores, search_interests, top_k
-from serving.index import HnswIndex, IndexRules
+from recsys.serving.index import HnswIndex, IndexRules
 
 
 def naive(

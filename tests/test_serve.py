@@ -24,16 +24,16 @@ from service_cases import FakeEngine, FakeExposures, FakeHost, raw, served
 from swapping import until
 from typer.testing import CliRunner
 
-from experiments import cli
-from experiments.serve import MAIN, Plan, _keys, _serve, begun_checks, service
 from recsys.errors import ConfigError, RecsysError
-from serving import manifest
-from serving.client import Client, ServiceError
-from serving.http.keys import Keys, make_key
-from serving.http.logs import json_logs
-from serving.http.rates import parse_rates
-from serving.http.running import bind, is_local, own_names, run
-from serving.http.service import make_app
+from recsys.experiments import cli
+from recsys.experiments.serve import MAIN, Plan, _keys, _serve, begun_checks, service
+from recsys.serving import manifest
+from recsys.serving.api.app import make_app
+from recsys.serving.api.auth import Keys, make_key
+from recsys.serving.api.limits import parse_rates
+from recsys.serving.api.logs import json_logs
+from recsys.serving.api.server import bind, is_local, own_names, run
+from recsys.serving.client import Client, ServiceError
 
 OPEN = Keys(open_writes=True)
 

@@ -17,19 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys.errors import BundleError, QueryError
-from serving import bundle as bundles
-from serving import id_table
-from serving.answers.served import Served, give_back, json_rows
-from serving.id_table import IdTable
-from serving.manifest import read_manifest
+from recsys.serving import bundle as bundles
+from recsys.serving import id_table
+from recsys.serving.engine.loaded_model import LoadedModel, give_back, json_rows
+from recsys.serving.id_table import IdTable
+from recsys.serving.manifest import read_manifest
 
 NASTY = ["b", "a", 'say "x"', "back\\slash", "é\n", "\x7f", "\u2028", "日本語", "\x00", "b ", "𝄞"]
 IDS = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=4), unique=True)
 
 
 @pytest.fixture(scope="module")
-def served(tiny: Any) -> Served:
-    return Served.load(tiny.bundle)
+def served(tiny: Any) -> LoadedModel:
+    return LoadedModel.load(tiny.bundle)
 
 
 def test_awkward_ids_by_hand() -> None:
@@ -79,11 +79,11 @@ def test_a_table_of_other_ids_is_refused(tmp_path: Path) -> None:
 
 def test_a_bundle_without_tables_of_ids_answers_alike(tiny: Any, tmp_path: Path) -> None:
     """Bundles made before there were such files are read; what differs is the time it takes."""
-    with_tables = Served.load(tiny.bundle)
+    with_tables = LoadedModel.load(tiny.bundle)
     for name in (bundles.ITEM_IDS, bundles.USER_IDS):
         assert (tiny.bundle / name).is_file()
     bundle = with_tables.bundle
-    without = Served(bundle, with_tables.neighbours)
+    without = LoadedModel(bundle, with_tables.neighbours)
     rows = range(1, bundle.items.size)
     assert [without.row_of(id) for id in bundle.items.ids] == list(rows)
     assert without.ids.fragments(rows) == with_tables.ids.fragments(rows)
@@ -106,18 +106,18 @@ def test_what_is_given_back_is_there_again(tmp_path: Path) -> None:
 
 
 def test_what_a_start_reads_as_a_whole_is_given_back_and_the_narrow_table_is_not(
-    served: Served,
+    served: LoadedModel,
 ) -> None:
     bundle, table = served.bundle, served.neighbours
     assert table is not None and table.first is not None
     seldom = {id(array) for array in served.seldom_read()}
     assert {id(a) for a in (bundle.vectors, bundle.window, table.rows, table.scores)} <= seldom
     assert not {id(a) for a in (bundle.rows, table.first.rows, table.first.scores)} & seldom
-    alone = Served(bundle, table.first).seldom_read()
+    alone = LoadedModel(bundle, table.first).seldom_read()
     assert id(table.first.rows) not in {id(array) for array in alone}
 
 
-def test_what_is_ready_is_what_the_bundle_says(served: Served, tiny: Any) -> None:
+def test_what_is_ready_is_what_the_bundle_says(served: LoadedModel, tiny: Any) -> None:
     bundle = served.bundle
     rows = np.arange(1, bundle.items.size)
     assert [served.row_of(name) for name in bundle.items.ids] == rows.tolist()
@@ -127,10 +127,10 @@ def test_what_is_ready_is_what_the_bundle_says(served: Served, tiny: Any) -> Non
     assert (served.position >= 0).sum() == len(bundle.rows)
     assert served.version == read_manifest(tiny.bundle)["content"][:12]
     assert served.neighbours is not None
-    assert Served(bundle, None, version="mine").version == "mine"
+    assert LoadedModel(bundle, None, version="mine").version == "mine"
 
 
-def test_fields_are_those_of_the_catalogue(served: Served) -> None:
+def test_fields_are_those_of_the_catalogue(served: LoadedModel) -> None:
     assert served.field_names == ["title", "category", "price"]
     rows = np.array([5, 2, 5])
     said = served.fields(rows)
@@ -196,8 +196,8 @@ def test_an_unverified_load_reads_no_digest_and_a_verified_one_refuses(
     data[-1] ^= 1
     table.write_bytes(bytes(data))
     with pytest.raises(BundleError, match=r"neighbours\.scores\.npy has the SHA-256"):
-        Served.load(copy)
-    assert Served.load(copy, verify=False).recommender.similar(item="i00001", k=3).ids
+        LoadedModel.load(copy)
+    assert LoadedModel.load(copy, verify=False).recommender.similar(item="i00001", k=3).ids
 
 
 def test_a_bundle_is_read_without_drawing_weights_or_copying_vectors(tiny: Any) -> None:

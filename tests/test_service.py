@@ -26,13 +26,13 @@ from service_cases import exposures as exposures
 from service_cases import host as host
 from service_cases import living as living
 
-from serving.client import Client, ServiceError
-from serving.http.batcher import BatchRules
-from serving.http.front import Front
-from serving.http.keys import Keys, make_key
-from serving.http.service import ServiceRules, make_app
-from serving.living.exposures import ExposureLog
-from serving.living.live import Event
+from recsys.serving.api.app import ServiceRules, make_app
+from recsys.serving.api.auth import Keys, make_key
+from recsys.serving.api.batcher import BatchRules
+from recsys.serving.api.front import Front
+from recsys.serving.client import Client, ServiceError
+from recsys.serving.live.impression_log import ImpressionLog
+from recsys.serving.live.updates import Event
 
 # --- questions ------------------------------------------------------------------------------------
 
@@ -406,10 +406,10 @@ def test_metrics_tell_of_requests_models_and_queues(app: Front) -> None:
 def test_metrics_tell_of_a_log_that_cannot_be_written(
     host: FakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with ExposureLog(tmp_path, seconds=60) as log:
+    with ImpressionLog(tmp_path, seconds=60) as log:
         app = make_app(host, exposures=log)
         with monkeypatch.context() as patched:
-            patched.setattr("serving.living.exposures._frame", lambda some: 1 // 0)
+            patched.setattr("recsys.serving.live.impression_log._frame", lambda some: 1 // 0)
             log.shown("r", "u", 1, ["a", "b"], "m", "v")
             with pytest.raises(ZeroDivisionError):
                 log.flush()

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys.errors import ConfigError
-from serving.hosting.shares import Shares
+from recsys.serving.models.traffic_split import TrafficSplit
 
 UNITS = [f"u{number}" for number in range(20_000)]
 
 
 def dealt(shares: dict[str, float], salt: str = "recsys") -> np.ndarray:
-    split = Shares(shares, salt)
+    split = TrafficSplit(shares, salt)
     return np.array([split.variant(unit) for unit in UNITS])
 
 
@@ -34,7 +34,7 @@ def test_each_variant_gets_its_share(shares: dict[str, float]) -> None:
 def test_a_share_of_nothing_gets_nobody_and_the_last_digit_may_be_lacking() -> None:
     assert set(dealt({"a": 1.0, "b": 0.0})) == {"a"}
     assert set(dealt({"a": 0.333333, "b": 0.333333, "c": 0.333334})) == {"a", "b", "c"}
-    assert Shares({"a": 1.0, "b": 0.0}).variant(None) == "a"
+    assert TrafficSplit({"a": 1.0, "b": 0.0}).variant(None) == "a"
 
 
 def test_the_order_of_the_variants_means_nothing() -> None:
@@ -78,7 +78,7 @@ def test_any_change_moves_less_than_twice_as_many_as_it_must(
 ) -> None:
     before = dict(zip("abc", np.array(parts) / sum(parts), strict=True))
     after = dict(zip("abc", np.array(parts)[order] / sum(parts), strict=True))
-    first, second = Shares(before), Shares(after)
+    first, second = TrafficSplit(before), TrafficSplit(after)
     moved = np.mean([first.variant(u) != second.variant(u) for u in UNITS[:2000]])
     least = sum(abs(before[n] - after[n]) for n in "abc") / 2
     assert moved <= 2 * least / (1 + least) + 4 * np.sqrt(0.25 / 2000)
@@ -86,7 +86,8 @@ def test_any_change_moves_less_than_twice_as_many_as_it_must(
 
 def test_another_process_deals_alike() -> None:
     code = (
-        "from serving.hosting.shares import Shares; s = Shares({'a': .5, 'b': .5});"
+        "from recsys.serving.models.traffic_split import TrafficSplit;"
+        "s = TrafficSplit({'a': .5, 'b': .5});"
         "print(''.join(s.variant(f'u{n}') for n in range(64)))"
     )
     other = subprocess.run(
@@ -96,7 +97,7 @@ def test_another_process_deals_alike() -> None:
 
 
 def test_who_is_nobody_is_dealt_by_chance() -> None:
-    split = Shares({"a": 0.8, "b": 0.2})
+    split = TrafficSplit({"a": 0.8, "b": 0.2})
     got = np.array([split.variant(None) for _ in range(4000)])
     assert abs((got == "a").mean() - 0.8) < 0.03
 
@@ -112,4 +113,4 @@ def test_who_is_nobody_is_dealt_by_chance() -> None:
 )
 def test_shares_that_are_none_are_refused(shares: dict[str, float], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        Shares(shares)
+        TrafficSplit(shares)

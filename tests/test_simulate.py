@@ -11,12 +11,12 @@ import numpy as np
 import polars as pl
 import pytest
 
-from recsys import shop_words as words
 from recsys.errors import ConfigError, DataError, QueryError
+from recsys.experiments.shop import words
+from recsys.experiments.shop.simulate import World, _intents, _race, simulate, simulate_events
+from recsys.experiments.shop.world import ACCIDENT, START
 from recsys.files import read_json
 from recsys.ragged import Ragged
-from recsys.shop import ACCIDENT, START
-from recsys.simulate import World, _intents, _race, simulate, simulate_events
 from recsys.tables import DAY
 
 
@@ -339,7 +339,7 @@ def test_plain_events_are_zipf_in_time_order_and_repeat() -> None:
 
 def test_the_generator_shares_no_code_with_the_model() -> None:
     """Nothing but the ground floor is imported, and no torch."""
-    code = "import sys, recsys.simulate; print([m for m in sys.modules if m.split('.')[0] in "
-    code += "('torch', 'features', 'towers', 'serving', 'experiments')])"
+    code = "import sys, recsys.experiments.shop.simulate; print([m for m in sys.modules if m in "
+    code += "('torch', 'recsys.features', 'recsys.towers', 'recsys.serving')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -8,15 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.batch import Batch
-from features.batches import Batches, TrainingEvents
-from features.negatives import SHOWN_WITHIN
-from features.parts import Part
-from features.timeline import Timeline
+from recsys.features.batching.batch import Batch
+from recsys.features.batching.batches import Batches, TrainingEvents
+from recsys.features.batching.negatives import SHOWN_WITHIN
+from recsys.features.batching.slices import Part
+from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
 from recsys.tables import DAY
-from towers.objectives import skip_term
-from towers.scores import Scores
+from recsys.towers.logits import Scores
+from recsys.towers.losses import skip_term
 
 N_ITEMS = 7
 

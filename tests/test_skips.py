@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from features.skips import Reason, SkipRules, attach, label, wanted
+from recsys.features.prepared.skips import Reason, SkipRules, attach, label, wanted
 from recsys.tables import Kind, Side
 
 P, S, R = (int(kind) for kind in (Kind.POSITIVE, Kind.SHOWN, Kind.REJECTED))

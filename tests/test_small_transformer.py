@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from features.small_transformer import fit_wordpiece, heads, padded
-from features.text import TextEncoder, TextRules, fit_encoder
 from recsys.errors import DataError
+from recsys.features.text.encoder import TextEncoder, TextRules, fit_encoder
+from recsys.features.text.transformer_encoder import fit_wordpiece, heads, padded
 
 TOPICS = {
     "cats": "whisker purr kitten litter claw feline tabby meow",

@@ -1,4 +1,4 @@
-"""`features.sources`: each format by hand, and the public ones on real files where they are."""
+"""Readers: each format by hand, and the public ones on real files where they are."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from source_cases import requests, rows, write
 
-from features.logs import DataSource, read
 from recsys.errors import DataError
+from recsys.features.readers.read import DataSource, read
 from recsys.tables import Kind, Log, Schema, Side
 
 SECOND = 1_000_000

@@ -10,15 +10,15 @@ import pytest
 import torch
 from conftest import Built
 
-from features.examples import timeline_until
-from features.timeline import Timeline
 from recsys.errors import ConfigError
+from recsys.features.batching.examples import timeline_until
+from recsys.features.prepared.timeline import Timeline
+from recsys.serving import bundle as bundles
 from recsys.tables import Side
-from serving import bundle as bundles
-from towers.blocks import FeatureSpec, FeatureTable
-from towers.rules import TrainingRules
-from towers.spectral import LENGTH, company, spectral, start
-from towers.two_tower import TowerRules, TwoTower
+from recsys.towers.embedding import FeatureSpec, FeatureTable
+from recsys.towers.id_init import LENGTH, company, spectral, start
+from recsys.towers.rules import TrainingRules
+from recsys.towers.two_tower import TowerRules, TwoTower
 
 PEOPLE, ITEMS = 30, 12
 SPECTRAL, COMPANY = TrainingRules(start="spectral"), TrainingRules(start="company")

@@ -11,30 +11,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.ragged import Ragged
-from serving.answers.served import Served
-from serving.answers.stock import Choice, Stock
-from serving.answers.windows import FOREVER, Windows
-from serving.index import HnswIndex
+from recsys.serving.engine.availability import FOREVER, Windows
+from recsys.serving.engine.loaded_model import LoadedModel
+from recsys.serving.engine.snapshot import AllowedItems, CatalogSnapshot
+from recsys.serving.index import HnswIndex
 from tests.serving_cases import EAGER, no_view, small, view_of
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+def served(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return small(tmp_path_factory.mktemp("small") / "bundle")
 
 
-def _stock(served: Served, live: int = 0, deleted: tuple[str, ...] = ()) -> Stock:
+def _stock(served: LoadedModel, live: int = 0, deleted: tuple[str, ...] = ()) -> CatalogSnapshot:
     rng = np.random.default_rng(live)
     vectors = rng.standard_normal((live, served.bundle.vectors.shape[1])).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     # Every third replaces an item of the bundle.
     ids = [f"i{j:07}" if j % 3 == 0 else f"new{j}" for j in range(live)]
     view = view_of(served, dict(zip(ids, vectors, strict=True)), deleted)
-    return Stock(served, view, Windows(served.bundle, served.position), None)
+    return CatalogSnapshot(served, view, Windows(served.bundle, served.position), None)
 
 
 def _twin(
-    stock: Stock, query: np.ndarray, k: int, choice: Choice, exclude: set[int]
+    stock: CatalogSnapshot, query: np.ndarray, k: int, choice: AllowedItems, exclude: set[int]
 ) -> list[tuple[float, int]]:
     """Score everything, one by one."""
     allowed = set(range(stock.n)) if choice.mask is None else set(np.flatnonzero(choice.mask))
@@ -53,7 +53,7 @@ def _twin(
 @settings(max_examples=60)
 @given(data=st.data())
 def test_min_of_k_and_allowed_best_answers_at_every_selectivity(
-    served: Served, data: st.DataObject
+    served: LoadedModel, data: st.DataObject
 ) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     stock = _stock(served, data.draw(st.sampled_from([0, 1, 40])))
@@ -67,7 +67,7 @@ def test_min_of_k_and_allowed_best_answers_at_every_selectivity(
                 stock.exact_index.vectors[:, 0], 1 - share
             )
         mask &= stock.open.mask if stock.open.mask is not None else True
-        choice = Choice(
+        choice = AllowedItems(
             mask, int(mask.sum()), stock.open.extra & (rng.random(stock.size - stock.n) < share)
         )
         if data.draw(st.booleans()):
@@ -95,29 +95,29 @@ def test_min_of_k_and_allowed_best_answers_at_every_selectivity(
             np.testing.assert_allclose(got, [score for score, _ in expected], rtol=1e-5, atol=1e-5)
 
 
-def _scores(stock: Stock, query: np.ndarray, places: np.ndarray) -> np.ndarray:
+def _scores(stock: CatalogSnapshot, query: np.ndarray, places: np.ndarray) -> np.ndarray:
     return (stock.vectors_of(places) @ query.reshape(-1, query.shape[-1]).T).max(1, initial=-9)
 
 
 @pytest.fixture(scope="module")
-def distinct(served: Served) -> Served:
+def distinct(served: LoadedModel) -> LoadedModel:
     """No two items are alike, so that the graph may be asked for one query at a time."""
     bundle = served.bundle
     stored, vectors = bundle.vectors.copy(), bundle.vectors[bundle.rows]
     vectors[::50] += np.random.default_rng(1).normal(0, 0.01, vectors[::50].shape)
     stored[bundle.rows] = vectors
-    return Served(replace(bundle, vectors=stored, index=HnswIndex(vectors, EAGER)), None)
+    return LoadedModel(replace(bundle, vectors=stored, index=HnswIndex(vectors, EAGER)), None)
 
 
 @pytest.mark.parametrize("live", [0, 30])
 @pytest.mark.parametrize("excluded", [0, 7, 200])
 def test_one_query_is_answered_as_among_others(
-    distinct: Served, live: int, excluded: int, monkeypatch: pytest.MonkeyPatch
+    distinct: LoadedModel, live: int, excluded: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(live + excluded)
     news = rng.standard_normal((live, 8)).astype(np.float32)
     view = view_of(distinct, {f"new{j}": vector for j, vector in enumerate(news)})
-    stock = Stock(distinct, view, Windows(distinct.bundle, distinct.position), None)
+    stock = CatalogSnapshot(distinct, view, Windows(distinct.bundle, distinct.position), None)
     asked: list[bool] = []
     nearest = HnswIndex.nearest
 
@@ -143,7 +143,7 @@ def test_one_query_is_answered_as_among_others(
 
 @pytest.mark.parametrize("with_query", [False, True])
 def test_recall_is_that_of_exact_search_at_every_selectivity(
-    served: Served, with_query: bool
+    served: LoadedModel, with_query: bool
 ) -> None:
     stock, rng, k = _stock(served, 20), np.random.default_rng(1), 10
     vectors = stock.exact_index.vectors
@@ -153,7 +153,7 @@ def test_recall_is_that_of_exact_search_at_every_selectivity(
         mask = rng.random(stock.n) < share
         if with_query:  # the filter's items lie together, mostly far from the query
             mask = vectors[:, 1] > np.quantile(vectors[:, 1], 1 - share)
-        choice = Choice(mask, int(mask.sum()), stock.open.extra)
+        choice = AllowedItems(mask, int(mask.sum()), stock.open.extra)
         _, found, _ = stock.search(queries, k, choice)
         _, exact, sure = stock.search(queries, k, choice, exact=True)
         assert sure
@@ -161,7 +161,7 @@ def test_recall_is_that_of_exact_search_at_every_selectivity(
 
 
 def test_the_planner_asks_the_graph_only_where_that_pays(
-    served: Served, monkeypatch: pytest.MonkeyPatch
+    served: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stock, asked = _stock(served), []
     index = stock.index
@@ -172,16 +172,16 @@ def test_the_planner_asks_the_graph_only_where_that_pays(
     assert asked == [5]
     for share in (0.01, 0.2):  # 40 k n is above the square of these
         mask = np.arange(stock.n) < share * stock.n
-        stock.search(query, 5, Choice(mask, int(mask.sum()), stock.open.extra))
+        stock.search(query, 5, AllowedItems(mask, int(mask.sum()), stock.open.extra))
     assert asked == [5]
     mask = np.arange(stock.n) < 0.5 * stock.n
-    _, _, sure = stock.search(query, 5, Choice(mask, int(mask.sum()), stock.open.extra))
+    _, _, sure = stock.search(query, 5, AllowedItems(mask, int(mask.sum()), stock.open.extra))
     assert asked == [5, 19] and not sure  # (5 + 2 √5) / .5
     assert stock.search(query, 5, exact=True)[2] and len(asked) == 2
 
 
 def test_what_was_replaced_or_deleted_is_never_answered_and_its_successor_is(
-    served: Served,
+    served: LoadedModel,
 ) -> None:
     stock = _stock(served, 9, ("i0000001",))
     everything = stock.search(stock.exact_index.vectors[:1], stock.size)[0][0]
@@ -194,7 +194,7 @@ def test_what_was_replaced_or_deleted_is_never_answered_and_its_successor_is(
     assert stock.places_of(np.array([served.row_of("i0000003")])).tolist()[-1] == stock.n + 3
 
 
-def test_places_rows_ids_and_vectors_tell_the_same(served: Served) -> None:
+def test_places_rows_ids_and_vectors_tell_the_same(served: LoadedModel) -> None:
     stock = _stock(served, 5)
     places = np.array([stock.n + 1, 7, stock.n + 4, 0])
     assert stock.ids_of(places) == ["new1", "i0000007", "new4", "i0000000"]
@@ -210,7 +210,7 @@ def test_places_rows_ids_and_vectors_tell_the_same(served: Served) -> None:
         assert stock.rank_of(key) == stock.ranks(np.array([place]))[0]
 
 
-def test_windows_open_and_close(served: Served) -> None:
+def test_windows_open_and_close(served: LoadedModel) -> None:
     window = served.bundle.window.copy()
     window[3, 1] = 1_000_000_000  # over from then on
     window[5, 0] = 2_000_000_000  # later than that
@@ -229,15 +229,17 @@ def test_windows_open_and_close(served: Served) -> None:
     assert windows.at(None)[2] == FOREVER
 
 
-def test_late_rows_are_answered_beside_the_index(served: Served) -> None:
+def test_late_rows_are_answered_beside_the_index(served: LoadedModel) -> None:
     bundle = served.bundle
     rows = np.delete(bundle.rows, [4, 9])
     vectors = np.ascontiguousarray(bundle.vectors[rows])
-    from serving.index import HnswIndex
+    from recsys.serving.index import HnswIndex
 
-    other = Served(replace(bundle, rows=rows, index=HnswIndex(vectors, EAGER)), None, version="x")
+    other = LoadedModel(
+        replace(bundle, rows=rows, index=HnswIndex(vectors, EAGER)), None, version="x"
+    )
     moment = int(bundle.cutoff or 0)
-    stock = Stock(other, no_view(other), Windows(other.bundle, other.position), moment)
+    stock = CatalogSnapshot(other, no_view(other), Windows(other.bundle, other.position), moment)
     assert stock.late.tolist() == [5, 10] and stock.size == len(bundle.rows)
     query = bundle.vectors[10][None]
     places, scores, _ = stock.search(query, 3)

@@ -15,8 +15,16 @@ import polars as pl
 import pytest
 from pydantic import ValidationError
 
-from features import catalog_encoder
-from features.catalog_encoder import (
+from recsys.errors import BundleError, ConfigError, DataError
+from recsys.features.text import static_encoder as catalog_encoder
+from recsys.features.text.encoder import (
+    MANIFEST,
+    TextEncoder,
+    TextRules,
+    encode_cached,
+    fit_encoder,
+)
+from recsys.features.text.static_encoder import (
     Pairs,
     draw_views,
     fit_tokenizer,
@@ -25,8 +33,6 @@ from features.catalog_encoder import (
     rows_of,
     tokenize,
 )
-from features.text import MANIFEST, TextEncoder, TextRules, encode_cached, fit_encoder
-from recsys.errors import BundleError, ConfigError, DataError
 from recsys.ragged import Ragged
 
 SMALL = TextRules(dimension=32, epochs=10, batch_size=64)
@@ -521,7 +527,7 @@ def test_a_pretrained_transformer_goes_the_same_way(tmp_path: Path) -> None:
 
 def test_importing_the_room_imports_no_torch() -> None:
     code = (
-        "import features.text, sys; "
+        "import recsys.features.text.encoder, sys; "
         "print(sorted({'torch', 'sentence_transformers', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

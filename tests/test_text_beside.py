@@ -8,8 +8,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from features.catalog_encoder import tokenize
-from features.text import TextRules, fit_encoder
+from recsys.features.text.encoder import TextRules, fit_encoder
+from recsys.features.text.static_encoder import tokenize
 from tests.test_text import SMALL, world
 
 

@@ -12,12 +12,12 @@ import torch
 from pydantic import ValidationError
 
 from recsys.errors import ConfigError
+from recsys.towers import diagnosis
+from recsys.towers.build import build_model
+from recsys.towers.rules import TrainingRules
+from recsys.towers.training import TwoTowerModule
+from recsys.towers.two_tower import TEXT_DECAY, TowerRules, TwoTower
 from tests.test_towers import DIMENSION, N_ITEMS, settle, side, towers
-from towers import diagnosis
-from towers.build import build_model
-from towers.rules import TrainingRules
-from towers.training import TwoTowerModule
-from towers.two_tower import TEXT_DECAY, TowerRules, TwoTower
 
 HISTORIES = [[1, 2, 3], [], [8], [4, 4], [5]]
 ROWS = torch.arange(N_ITEMS)
@@ -119,7 +119,7 @@ def test_items_without_text_have_no_share(tiny: Any) -> None:
 def test_a_bundle_answers_by_the_share(
     build: Callable[..., Any], shop_run: str, tmp_path: Path
 ) -> None:
-    from serving.recommender import Recommender
+    from recsys.serving.recommender import Recommender
 
     toml = shop_run.replace("[towers]\n", "[towers]\ntext_share = 0.999\n")
     recommender = Recommender.load(build(toml, tmp_path).bundle)

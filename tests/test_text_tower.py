@@ -15,16 +15,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from features.text import TextEncoder, TextRules, fit_encoder
-from features.tokens import tokenise
 from recsys.errors import ConfigError
-from towers.optimizer import RowAdam
-from towers.text import TextTower, learning, pieces, text_groups
+from recsys.features.text.encoder import TextEncoder, TextRules, fit_encoder
+from recsys.features.text.tokens import tokenise
+from recsys.towers.optimizer import RowAdam
+from recsys.towers.text import TextTower, learning, pieces, text_groups
 
 if TYPE_CHECKING:
-    from experiments.config import RunConfig
-    from features.dataset import Dataset
-    from towers.training import TwoTowerModule
+    from recsys.experiments.config import RunConfig
+    from recsys.features.prepared.dataset import Dataset
+    from recsys.towers.training import TwoTowerModule
 
 SAID = "whisker purr kitten litter claw feline tabby meow sail harbour anchor mast rudder deck tide"
 WORDS = SAID.split()
@@ -183,7 +183,9 @@ def test_with_dropout_a_chunk_is_encoded_again_from_the_same_random_state(
     again = tower(encoders["small_transformer"], chunk=24).train()
     vectors, found = gradients(again, rows, 1)
     # The same chunks, nothing thrown away.
-    monkeypatch.setattr("towers.text.checkpoint", lambda function, *args, **_: function(*args))
+    monkeypatch.setattr(
+        "recsys.towers.text.checkpoint", lambda function, *args, **_: function(*args)
+    )
     kept_vectors, kept = gradients(again, rows, 1)
     np.testing.assert_array_equal(vectors, kept_vectors)
     for a, b in zip(found, kept, strict=True):
@@ -193,7 +195,7 @@ def test_with_dropout_a_chunk_is_encoded_again_from_the_same_random_state(
 
 
 def test_a_step_in_chunks_and_tiles_is_the_plain_step() -> None:
-    from experiments.benchmarks.large_batch import equal
+    from recsys.experiments.benchmarks.large_batch import equal
 
     found = equal(61, chunk=100, tile=7)
     assert found["loss_apart"] < 1e-5
@@ -339,8 +341,8 @@ class Shop:
 
     def learn(self, folder: Path, epochs: int, *, resume: bool = False) -> TwoTowerModule:
         """Train the towers with the encoder inside."""
-        from experiments.run import fit, text_tower
-        from towers.build import build_model
+        from recsys.experiments.run import fit, text_tower
+        from recsys.towers.build import build_model
 
         training = self.config.training.model_copy(update={"epochs": epochs})
         config = self.config.model_copy(update={"training": training})
@@ -354,8 +356,8 @@ class Shop:
 @pytest.fixture(scope="module")
 def shops(shop_run: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Shop]:
     def shop(text: str) -> Shop:
-        from experiments.config import loads
-        from experiments.run import prepare, text_vectors
+        from recsys.experiments.config import loads
+        from recsys.experiments.run import prepare, text_vectors
 
         torch.set_num_threads(1)
         toml = shop_run.replace("[text]\nepochs = 1\n", f"[text]\ndimension = 16\n{text}\n")
@@ -381,8 +383,8 @@ TRANSFORMER = 'encoder = "small_transformer"\nepochs = 0\nlayers = 1\nchunk = 25
 def test_a_bundle_answers_with_the_trained_encoder(
     shops: Callable[[str], Shop], text: str, tmp_path: Path
 ) -> None:
-    from experiments.bundling import make_bundle
-    from serving.recommender import Recommender
+    from recsys.experiments.bundling import make_bundle
+    from recsys.serving.recommender import Recommender
 
     shop = shops(text)
     before = shop.encoder.fingerprint

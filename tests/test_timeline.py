@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.parts import strictly_before
-from features.timeline import (
+from recsys.features.batching.slices import strictly_before
+from recsys.features.prepared.timeline import (
     NEVER,
     STATISTICS,
     WINDOWS,
@@ -143,7 +143,7 @@ def test_counting_in_windows_and_searching_give_the_same(world: World, at: int) 
     rows = np.arange(N_ITEMS)
     counted = world.timeline().statistics(rows, at)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("features.timeline.SEARCH_COST", -1)
+        patch.setattr("recsys.features.prepared.timeline.SEARCH_COST", -1)
         searched = world.timeline().statistics(rows, at)
     assert counted.tolist() == searched.tolist()
 

@@ -14,17 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from features.batch import Queries, UserSide
-from features.timeline import STATISTICS, Timeline
 from recsys.errors import ConfigError, DataError
+from recsys.features.batching.batch import Queries, UserSide
+from recsys.features.prepared.timeline import STATISTICS, Timeline
 from recsys.ragged import Ragged
-from towers import encode
-from towers.blocks import FeatureEmbedding, FeatureSpec, FeatureTable, Residual
-from towers.build import padded, uses_statistics
-from towers.encode import Embeddings, encode_items, encode_users
-from towers.histories import History
-from towers.histories import segment_softmax as softmax_of_segments
-from towers.two_tower import TowerRules, TwoTower
+from recsys.towers import encode
+from recsys.towers.build import padded, uses_statistics
+from recsys.towers.embedding import FeatureEmbedding, FeatureSpec, FeatureTable, Residual
+from recsys.towers.encode import Embeddings, encode_items, encode_users
+from recsys.towers.history import History
+from recsys.towers.history import segment_softmax as softmax_of_segments
+from recsys.towers.two_tower import TowerRules, TwoTower
 
 SEED = st.integers(0, 2**32 - 1)
 DIMENSION, N_ITEMS, N_USERS, N_WARM = 6, 9, 5, 7

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tracking_server import TrackingServer, free_port
 
-from experiments import track
-from experiments.spool import Spool, finite, flatten, valid_name
-from experiments.store import Store
-from experiments.track import Tracker, TrackRules, lightning_logger, replay
 from recsys.errors import DataError, RecsysError
+from recsys.experiments.tracking import track
+from recsys.experiments.tracking.spool import Spool, finite, flatten, valid_name
+from recsys.experiments.tracking.store import Store
+from recsys.experiments.tracking.track import Tracker, TrackRules, lightning_logger, replay
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ def test_lightning_logs_through_the_tracker_and_leaves_the_run_open(
 
 OPEN = """
 import sys
-from experiments.track import Tracker, TrackRules
+from recsys.experiments.tracking.track import Tracker, TrackRules
 out, name = sys.argv[1:]
 with Tracker(TrackRules(), f"{out}/{name}", run_name=name, out=out) as run:
     run.log_metrics({"loss": 1.0}, 1)

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from features.batch import Batch, Queries
-from features.batches import Batches, TrainingEvents
-from features.timeline import STATISTICS, Timeline
+from recsys.features.batching.batch import Batch, Queries
+from recsys.features.batching.batches import Batches, TrainingEvents
+from recsys.features.prepared.timeline import STATISTICS, Timeline
 from recsys.ragged import Ragged
-from towers.blocks import FeatureSpec, FeatureTable
-from towers.data import InteractionData
-from towers.encode import encode_items, encode_users
-from towers.rules import TrainingRules, metric_at
-from towers.training import Temperature, TwoTowerModule
-from towers.two_tower import TowerRules, TwoTower
-from towers.validation import Validation
+from recsys.towers.data import InteractionData
+from recsys.towers.embedding import FeatureSpec, FeatureTable
+from recsys.towers.encode import encode_items, encode_users
+from recsys.towers.rules import TrainingRules, metric_at
+from recsys.towers.training import Temperature, TwoTowerModule
+from recsys.towers.two_tower import TowerRules, TwoTower
+from recsys.towers.validation import Validation
 
 lightning = pytest.importorskip("pytorch_lightning")
 TASTES, EACH, PEOPLE = 2, 6, 40

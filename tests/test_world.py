@@ -11,12 +11,12 @@ import polars as pl
 import pytest
 import torch
 
-from experiments.run import best_epoch, fit, text_vectors
-from features.examples import training_events
-from recsys.simulate import simulate
+from recsys.experiments.run import best_epoch, fit, text_vectors
+from recsys.experiments.shop.simulate import simulate
+from recsys.features.batching.examples import training_events
+from recsys.serving.recommender import Recommender
 from recsys.tables import Side
-from serving.recommender import Recommender
-from towers.build import build_model
+from recsys.towers.build import build_model
 
 
 @pytest.fixture(scope="module")

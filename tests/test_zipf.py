@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from towers.objectives import softmax
-from towers.scores import Scores
+from recsys.towers.logits import Scores
+from recsys.towers.losses import softmax
 
 
 @pytest.fixture(autouse=True, scope="module")

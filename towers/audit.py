@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from features.batch import Batch, Source
+from recsys.features.batching.batch import Batch, Source
 from recsys.files import write_json
-from towers.histories import choose_interest
+from recsys.towers.history import choose_interest
 
 DRAWN = ("in_batch", "uniform", "queue")
 OWN = tuple(source.name.lower() for source in Source)

@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from features.around import Around
-from features.batches import TrainingEvents
-from features.examples import ask, asking, timeline_until
-from features.timeline import STATISTICS, Timeline, statistic_scale
 from recsys.errors import ConfigError
+from recsys.features.batching.batches import TrainingEvents
+from recsys.features.batching.examples import ask, asking, timeline_until
+from recsys.features.prepared.cooccurrence import Around
+from recsys.features.prepared.timeline import STATISTICS, Timeline, statistic_scale
 from recsys.ragged import Ragged
 from recsys.tables import Side
-from towers.around import Lookalikes, Surroundings
-from towers.blocks import FeatureTable
-from towers.rules import TrainingRules
-from towers.two_tower import TowerRules, TwoTower
-from towers.validation import ShownLists, Validation
+from recsys.towers.embedding import FeatureTable
+from recsys.towers.item_context import Lookalikes, Surroundings
+from recsys.towers.rules import TrainingRules
+from recsys.towers.two_tower import TowerRules, TwoTower
+from recsys.towers.validation import ShownLists, Validation
 
 if TYPE_CHECKING:
-    from features.dataset import Dataset
-    from towers.text import TextTower
+    from recsys.features.prepared.dataset import Dataset
+    from recsys.towers.text import TextTower
 
 MOST_CODES = 16
 """Codes of one category that a row may carry; further ones are left out."""

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytorch_lightning as lightning
 
-from features.batches import Batches, PlanName, TrainingEvents
-from features.negatives import UserNegatives
 from recsys.errors import ConfigError
+from recsys.features.batching.batches import Batches, PlanName, TrainingEvents
+from recsys.features.batching.negatives import UserNegatives
 from recsys.split import duration
-from towers.rules import TrainingRules, fitting_batch
-from towers.two_tower import TowerRules
-from towers.validation import Blocks, Validation
+from recsys.towers.rules import TrainingRules, fitting_batch
+from recsys.towers.two_tower import TowerRules
+from recsys.towers.validation import Blocks, Validation
 
 
 class InteractionData(lightning.LightningDataModule):

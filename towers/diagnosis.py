@@ -15,7 +15,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from towers.two_tower import ITEM_LENGTHS, TwoTower
+from recsys.towers.two_tower import ITEM_LENGTHS, TwoTower
 
 SHARPEST, FLATTEST = 0.01, 1.0
 """Bounds of a learned temperature."""

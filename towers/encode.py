@@ -13,10 +13,10 @@ import numpy as np
 import polars as pl
 import torch
 
-from features.batch import Queries, query_side
-from features.timeline import Timeline
 from recsys.errors import DataError
-from towers.two_tower import TwoTower
+from recsys.features.batching.batch import Queries, query_side
+from recsys.features.prepared.timeline import Timeline
+from recsys.towers.two_tower import TwoTower
 
 ROWS_AT_ONCE = 16_384
 

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from features.examples import asking
-from features.negatives import UserNegatives
-from features.timeline import Timeline
 from recsys.errors import ConfigError
+from recsys.features.batching.examples import asking
+from recsys.features.batching.negatives import UserNegatives
+from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex, Index, best_scores, search_interests
 from recsys.tables import Strict
-from towers.encode import encode_items, encode_users
+from recsys.towers.encode import encode_items, encode_users
 
 if TYPE_CHECKING:
-    from features.batches import Batches
-    from towers.two_tower import TwoTower
+    from recsys.features.batching.batches import Batches
+    from recsys.towers.two_tower import TwoTower
 
 USERS_AT_ONCE = 4096
 """Users whose ranks are held at the same time: 4,096 × 500 ranks are 25 MB."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from recsys.metrics import hit_rate_at, ndcg_at, recall_at
 from recsys.split import duration
 from recsys.tables import Strict
-from towers.mining import MiningRules
-from towers.objectives import OBJECTIVES
+from recsys.towers.losses import OBJECTIVES
+from recsys.towers.mining import MiningRules
 
 
 def _span(text: str | None) -> str | None:
@@ -134,7 +134,7 @@ class TrainingRules(Strict):
         "softmax"
     )
     """softmax (InfoNCE), bilateral softmax, pairwise softmax, softmax at K, triplet, additive
-    margin, cosine contrastive: see towers/objectives.py."""
+    margin, cosine contrastive: see towers/losses.py."""
     objective_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Of the objective, by the names of its arguments, e.g. {t2 = 1.2} for bsl."""
     symmetric: float = Field(0.0, ge=0, le=1)

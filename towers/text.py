@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from features.text import SILENT, TextEncoder
+from recsys.features.text.encoder import SILENT, TextEncoder
 
 if TYPE_CHECKING:
-    from features.tokens import TextTokens
+    from recsys.features.text.tokens import TextTokens
 
 ANSWERING = 2**16
 """Tokens at once where no gradient is wanted."""

@@ -20,15 +20,15 @@ from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from features.batch import Batch, Source
-from features.batches import Batches
 from recsys.errors import ConfigError
+from recsys.features.batching.batch import Batch, Source
+from recsys.features.batching.batches import Batches
 from recsys.search import ExactIndex, search_interests
-from towers.audit import Audit, Draws, audit
-from towers.encode import encode_items, encode_users
-from towers.histories import choose_interest
-from towers.mining import from_state, mine_again, to_state
-from towers.objectives import (
+from recsys.towers.audit import Audit, Draws, audit
+from recsys.towers.encode import encode_items, encode_users
+from recsys.towers.history import choose_interest
+from recsys.towers.logits import Scores
+from recsys.towers.losses import (
     OBJECTIVES,
     Objective,
     matryoshka,
@@ -36,13 +36,13 @@ from towers.objectives import (
     skip_term,
     symmetric,
 )
-from towers.optimizer import RowAdam, clip_gradients
-from towers.remembered import Remembered
-from towers.rules import METRICS, TrainingRules, metric_at
-from towers.scores import Scores
-from towers.text import text_groups
-from towers.two_tower import ITEM_LENGTHS, TwoTower
-from towers.validation import ShownLists, ValidationBlock
+from recsys.towers.memory_bank import Remembered
+from recsys.towers.mining import from_state, mine_again, to_state
+from recsys.towers.optimizer import RowAdam, clip_gradients
+from recsys.towers.rules import METRICS, TrainingRules, metric_at
+from recsys.towers.text import text_groups
+from recsys.towers.two_tower import ITEM_LENGTHS, TwoTower
+from recsys.towers.validation import ShownLists, ValidationBlock
 
 NOT_SKIPPED = tuple(source for source in Source if source != Source.SKIPPED)
 MOST_LOGITS = 1 << 28

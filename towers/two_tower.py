@@ -15,19 +15,19 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from features.batch import UserSide
+from recsys.features.batching.batch import UserSide
 from recsys.tables import Strict
-from towers.blocks import FeatureEmbedding, FeatureSpec, FeatureTable, Residual, small
-from towers.causal import CausalTransformer
-from towers.histories import (
+from recsys.towers.causal_transformer import CausalTransformer
+from recsys.towers.embedding import FeatureEmbedding, FeatureSpec, FeatureTable, Residual, small
+from recsys.towers.ensemble import side_by_side, unit_vectors
+from recsys.towers.history import (
     History,
     LookBack,
     MultiInterest,
     places_from_newest,
     user_of_entry,
 )
-from towers.members import side_by_side, unit_vectors
-from towers.text import TextTower
+from recsys.towers.text import TextTower
 
 TEXT_DECAY = 0.8
 """text_share: how much each text of a history weighs beside the one after it."""

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from features.batch import Queries
-from features.timeline import Timeline
+from recsys.features.batching.batch import Queries
+from recsys.features.prepared.timeline import Timeline
 from recsys.metrics import auc
 from recsys.ragged import Ragged
 from recsys.search import best_scores
-from towers.encode import encode_items, encode_users
-from towers.two_tower import TwoTower
+from recsys.towers.encode import encode_items, encode_users
+from recsys.towers.two_tower import TwoTower
 
 
 @dataclass(frozen=True)

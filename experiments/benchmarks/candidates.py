@@ -1,6 +1,6 @@
 """Candidates for all users of a shop the size of MicroLens: seconds, from a bundle to one file.
 
-    python -m experiments.benchmarks.candidates [--k 100] [--repeats 3] [--json FILE]
+    python -m recsys.experiments.benchmarks.candidates [--k 100] [--repeats 3] [--json FILE]
 
 The log is simulated (50k users, 19k items, 360k events), the towers are random: what an answer is
 worth does not change what it costs. Measured are loading the bundle and `write_candidates` with
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.benchmarks.training import Case, log_of, module_of
+from recsys.experiments.benchmarks.training import Case, log_of, module_of
 
 if TYPE_CHECKING:
-    from serving.recommender import Recommender
+    from recsys.serving.recommender import Recommender
 
 AT_MOST = 30.0
 """Seconds that are asked for."""
@@ -34,11 +34,11 @@ def make_bundle(case: Case, kind: str, path: Path) -> None:
     import polars as pl
 
     from recsys.search import ExactIndex
+    from recsys.serving import bundle as bundles
+    from recsys.serving.index import IndexRules
+    from recsys.towers.encode import encode_items
+    from recsys.towers.rules import TrainingRules
     from recsys.vocab import Vocab
-    from serving import bundle as bundles
-    from serving.index import IndexRules
-    from towers.encode import encode_items
-    from towers.rules import TrainingRules
 
     timeline = log_of(case).timeline
     model = module_of(case, TrainingRules()).model.eval()
@@ -77,8 +77,8 @@ def run(case: Case, kind: str, k: int, repeats: int) -> dict[str, Any]:
     """Load the bundle and write all candidates, several times."""
     import polars as pl
 
-    from serving.candidates import write_candidates
-    from serving.recommender import Recommender
+    from recsys.serving.candidates import write_candidates
+    from recsys.serving.recommender import Recommender
 
     seconds: dict[str, list[float]] = {"load": [], "write": [], "raw": []}
     with tempfile.TemporaryDirectory(prefix="recsys-candidates-") as folder:
@@ -106,7 +106,7 @@ def run(case: Case, kind: str, k: int, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Parse the command line; see the head of the file."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks.candidates")
+    parser = argparse.ArgumentParser(prog="python -m recsys.experiments.benchmarks.candidates")
     parser.add_argument("--users", type=int, default=50_000)
     parser.add_argument("--items", type=int, default=19_000)
     parser.add_argument("--events", type=int, default=360_000)

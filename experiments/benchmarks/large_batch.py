@@ -1,11 +1,11 @@
 """A whole training step of any batch size in bounded memory, beside the plain step.
 
-    OMP_NUM_THREADS=1 python -m experiments.benchmarks.large_batch --batch 65536
+    OMP_NUM_THREADS=1 python -m recsys.experiments.benchmarks.large_batch --batch 65536
 
 A small transformer text encoder (2 layers, width 128, random weights) learns inside the item tower;
 every example has another item, with a text of at most 16 tokens, and a history of 5. A step is
 forward, backward, clipping and optimiser, dropout on. "bounded": texts in chunks with cached
-gradients (towers/text.py), the score matrix in tiles (towers/scores.py). "plain": both whole. Each
+gradients (towers/text.py), the score matrix in tiles (towers/logits.py). "plain": both whole. Each
 step has a process of its own, whose peak resident memory is read. The plain step grows with the
 batch and its square; what it would need at the large size is reckoned from the small ones.
 
@@ -22,13 +22,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.benchmarks.prepare import peak
+from recsys.experiments.benchmarks.prepare import peak
 
 if TYPE_CHECKING:
     import torch
 
-    from features.batch import UserSide
-    from towers.two_tower import TwoTower
+    from recsys.features.batching.batch import UserSide
+    from recsys.towers.two_tower import TwoTower
 
 WORDS, WORDS_A_TEXT, HISTORY = 8000, (4, 14), 5
 WIDTH, LAYERS, TOKENS, DIMENSION = 128, 2, 16, 64
@@ -56,11 +56,11 @@ def towers(items: int, chunk: int | None, dropout: float) -> TwoTower:
     """Towers over `items` rows beside row 0, with the transformer inside, seeded."""
     import torch
 
-    from features.text import TextRules, fit_encoder
-    from features.tokens import tokenise
-    from towers.blocks import FeatureTable
-    from towers.text import TextTower
-    from towers.two_tower import TowerRules, TwoTower
+    from recsys.features.text.encoder import TextRules, fit_encoder
+    from recsys.features.text.tokens import tokenise
+    from recsys.towers.embedding import FeatureTable
+    from recsys.towers.text import TextTower
+    from recsys.towers.two_tower import TowerRules, TwoTower
 
     written = texts(items)
     rules = TextRules(
@@ -87,7 +87,7 @@ def side(batch: int) -> UserSide:
     """Users who had items of the batch."""
     import torch
 
-    from features.batch import UserSide
+    from recsys.features.batching.batch import UserSide
 
     random = torch.Generator().manual_seed(0)
     return UserSide(
@@ -102,8 +102,8 @@ def loss_of(model: TwoTower, batch: int, tile: int | None) -> torch.Tensor:
     """() loss of a step: example b chose candidate b."""
     import torch
 
-    from towers.objectives import softmax
-    from towers.scores import Scores
+    from recsys.towers.logits import Scores
+    from recsys.towers.losses import softmax
 
     embedded = model.embed_items(torch.arange(1, batch + 1))
     users = model.encode_users(side(batch), embedded)
@@ -121,7 +121,7 @@ def loss_of(model: TwoTower, batch: int, tile: int | None) -> torch.Tensor:
 
 def step(batch: int, chunk: int | None, tile: int | None) -> dict[str, float]:
     """One step in this process: its seconds, its peak, and what was resident before, in GiB."""
-    from towers.optimizer import RowAdam, clip_gradients
+    from recsys.towers.optimizer import RowAdam, clip_gradients
 
     model = towers(batch, chunk, dropout=0.1).train()
     optimizer = RowAdam(model.parameters(), lr=1e-3)
@@ -248,7 +248,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Parse the command line; see the head of the file."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks.large_batch")
+    parser = argparse.ArgumentParser(prog="python -m recsys.experiments.benchmarks.large_batch")
     parser.add_argument("--batch", type=int, default=65_536)
     parser.add_argument("--chunk", type=int, default=16_384, help="tokens at once")
     parser.add_argument("--tile", type=int, default=512, help="rows of the score matrix at once")

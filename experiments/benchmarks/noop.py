@@ -1,6 +1,6 @@
 """Servers that do nothing, to hold the service against: Starlette and FastAPI on the same uvicorn.
 
-    python -m experiments.benchmarks.noop starlette --port 8200 --bytes 500
+    python -m recsys.experiments.benchmarks.noop starlette --port 8200 --bytes 500
 
 They answer every request on one route with the same body. Flags are those of `recsys serve`.
 """

@@ -1,6 +1,6 @@
 """The mean gain over seeds, paired query by query, with one interval over users.
 
-    python -m experiments.benchmarks.pooled A-0 A-1 A-2 --against B-0 B-1 B-2
+    python -m recsys.experiments.benchmarks.pooled A-0 A-1 A-2 --against B-0 B-1 B-2
 
 Bundles A and B were trained alike from the same prepared data but for one setting, each with
 several seeds. All of them are judged on the same queries; each query's values are averaged over the
@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments.contest import MODEL
-from experiments.evaluate import evaluate_bundle, test_side
-from experiments.parts import Values
-from features.dataset import Dataset
+from recsys.bootstrap import Bootstrap, Estimate
 from recsys.errors import ConfigError
-from recsys.intervals import Bootstrap, Estimate
-from serving.later import extend
-from serving.recommender import Recommender
+from recsys.experiments.evaluation.comparison import MODEL
+from recsys.experiments.evaluation.evaluate import evaluate_bundle, test_side
+from recsys.experiments.evaluation.slices import Values
+from recsys.features.prepared.dataset import Dataset
+from recsys.serving.later_events import extend
+from recsys.serving.recommender import Recommender
 
 METRICS = {
     "targets": ("recall_at_20", "recall_at_100", "ndcg_at_20"),

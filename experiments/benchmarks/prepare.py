@@ -1,6 +1,6 @@
 """Rows a second and peak memory of `recsys prepare`, beside raw Polars on the same columns.
 
-    python -m experiments.benchmarks.prepare --rows 10000000 --repeats 3
+    python -m recsys.experiments.benchmarks.prepare --rows 10000000 --repeats 3
 
 The log is simulated: users drawn evenly, items by Zipf's law, times in order. Raw Polars reads,
 encodes user, item and event as Enum, sorts by user and time and writes Parquet: no split, no
@@ -65,9 +65,9 @@ def raw(log: Path, out: Path) -> None:
 
 def ours(log: Path, out: Path) -> None:
     """Read the log as the command does, and prepare it."""
-    from features.logs import DataSource, read
-    from features.prepare import prepare
-    from features.skips import SkipRules
+    from recsys.features.prepared.prepare import prepare
+    from recsys.features.prepared.skips import SkipRules
+    from recsys.features.readers.read import DataSource, read
     from recsys.split import SplitRules
     from recsys.tables import Schema
 
@@ -78,7 +78,7 @@ def ours(log: Path, out: Path) -> None:
 
 def opening(out: Path) -> float:
     """Seconds to open a prepared dataset."""
-    from features.dataset import Dataset
+    from recsys.features.prepared.dataset import Dataset
 
     start = time.perf_counter()
     Dataset.open(out)
@@ -151,7 +151,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Parse the command line; see the head of the file."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks.prepare")
+    parser = argparse.ArgumentParser(prog="python -m recsys.experiments.benchmarks.prepare")
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--users", type=int, default=500_000)
     parser.add_argument("--items", type=int, default=100_000)

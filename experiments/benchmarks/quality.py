@@ -1,7 +1,7 @@
 """Time to quality beside `implicit`: recall against seconds of training, in one run.
 
-    python -m experiments.benchmarks.quality --train TRAIN --valid VALID --test TEST [--json FILE]
-        [--dimensions 64 128 256 512 1024] [--factors 64 256] [--iterations 1 3 10]
+    python -m recsys.experiments.benchmarks.quality --train TRAIN --valid VALID --test TEST
+        [--json FILE] [--dimensions 64 128 256 512 1024] [--factors 64 256] [--iterations 1 3 10]
 
 The files are LightGCN adjacency lists. Both sides learn from TRAIN and VALID and rank all items
 less the user's own for every user of TEST; seconds are those of learning alone, without reading the
@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from experiments.config import RunConfig
-    from features.dataset import Dataset
-    from towers.validation import Validation
+    from recsys.experiments.config import RunConfig
+    from recsys.features.prepared.dataset import Dataset
+    from recsys.towers.validation import Validation
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "gowalla.toml"
 K = 20
@@ -46,9 +46,9 @@ class Point:
 
 def asked(config: RunConfig, dataset: Dataset) -> Validation:
     """Every user of the test side, with what it had and what it chose."""
-    from features.examples import ask, timeline_until
+    from recsys.features.batching.examples import ask, timeline_until
     from recsys.tables import Side
-    from towers.validation import Validation
+    from recsys.towers.validation import Validation
 
     past = timeline_until(dataset, Side.VALID)
     chosen = np.flatnonzero(np.asarray(dataset.event_side) == Side.TEST)
@@ -87,11 +87,11 @@ def judged(users: np.ndarray, items: np.ndarray, validation: Validation) -> tupl
 
 def towers(config: RunConfig, dataset: Dataset, validation: Validation, size: int) -> Point:
     """The recipe with vectors of so many dimensions."""
-    from features.examples import training_events
+    from recsys.features.batching.examples import training_events
     from recsys.tables import Side
-    from towers.build import build_model
-    from towers.encode import encode_items, encode_users
-    from towers.spectral import start
+    from recsys.towers.build import build_model
+    from recsys.towers.encode import encode_items, encode_users
+    from recsys.towers.id_init import start
 
     events = training_events(dataset, skips=False, until=Side.VALID)
     shape = config.towers.model_copy(update={"dimension": size})
@@ -131,8 +131,8 @@ def als(validation: Validation, factors: int, iterations: int, seed: int) -> Poi
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
-    from experiments.config import load
-    from experiments.run import prepare
+    from recsys.experiments.config import load
+    from recsys.experiments.run import prepare
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--train", required=True)

@@ -1,6 +1,6 @@
 """Exact search and the graph beside the bare libraries they stand on, in one run.
 
-    python -m experiments.benchmarks.search [--sizes 20000,100000] [--json FILE]
+    python -m recsys.experiments.benchmarks.search [--sizes 20000,100000] [--json FILE]
 
 Every method answers the same queries in turn, the rounds interleaved, and the fastest round of
 each counts. On a machine shared with others, ask for one thread (OMP_NUM_THREADS=1) and for
@@ -24,7 +24,7 @@ import torch
 
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex
-from serving.index import HnswIndex, IndexRules
+from recsys.serving.index import HnswIndex, IndexRules
 
 DIMENSION = 64
 BATCH = 32

@@ -1,12 +1,12 @@
 """The service under load, beside servers that do nothing and the index called in a loop.
 
-    python -m experiments.benchmarks.serve BUNDLE [BUNDLE …] [--seconds 5] [--rounds 3]
+    python -m recsys.experiments.benchmarks.serve BUNDLE [BUNDLE …] [--seconds 5] [--rounds 3]
         [--connections 1 32 256] [--json FILE]
 
 Each BUNDLE is served by `recsys serve` (one process) and asked over loopback by `wrk` (Debian:
 apt-get install wrk) from another process, with ids drawn uniformly at random; nothing is cached.
-Rounds alternate between the servers, and medians are written. `experiments.benchmarks.synthetic`
-makes bundles of any size.
+Rounds alternate between the servers, and medians are written.
+`recsys.experiments.benchmarks.synthetic` makes bundles of any size.
 
 - similar: GET /v1/items/ID/similar?k=10, beside a Starlette and a FastAPI route that answer a body
   of the same size without looking at anything;
@@ -117,9 +117,9 @@ def questions(bundle: Path, folder: Path) -> tuple[int, Any, Any, Any]:
     """Items of the bundle; histories and vectors to ask with, as files of bodies and as arrays."""
     import numpy as np
 
-    from serving.answers.served import Served
+    from recsys.serving.engine.loaded_model import LoadedModel
 
-    served = Served.load(bundle)
+    served = LoadedModel.load(bundle)
     rng = np.random.default_rng(0)
     count = len(served.bundle.rows)
     history = served.bundle.rows[rng.integers(0, count, (DRAWN, HISTORY))]
@@ -141,10 +141,10 @@ def in_a_loop(served: Any, history: Any, vectors: Any, seconds: float) -> dict[s
     import numpy as np
     import torch
 
-    from features.batch import Queries
+    from recsys.features.batching.batch import Queries
     from recsys.ragged import Ragged
-    from serving.index import HnswIndex
-    from towers.encode import encode_users
+    from recsys.serving.index import HnswIndex
+    from recsys.towers.encode import encode_users
 
     torch.set_num_threads(1)
     bundle = served.bundle
@@ -201,7 +201,7 @@ def measure(bundle: Path, asked: argparse.Namespace) -> dict[str, Any]:
             with urllib.request.urlopen(f"{url}/v1/items/i{0:07}/similar?k={K}") as answer:
                 size = len(answer.read())
             noops = [
-                (kind, ["experiments.benchmarks.noop", kind, "--bytes", str(size)])
+                (kind, ["recsys.experiments.benchmarks.noop", kind, "--bytes", str(size)])
                 for kind in ("starlette", "fastapi")
             ]
             rows: dict[str, list[dict[str, float]]] = {}

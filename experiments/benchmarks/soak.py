@@ -1,11 +1,11 @@
 """The service under load while models are swapped and items written: nothing fails, nothing mixes.
 
-    python -m experiments.benchmarks.soak BUNDLE_A BUNDLE_B [--seconds 60] [--every 2]
+    python -m recsys.experiments.benchmarks.soak BUNDLE_A BUNDLE_B [--seconds 60] [--every 2]
         [--clients 8] [--json FILE]
 
-Two bundles of the same items, of `experiments.benchmarks.synthetic` with two seeds, are published
-in turn every few seconds into one folder, which `recsys serve` watches. Clients ask for similar
-items of random ids and compare each answer with the neighbours of the very model that it names;
+Two bundles of the same items, of `recsys.experiments.benchmarks.synthetic` with two seeds, are
+published in turn every few seconds into one folder, which `recsys serve` watches. Clients ask
+for similar items of random ids and compare each answer with the neighbours of the very model that it names;
 one writer puts items, asks for each right after, and deletes every second one. First the same
 load runs for a third of the time with nothing else going on: p99 is compared with that.
 """
@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks.serve import server
+from recsys.experiments.benchmarks.serve import server
 
 K, PORT = 10, 8241
 
@@ -35,9 +35,9 @@ class Truth:
     """What each model answers for each item, from its table of neighbours."""
 
     def __init__(self, bundle: Path) -> None:
-        from serving.answers.served import Served
+        from recsys.serving.engine.loaded_model import LoadedModel
 
-        served = Served.load(bundle)
+        served = LoadedModel.load(bundle)
         assert served.neighbours is not None
         self.version = served.version
         self.items = served.bundle.items.decode(served.bundle.rows).to_list()
@@ -159,7 +159,7 @@ def main() -> None:
     asked = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
 
-    from serving.publish import publish
+    from recsys.serving.models.publish import publish
 
     truths = {truth.version: truth for truth in map(Truth, asked.bundles)}
     with tempfile.TemporaryDirectory() as name:

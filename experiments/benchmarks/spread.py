@@ -1,8 +1,8 @@
 """Scorecards of several seeds in one Markdown table: the mean, and the range over the seeds.
 
     recsys train RUN.toml --set seed=0 --json > run-0.json      # and 1, 2
-    python -m experiments.benchmarks.spread run-0.json run-1.json run-2.json
-    python -m experiments.benchmarks.spread --part impressions --metrics auc run-*.json
+    python -m recsys.experiments.benchmarks.spread run-0.json run-1.json run-2.json
+    python -m recsys.experiments.benchmarks.spread --part impressions --metrics auc run-*.json
 
 Files are what `recsys train --json` or `recsys evaluate --json` printed. Differences are paired;
 the interval shown with them spans those of all seeds, so that "above 0" holds for each of them.

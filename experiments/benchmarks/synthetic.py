@@ -1,6 +1,6 @@
 """A bundle of any number of items without training, to measure serving with.
 
-    python -m experiments.benchmarks.synthetic FOLDER --items 1000000 [--dimensions 64]
+    python -m recsys.experiments.benchmarks.synthetic FOLDER --items 1000000 [--dimensions 64]
 
 Items are unit vectors around centres of centres (as learned ones lie), known by their ids alone;
 users have short histories within a few topics, so that what is recommended is not arbitrary.
@@ -51,16 +51,16 @@ def make(
     import polars as pl
     import torch
 
-    from features.coder import ItemCoder
-    from features.timeline import Timeline
+    from recsys.features.prepared.item_coder import ItemCoder
+    from recsys.features.prepared.timeline import Timeline
+    from recsys.serving import bundle as bundles
+    from recsys.serving.bundle import Bundle
+    from recsys.serving.index import IndexRules, build_index
     from recsys.tables import CatalogSchema
+    from recsys.towers.embedding import FeatureTable, narrow_tables
+    from recsys.towers.encode import encode_items
+    from recsys.towers.two_tower import TowerRules, TwoTower
     from recsys.vocab import Vocab
-    from serving import bundle as bundles
-    from serving.bundle import Bundle
-    from serving.index import IndexRules, build_index
-    from towers.blocks import FeatureTable, narrow_tables
-    from towers.encode import encode_items
-    from towers.two_tower import TowerRules, TwoTower
 
     rng = np.random.default_rng(seed)
     vectors, topic = clustered(items, dimensions, rng)

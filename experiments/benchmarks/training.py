@@ -1,6 +1,6 @@
 """Training beside a bare hand-written loop: examples a second, the cost of batches, peak memory.
 
-    python -m experiments.benchmarks.training [--logs large,small] [--json FILE]
+    python -m recsys.experiments.benchmarks.training [--logs large,small] [--json FILE]
 
 Two simulated logs: `large` (2M events, 200k users, 100k items) and `small` (300k events, 50k users,
 20k items, as MicroLens), each without and with text vectors. Both sides train the same towers with
@@ -36,15 +36,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.benchmarks.prepare import peak
+from recsys.experiments.benchmarks.prepare import peak
 
 if TYPE_CHECKING:
     from pytorch_lightning.loggers import Logger
 
-    from features.batch import Batch
-    from features.batches import Batches, TrainingEvents
-    from towers.rules import TrainingRules
-    from towers.training import TwoTowerModule
+    from recsys.features.batching.batch import Batch
+    from recsys.features.batching.batches import Batches, TrainingEvents
+    from recsys.towers.rules import TrainingRules
+    from recsys.towers.training import TwoTowerModule
 
 TEXT = 128
 """Dimensions of the text vectors."""
@@ -79,9 +79,9 @@ def log_of(case: Case) -> TrainingEvents:
     """The simulated log as training events."""
     import polars as pl
 
-    from features.batches import TrainingEvents
-    from features.timeline import Timeline
-    from recsys.simulate import simulate_events
+    from recsys.experiments.shop.simulate import simulate_events
+    from recsys.features.batching.batches import TrainingEvents
+    from recsys.features.prepared.timeline import Timeline
 
     frame = simulate_events(case.rows, users=case.users, items=case.items, skew=case.skew)
     number = pl.all().str.slice(1).cast(pl.Int32)  # "u0000042"
@@ -100,9 +100,9 @@ def module_of(case: Case, rules: TrainingRules) -> TwoTowerModule:
     """Towers of the default shape, with random text vectors where asked for."""
     import torch
 
-    from towers.blocks import FeatureTable
-    from towers.training import TwoTowerModule
-    from towers.two_tower import TowerRules, TwoTower
+    from recsys.towers.embedding import FeatureTable
+    from recsys.towers.training import TwoTowerModule
+    from recsys.towers.two_tower import TowerRules, TwoTower
 
     torch.manual_seed(0)
     text = None
@@ -119,7 +119,7 @@ def bare(module: TwoTowerModule, batches: list[Batch], now: Clock) -> float:
     import torch
     from torch.nn import functional as F
 
-    from towers.optimizer import RowAdam
+    from recsys.towers.optimizer import RowAdam
 
     model, temperature = module.model.train(), module.rules.temperature
     dense = [p for name, p in model.named_parameters() if "inputs.ids" not in name]
@@ -177,7 +177,7 @@ def ours(
     """Seconds a step of the Trainer, and the share of them in which batches are made."""
     import pytorch_lightning as lightning
 
-    from towers.data import InteractionData
+    from recsys.towers.data import InteractionData
 
     data = InteractionData(
         events, None, module.rules, towers=module.model.rules, statistics=False, seed=0
@@ -230,7 +230,7 @@ NAMES = ("pytorch_lightning", "lightning.pytorch")
 @contextmanager
 def run_logger() -> Iterator[Logger]:
     """A logger as `recsys train` has it, to a store that is thrown away."""
-    from experiments.track import Tracker, TrackRules, lightning_logger
+    from recsys.experiments.tracking.track import Tracker, TrackRules, lightning_logger
 
     with (
         tempfile.TemporaryDirectory(prefix="recsys-training-") as folder,
@@ -241,8 +241,8 @@ def run_logger() -> Iterator[Logger]:
 
 def compare(case: Case, steps: int, repeats: int, now: Clock) -> dict[str, Any]:
     """Both sides in turn on one log."""
-    from features.batches import Batches
-    from towers.rules import TrainingRules
+    from recsys.features.batching.batches import Batches
+    from recsys.towers.rules import TrainingRules
 
     rules = TrainingRules(batch_size=case.batch_size)
     events = log_of(case)
@@ -280,9 +280,9 @@ def memory(case: Case, events: TrainingEvents, steps: int) -> dict[str, float]:
 
 def child(case: Case, folder: Path, steps: int) -> dict[str, float]:
     """What the process of `memory` does."""
-    from features.batches import TrainingEvents
-    from features.timeline import Timeline
-    from towers.rules import TrainingRules
+    from recsys.features.batching.batches import TrainingEvents
+    from recsys.features.prepared.timeline import Timeline
+    from recsys.towers.rules import TrainingRules
 
     def mapped(name: str) -> np.ndarray:
         return np.load(folder / f"{name}.npy", mmap_mode="r")
@@ -322,7 +322,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Parse the command line; see the head of the file."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks.training")
+    parser = argparse.ArgumentParser(prog="python -m recsys.experiments.benchmarks.training")
     parser.add_argument("--logs", default="large,small")
     parser.add_argument("--text", choices=("both", "yes", "no"), default="both")
     parser.add_argument("--steps", type=int, default=45, help="of each repeat")

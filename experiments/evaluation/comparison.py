@@ -1,0 +1,197 @@
+"""The towers and what they must beat, asked the same questions about the same items.
+
+Legend: Q queries, N item rows, K the deepest rank looked at, T shown items in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from recsys.baselines import Popularity, newest_first
+from recsys.experiments.evaluation.queries import EvaluateRules, by_moment
+from recsys.features.batching.batch import Queries
+from recsys.features.batching.examples import Questions
+from recsys.features.prepared.timeline import Timeline
+from recsys.item_baselines import CoOccurrence, TextSimilarity
+from recsys.ragged import Ragged, slots
+from recsys.serving.recommender import Recommender
+from recsys.split import duration
+
+MODEL = "model"
+
+
+class Baselines:
+    """What the towers must beat, each with what it may know at a moment.
+
+    Args:
+        recommender: extended with the later events.
+        past: events before the cut-off, which co-occurrence is fitted on.
+        rules: which baselines, and the window of the recent one.
+        rivals: name → other towers over the same rows, extended with the same events.
+    """
+
+    def __init__(
+        self,
+        recommender: Recommender,
+        past: Timeline,
+        rules: EvaluateRules,
+        rivals: Mapping[str, Recommender] | None = None,
+    ) -> None:
+        self.bundle, self.rules, self.rivals = recommender.bundle, rules, dict(rivals or {})
+        n_items = self.bundle.items.size
+        counts = np.zeros(n_items, np.float32)
+        counts[: past.n_items] = past.popularity()
+        self._static: dict[str, Any] = {}
+        if "co_occurrence" in rules.baselines:
+            self._static["co_occurrence"] = CoOccurrence.fit(
+                past.user, past.item, n_items, popularity=counts
+            )
+        text = dict(self.bundle.model.items.named_buffers()).get("text")
+        if "text" in rules.baselines and text is not None:
+            self._static["text"] = TextSimilarity(text.cpu().numpy(), counts)
+        self._counts = Popularity(counts)
+
+    def at(self, moment: int | None, *, shown: bool = False) -> dict[str, Any]:
+        """Name → baseline as of the moment.
+
+        Args:
+            moment: microseconds; None without a clock.
+            shown: whether given items are to be scored. One of them that nobody had met before
+                the moment has just been shown, so that it is the newest; among all items of a
+                table it may be old stock that nobody ever met.
+        """
+        timeline, rules = self.bundle.timeline, self.rules
+        found: dict[str, Any] = {}
+        if "popularity" in rules.baselines:
+            found["popularity"] = (
+                self._counts if moment is None else Popularity(timeline.popularity(moment))
+            )
+        if moment is not None:
+            if "recent_popularity" in rules.baselines:
+                recent = timeline.popularity(moment, duration(rules.recent))
+                # Equal in the window: by all-time count, so that a quiet window is not arbitrary.
+                total = timeline.popularity(moment)
+                found["recent_popularity"] = Popularity(recent + total / (total.max() + 1))
+            if "newest" in rules.baselines:
+                met = timeline.first_seen < moment
+                unmet = moment if shown else np.iinfo(np.int64).min
+                found["newest"] = Popularity(
+                    newest_first(np.where(met, timeline.first_seen, unmet))
+                )
+        return {**found, **self._static}
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What every contestant answers.
+
+    Args:
+        ranked: name → (Q, K) item rows.
+        among_cold: name → (Q, K) item rows when only cold items may be answered; -1 for queries
+            without a cold target.
+        cold_candidates: (Q,) how many cold items there were to choose from.
+        candidates: (N,) bool, the items that could be answered to any query.
+    """
+
+    ranked: dict[str, np.ndarray]
+    among_cold: dict[str, np.ndarray]
+    cold_candidates: np.ndarray
+    candidates: np.ndarray
+
+
+def rank(
+    extended: Recommender,
+    baselines: Baselines,
+    questions: Questions,
+    moments: np.ndarray | None,
+    rules: EvaluateRules,
+    cold: np.ndarray,
+) -> Ranking:
+    """Every contestant's first K items for every query, over all items and among cold ones.
+
+    Args:
+        extended: the recommender, its tables extended to the later items and users.
+        baselines: the other contestants, rival towers among them.
+        questions: who asks.
+        moments: (Q,) at which items stood for each query, or None without a clock.
+        rules: how deep, and whether seen items are left out.
+        cold: (N,) bool, items that the towers never saw chosen.
+    """
+    k, queries = max(rules.ks), questions.queries
+    towers = {MODEL: extended, **baselines.rivals}
+    names = [*towers, *baselines.at(extended.bundle.cutoff)]
+    ranked, among = (
+        {name: np.full((len(queries), k), -1, np.int64) for name in names} for _ in range(2)
+    )
+    # Only queries with a cold target are asked again among the cold items.
+    cold_query = np.zeros(len(queries), bool)
+    cold_query[questions.targets.row_of()[cold[questions.targets.values]]] = True
+    cold_candidates = np.zeros(len(queries), np.int64)
+    candidates = np.zeros(extended.bundle.items.size, bool)
+    for moment, rows in by_moment(moments, len(queries)):
+        at = {name: one.as_of(moment) for name, one in towers.items()}
+        allowed = at[MODEL].allowed
+        candidates |= allowed
+        everybody, chilled = queries.take(rows), rows[cold_query[rows]]
+        tasks = [(ranked, rows, everybody, allowed)]
+        if len(chilled):
+            tasks.append((among, chilled, queries.take(chilled), allowed & cold))
+            cold_candidates[chilled] = np.count_nonzero(allowed & cold)
+        others = baselines.at(moment)
+        for store, to, part, these in tasks:
+            seen = at[MODEL].seen(part) if rules.drop_seen else None
+            for name, one in at.items():
+                asked = part if name == MODEL else _by_itself(one, part)
+                store[name][to] = one.recommend_rows(
+                    asked, k, exact=True, drop_seen=rules.drop_seen, allowed=these
+                )[0]
+            for name, baseline in others.items():
+                found = baseline.search(part.history, k, allowed=these, exclude=seen)
+                store[name][to] = found[0]
+    return Ranking(ranked, among, cold_candidates, candidates)
+
+
+def _by_itself(rival: Recommender, queries: Queries) -> Queries:
+    """The same users and moments, with what the rival's own towers read of them."""
+    return rival.queries(queries.users, queries.times, queries.context)
+
+
+def score_shown(
+    extended: Recommender,
+    baselines: Baselines,
+    users: np.ndarray,
+    times: np.ndarray,
+    context: np.ndarray | None,
+    moments: np.ndarray | None,
+    items: Ragged,
+) -> dict[str, np.ndarray]:
+    """Every contestant's scores of what was shown.
+
+    Args:
+        extended, baselines: the contestants.
+        users, times, context: (Q,), (Q,), (Q, C) of each request.
+        moments: (Q,) at which items stood for each.
+        items: Q ragged item rows shown.
+
+    Returns:
+        name → (T,) float32.
+    """
+    scores: dict[str, np.ndarray] = {}
+    for moment, rows in by_moment(moments, len(users)):
+        at = extended.as_of(moment)
+        part = at.queries(users[rows], times[rows], None if context is None else context[rows])
+        these = items.take(rows)
+        flat = slots(items.offsets[rows], these.lengths)
+        found = {MODEL: at.score_rows(part, these)}
+        for name, rival in baselines.rivals.items():
+            then = rival.as_of(moment)
+            found[name] = then.score_rows(_by_itself(then, part), these)
+        for name, baseline in baselines.at(moment, shown=True).items():
+            found[name] = baseline.score(part.history, these)
+        for name, score in found.items():
+            scores.setdefault(name, np.zeros(len(items.values), np.float32))[flat] = score
+    return scores

@@ -1,0 +1,337 @@
+"""A first `run.toml` from a look at the files: the best guess of every column, and why.
+
+Only the first rows are looked at, but for event names, which are counted over the whole log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import polars as pl
+
+from recsys.experiments.wizard.draft import Draft
+from recsys.experiments.wizard.guess_items import write_catalog
+from recsys.experiments.wizard.look import LOOK, Look, ids_in, plainly
+from recsys.features.readers import aliases as names
+from recsys.features.readers import ebnerd, mind
+from recsys.features.readers.files import expand, first_line, form, open_file, reading
+from recsys.features.readers.read import scan
+from recsys.features.readers.sequences import HEADERS
+from recsys.features.readers.times import clock, unit_of
+from recsys.tables import SECOND, Schema
+
+MANY_NAMES = 40
+"""A column with more different values than this does not hold event names."""
+
+
+def guess(log_path: str | Path, items_path: str | Path | None = None) -> str:
+    """The text of a commented `run.toml` for a log and its item table.
+
+    Args:
+        log_path: file, glob or folder, as `data.log` takes it.
+        items_path: the item table.
+
+    Raises:
+        DataError: a file is missing or cannot be read.
+    """
+    draft = Draft()
+    draft.say(
+        "Written by `recsys init`: a best guess from a look at the files. Read it and mend it,"
+    )
+    draft.say("then: recsys train run.toml")
+    draft.section("data")
+    log, items = str(log_path), None if items_path is None else str(items_path)
+    public = _public(Path(log).expanduser())
+    if public is not None:
+        kind = _write_public(draft, public, log, items)
+    elif _is_lines(log):
+        kind = _write_lines(draft, log, items)
+    else:
+        kind = _write_table(draft, log, items)
+    draft.section("split")
+    reasons = {
+        "time": "by global time: what is later than a cut-off is the test",
+        "leave_one_out": "there is no clock: the last item of each user is the test",
+        "given": "the files are split already",
+    }
+    draft.offer("kind", kind, f'{reasons[kind]}; "auto" comes to the same')
+    if kind == "time":
+        draft.offer("test", 0.1, 'a share of the positives, or the last days: "7d", or an ISO time')
+        draft.offer("valid", 0.1)
+    return draft.text()
+
+
+# ---------------------------------------------------------------- public formats
+
+
+def _public(path: Path) -> str | None:
+    """The public format that the names of files and columns betray."""
+    marks = {
+        "ebnerd": ("behaviors.parquet",),
+        "mind": ("behaviors.tsv",),
+        "movielens": ("ratings.csv", "ratings.dat", "u.data"),
+        "lightgcn": ("train.txt",),
+    }
+    if path.is_dir():
+        for name, files in marks.items():
+            if any((path / file).is_file() for file in files):
+                return name
+    file = expand(path)[0][0]
+    kind = form(file)
+    if kind == "ndjson":
+        return None
+    if kind == "parquet":
+        known = open_file(file).collect_schema().names()
+        return "ebnerd" if set(ebnerd.COLUMNS.values()) <= set(known) else None
+    line = first_line(file)
+    cells = line.split("\t")
+    if len(cells) == len(mind.BEHAVIORS) and cells[4][-2:] in ("-0", "-1"):
+        return "mind"
+    header = line.replace('"', "").split(",")
+    plain = line.count("\t") == 3 and line.replace("\t", "").isdigit()
+    if header[:4] == ["userId", "movieId", "rating", "timestamp"] or line.count("::") == 3 or plain:
+        return "movielens"
+    if "train" in file.name and "\t" not in line and _is_lines(str(file)):
+        return "lightgcn"
+    return None
+
+
+def _write_public(draft: Draft, name: str, log: str, items: str | None) -> str:
+    draft.set("format", name, "recognised by its file names and columns, which need no naming")
+    if name == "lightgcn":
+        return _write_adjacency(draft, log)
+    draft.set("log", log)
+    folder = Path(log).expanduser().is_dir()
+    if items is not None:
+        draft.set("items", items)
+    elif not folder:
+        draft.offer("items", "path of the item table", "titles and texts find new items")
+    if name == "ebnerd":
+        if not folder:
+            history = Path(log).expanduser().with_name("history.parquet")
+            say = draft.set if history.is_file() else draft.offer
+            say("history", str(Path(log).with_name("history.parquet")), "clicks before the log")
+        known = open_file(_first(log, "behaviors.parquet")).collect_schema().names()
+        draft.section("data.columns")
+        draft.set("context_categories", [c for c in ("device_type",) if c in known])
+        draft.offer("short_dwell", 3.0, "seconds: a shorter read is a rejection, not a click")
+    if name == "movielens":
+        draft.section("data.columns")
+        draft.set("positive_from", 4.0, "stars: this or more is a positive")
+        draft.set("rejected_to", 2.0, "this or less is an explicit rejection; between: left out")
+    return "time"
+
+
+def _first(log: str, name: str) -> Path:
+    inside = Path(log).expanduser() / name
+    return inside if inside.is_file() else expand(log)[0][0]
+
+
+def _write_adjacency(draft: Draft, log: str) -> str:
+    """LightGCN files: the test file beside the train file is the published split."""
+    folder = Path(log).expanduser()
+    train = Path(log) / "train.txt" if folder.is_dir() else Path(log)
+    near = {path.name: path for path in sorted(train.expanduser().parent.glob("*.txt"))}
+    test = near.get("test.txt")
+    if test is None:
+        draft.set("log", str(train), "there is no test.txt beside it; name data.test when there is")
+        return "leave_one_out"
+    draft.set("train", str(train), "the published split: order within a line means nothing")
+    if "valid.txt" in near:
+        draft.set("valid", str(train.with_name("valid.txt")))
+    draft.set("test", str(train.with_name("test.txt")))
+    return "given"
+
+
+# ---------------------------------------------------------------- sequences as lines
+
+
+def _is_lines(log: str) -> bool:
+    """Whether the log is lines `user item item …` without a header."""
+    file = expand(log)[0][0]
+    if form(file) != "csv":
+        return False
+    with reading(file):
+        lines = pl.scan_lines(file, n_rows=50).collect().to_series().to_list()
+    rows = [line.split() for line in lines if line.strip()]
+    if not rows or "," in lines[0] or ";" in lines[0] or rows[0][0].lower() in HEADERS:
+        return False
+    # Rows of a table are equally long; lists are not, unless they are all short.
+    ragged = len({len(row) for row in rows}) > 1
+    numbers = all(word.isdigit() for row in rows for word in row)
+    return ragged if lines[0].count("\t") <= 1 else numbers and ragged
+
+
+def _write_lines(draft: Draft, log: str, items: str | None) -> str:
+    draft.set("format", "sequences", "each line is a user and then items, the oldest first")
+    draft.set("log", log)
+    draft.say('If the order within a line means nothing, write format = "lightgcn".')
+    if items is not None:
+        draft.set("items", items)
+    file = expand(log)[0][0]
+    lines = pl.scan_lines(file, n_rows=LOOK).collect().to_series()
+    ids = lines.str.extract_all(r"\S+").list.slice(1).explode().drop_nulls()
+    write_catalog(draft, items, ids, None)
+    return "leave_one_out"
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _write_table(draft: Draft, log: str, items: str | None) -> str:
+    look = Look.at(log)
+    columns = look.frame.columns
+    shown, clicked = look.find(names.SHOWN), look.find(names.CLICKED)
+    user, sequence = look.find(names.USER), look.find(names.ITEMS)
+    if shown and clicked:
+        shape, why = "impressions", "a row a request: lists of what was shown and clicked"
+    elif sequence and (look.is_list(sequence) or not look.find(names.ITEM)):
+        shape, why = "sequences", "a row a user, with items in order, the oldest first"
+    else:
+        shape, why = "events", "a row an event"
+    draft.set("format", shape, why)
+    draft.set("log", log)
+    if items is not None:
+        draft.set("items", items)
+        draft.offer("unknown_items", "drop", "events on items that the item table lacks")
+    draft.section("data.columns")
+    draft.say(f"Columns of the log: {', '.join(columns)}")
+    draft.column("user", user, "a user")
+    ids: pl.Series | None
+    if shape == "impressions" and shown and clicked:
+        kind, ids = _write_impressions(draft, look, shown, clicked), ids_in(look, shown)
+    elif shape == "sequences" and sequence:
+        draft.set("items", sequence, "the list of items")
+        kind, ids = "leave_one_out", ids_in(look, sequence)
+    else:
+        kind, ids = _write_events(draft, look, log, user)
+    write_catalog(draft, items, ids, look.find(names.ITEM))
+    return kind
+
+
+def _write_impressions(draft: Draft, look: Look, shown: str, clicked: str) -> str:
+    _write_time(draft, look, [shown, clicked])
+    draft.set("shown", shown, "the items of a request; their order is not taken as a position")
+    draft.set("clicked", clicked)
+    for key, among in (("position", names.POSITION), ("propensity", names.PROPENSITY)):
+        found = look.find(among)
+        if found is not None and look.is_list(found):
+            draft.set(key, found, "one number for each item that was shown")
+    _write_context(draft, look)
+    return "time"
+
+
+def _write_events(
+    draft: Draft, look: Look, log: str, user: str | None
+) -> tuple[str, pl.Series | None]:
+    item = look.find(names.ITEM, [user])
+    draft.column("item", item, "an item")
+    time = _write_time(draft, look, [user, item])
+    taken = [user, item, time]
+    event = look.find(names.EVENT, taken)
+    if event is not None and look.frame[event].n_unique() <= MANY_NAMES:
+        _write_names(draft, log, event)
+    else:
+        draft.say(
+            "event: no column of event names: every row is a positive, unless a value says not"
+        )
+    value = look.find(names.VALUE, taken)
+    numbers = None if value is None else look.number(value)
+    if value is not None and numbers is not None:
+        high, low = _thresholds(numbers)
+        draft.set("value", value, "from {:g} to {:g} in the first rows".format(*_ends(numbers)))
+        draft.set("positive_from", high, "this or more is a positive")
+        draft.set("rejected_to", low, "this or less is a rejection; between: left out")
+    for key, among in (
+        ("request", names.REQUEST),
+        ("position", names.POSITION),
+        ("propensity", names.PROPENSITY),
+        ("dwell", names.DWELL),
+    ):
+        found = look.find(among, taken)
+        if found is not None:
+            draft.set(key, found)
+            if key == "dwell":
+                draft.offer("short_dwell", 3.0, "seconds: a shorter stay is a rejection")
+    _write_context(draft, look)
+    return ("time" if time else "leave_one_out"), None if item is None else ids_in(look, item)
+
+
+def _write_context(draft: Draft, look: Look) -> None:
+    found = [c for c in look.frame.columns if plainly(c) in names.DEVICE]
+    if found:
+        draft.set("context_categories", found, "known when the question is asked")
+
+
+def _write_time(draft: Draft, look: Look, taken: Sequence[str | None]) -> str | None:
+    time = look.find(names.TIME, taken)
+    if time is None:
+        draft.set("time", "", "no column looks like one: the order of the rows is all there is")
+        return None
+    series = look.frame[time].drop_nulls()
+    tells = clock(time, series.dtype, series.head(1000), Schema())
+    values = series.to_frame().select(tells.value).to_series().drop_nulls()
+    if not len(values):
+        draft.set("time", time, "no value of the first rows could be read as a time")
+        return time
+    if tells.unit is None:
+        says = "times with a zone" if tells.zoned else "times without a zone are taken as UTC"
+        scale = 1.0
+    else:
+        unit = unit_of(float(abs(values.to_numpy()).max()))
+        says, scale = f"numbers in {unit}", {"s": SECOND, "ms": 1e3, "us": 1, "ns": 1e-3}[unit]
+    low, high = (_date(float(end) * scale) for end in _ends(values))
+    draft.set("time", time, f"{says}; the first rows are from {low} to {high}")
+    if tells.unit is None and not tells.zoned:
+        draft.offer("time_zone", "UTC", 'or a name such as "Europe/Copenhagen"')
+    return time
+
+
+def _ends(values: pl.Series) -> tuple[float, float]:
+    array = values.to_numpy()
+    return float(array.min()), float(array.max())
+
+
+def _date(time: float) -> str:
+    try:
+        return f"{datetime.fromtimestamp(time / SECOND, UTC):%Y-%m-%d}"
+    except (OverflowError, ValueError, OSError):
+        return "a date beyond the calendar"
+
+
+def _thresholds(values: pl.Series) -> tuple[float, float]:
+    """From where a rating is good and to where it is bad: the upper and the lower two fifths."""
+    low, top = _ends(values)
+    for scale in (1.0, 5.0, 10.0, 100.0):
+        if top <= scale:
+            return {1.0: (1.0, 0.0), 5.0: (4.0, 2.0), 10.0: (8.0, 4.0), 100.0: (70.0, 40.0)}[scale]
+    middle = (low + top) / 2
+    return middle, low + (top - low) / 4
+
+
+def _write_names(draft: Draft, log: str, event: str) -> None:
+    """Event names with their counts over the whole log."""
+    frame, files = scan(log)
+    with reading(files[0]):
+        counts = frame.group_by(pl.col(event).cast(pl.String).alias("name")).len().collect()
+    counts = counts.drop_nulls().sort("len", "name", descending=[True, False])
+    found = dict(counts.iter_rows())
+    draft.set("event", event, "found: " + ", ".join(f"{n} ({c})" for n, c in found.items()))
+    positive = {
+        name: strength
+        for name in found
+        for strength, words in names.STRENGTH.items()
+        if plainly(name) in words
+    }
+    shown = [name for name in found if plainly(name) in names.SEEN]
+    rejected = [name for name in found if plainly(name) in names.NOT_THIS]
+    if not positive:
+        positive = {name: 1.0 for name in found if name not in shown + rejected}
+    rest = [name for name in found if name not in [*positive, *shown, *rejected]]
+    draft.set("positive", positive, "event → strength")
+    draft.set("shown_events", shown, 'events that only say "was shown"')
+    draft.set("rejected", rejected, 'events that say "not this": dislike, skip, hide')
+    if rest:
+        draft.say(f"Left out, for no list names them: {', '.join(rest)}")

@@ -1,0 +1,376 @@
+"""What was known before any moment: a user's items in order, an item's clicks, exposures and age.
+
+Legend: E events (positives), Q questions, R item rows, S statistics.
+"Before" is strict everywhere: what happens at time t is not known at t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from recsys.ragged import Ragged, gather
+from recsys.split import duration
+from recsys.tables import SECOND
+
+if TYPE_CHECKING:
+    from recsys.features.prepared.passed import PassedOver
+
+WINDOWS = {
+    text: duration(text) for text in ("10m", "30m", "1h", "3h", "6h", "12h", "1d", "2d", "7d")
+}
+"""Recent means within these spans, in microseconds: how attention rises and fades over hours says
+more of what is clicked next than any one of them."""
+STATISTICS = (
+    "age",
+    "clicks",
+    *(f"{what}_{window}" for what in ("clicks", "shown", "rate") for window in WINDOWS),
+)
+"""What `Timeline.statistics` says of an item, in order."""
+SEARCH_COST = 100
+"""How many events are counted in the time of one search among an item's."""
+NEVER = np.iinfo(np.int64).max
+"""Time of what has not happened."""
+
+
+def count_before(times: Ragged, rows: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """(Q,) how many of row `rows[q]`'s sorted times are strictly smaller than `moments[q]`.
+
+    A binary search for all questions at once.
+    """
+    low = times.offsets[rows].astype(np.int64)
+    start, high = low.copy(), times.offsets[np.asarray(rows) + 1].astype(np.int64)
+    if len(times.values) == 0:
+        return np.zeros(len(low), np.int64)
+    for _ in range(int((high - low).max(initial=0)).bit_length()):
+        middle = (low + high) >> 1
+        inside = low < high
+        earlier = inside & (times.values[np.where(inside, middle, 0)] < moments)
+        low = np.where(earlier, middle + 1, low)
+        high = np.where(inside & ~earlier, middle, high)
+    return low - start
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Events by user and by item.
+
+    Args:
+        user_offsets: (U+1,) int64; the events of user u are `[user_offsets[u], user_offsets[u+1])`.
+        item: (E,) item row of each event, sorted by (user, time, source order).
+        time: (E,) int64 microseconds, or positions where there is no clock.
+        first_seen: (N,) int64 when each item row was published or first met; `NEVER` when it has
+            not been. The age of an item counts from here.
+        exists_from: (N,) int64 from when on an item may be answered. An item of a table that says
+            nothing of publication has always been there; its age counts from its first event.
+        shown: item row → sorted times of its exposures, when the log has them.
+        timed: whether `time` is a clock.
+        strength: (E,) float32 weight of each event, NaN where it is not known; None: all alike.
+        passed: what each user was shown and passed over; None: nobody reads it.
+    """
+
+    user_offsets: np.ndarray
+    item: np.ndarray
+    time: np.ndarray
+    first_seen: np.ndarray
+    exists_from: np.ndarray
+    shown: Ragged | None
+    timed: bool
+    strength: np.ndarray | None = None
+    passed: PassedOver | None = None
+
+    @staticmethod
+    def build(
+        user: np.ndarray,
+        item: np.ndarray,
+        time: np.ndarray,
+        *,
+        n_users: int,
+        first_seen: np.ndarray,
+        exists_from: np.ndarray | None = None,
+        shown_item: np.ndarray | None = None,
+        shown_time: np.ndarray | None = None,
+        timed: bool = True,
+        strength: np.ndarray | None = None,
+    ) -> Timeline:
+        """Sort events in any order into a timeline; ties keep the given order."""
+        order = np.lexsort((time, user))
+        user_offsets = np.searchsorted(user[order], np.arange(n_users + 1))
+        shown = None
+        if shown_item is not None and shown_time is not None:
+            shown = times_by_row(shown_item, shown_time, len(first_seen))
+        return Timeline(
+            user_offsets,
+            item[order],
+            time[order],
+            first_seen,
+            first_seen if exists_from is None else exists_from,
+            shown,
+            timed,
+            None if strength is None else strength[order],
+        )
+
+    @property
+    def n_items(self) -> int:
+        return len(self.first_seen)
+
+    @property
+    def n_users(self) -> int:
+        return len(self.user_offsets) - 1
+
+    @cached_property
+    def user(self) -> np.ndarray:
+        """(E,) user row of each event."""
+        return np.repeat(np.arange(self.n_users), np.diff(self.user_offsets))
+
+    @cached_property
+    def by_user(self) -> Ragged:
+        return Ragged(self.user_offsets, self.item)
+
+    @cached_property
+    def clicks(self) -> Ragged:
+        """Item row → sorted times of its positives."""
+        return times_by_row(self.item, self.time, self.n_items)
+
+    def past(self, users: np.ndarray, times: np.ndarray | None) -> np.ndarray:
+        """(Q,) how many events of each user lie strictly before each time; all without times."""
+        if times is None:
+            return np.diff(self.user_offsets)[users]
+        return count_before(Ragged(self.user_offsets, self.time), users, times)
+
+    def histories(
+        self, users: np.ndarray, times: np.ndarray | None = None, last: int | None = None
+    ) -> Ragged:
+        """Item rows of each user strictly before each time, oldest first.
+
+        Args:
+            users: (Q,) user rows.
+            times: (Q,) moments; None: everything known.
+            last: keep only so many of the newest; None: all.
+        """
+        return gather(self.item, *self._span(users, times, last))
+
+    def _span(
+        self, users: np.ndarray, times: np.ndarray | None, last: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        start = np.asarray(self.user_offsets)[users]
+        end = start + self.past(users, times)
+        return start if last is None else np.maximum(start, end - last), end
+
+    def beside_histories(
+        self,
+        users: np.ndarray,
+        times: np.ndarray | None = None,
+        last: int | None = None,
+        moment: int | None = None,
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """What else is known of the entries that `histories` gives.
+
+        Args:
+            users, times, last: as there.
+            moment: when it is asked, where there are no times: the cut-off.
+
+        Returns:
+            (H,) float64 seconds from each entry to its query, None without a clock or a moment;
+            (H,) strength of each entry, None where all are alike.
+        """
+        start, end = self._span(users, times, last)
+        elapsed = None
+        if self.timed and (times is not None or moment is not None):
+            asked = np.full(len(start), moment) if times is None else times
+            elapsed = elapsed_of(gather(self.time, start, end), asked)
+        strength = None if self.strength is None else gather(self.strength, start, end).values
+        return elapsed, strength
+
+    def alive(self, moment: int | None) -> np.ndarray:
+        """(N,) bool, the items that exist at the moment; row 0 never does."""
+        if moment is None or not self.timed:
+            alive = np.ones(self.n_items, bool)
+        else:
+            alive = self.exists_from <= moment
+        alive[0] = False
+        return alive
+
+    def popularity(self, moment: int | None = None, window: int | None = None) -> np.ndarray:
+        """(N,) positives of each item strictly before the moment, within the window when given."""
+        rows = np.arange(self.n_items)
+        if moment is None:
+            return np.diff(self.clicks.offsets).astype(np.float32)
+        return self._count(self.clicks, rows, moment, window).astype(np.float32)
+
+    def statistics(self, rows: np.ndarray, moment: int) -> np.ndarray:
+        """(R, S) float32: `STATISTICS` of the item rows, each known strictly before `moment`.
+
+        Counts enter as log(1 + count), the age as log(1 + hours), so that no unit dominates; an
+        item not seen before is of age 0. Click rates are smoothed by one click in ten shown.
+        """
+        age = np.maximum(moment - np.minimum(self.first_seen[rows], moment), 0)
+        columns = [np.log1p(age / (3_600 * SECOND))]
+        clicks = self._count(self.clicks, rows, moment, None)
+        columns.append(np.log1p(clicks))
+        recent = self._recent(self.clicks, self._clicks_in_time, rows, moment)
+        columns.extend(np.log1p(count) for count in recent)
+        if self.shown is None:
+            columns.extend([np.zeros(len(rows))] * (2 * len(WINDOWS)))
+        else:
+            shown = self._recent(self.shown, self._shown_in_time, rows, moment)
+            columns.extend(np.log1p(count) for count in shown)
+            pairs = zip(recent, shown, strict=True)
+            columns.extend(np.log((clicks + 1.0) / (seen + 10.0)) for clicks, seen in pairs)
+        return np.stack(columns, axis=1).astype(np.float32)
+
+    @cached_property
+    def _clicks_in_time(self) -> tuple[np.ndarray, np.ndarray]:
+        return _in_time(self.clicks)
+
+    @cached_property
+    def _shown_in_time(self) -> tuple[np.ndarray, np.ndarray]:
+        return _in_time(self.shown if self.shown is not None else Ragged.empty(self.n_items))
+
+    def _recent(
+        self,
+        times: Ragged,
+        in_time: tuple[np.ndarray, np.ndarray],
+        rows: np.ndarray,
+        moment: int,
+    ) -> list[np.ndarray]:
+        """(R,) of each window: how often it happened to each row in the window before the moment.
+
+        One moment for all rows: counting what happened in a short window is much quicker than a
+        search for each row; a search wins where the window holds far more than is asked for.
+        """
+        when, what = in_time
+        end, counts = int(np.searchsorted(when, moment)), []
+        for window in WINDOWS.values():
+            start = int(np.searchsorted(when, moment - window))
+            if end - start > SEARCH_COST * len(rows):
+                counts.append(self._count(times, rows, moment, window))
+            else:
+                counts.append(np.bincount(what[start:end], minlength=self.n_items)[rows])
+        return counts
+
+    def shown_before(self, rows: np.ndarray, moments: np.ndarray, window: int) -> np.ndarray:
+        """(Q,) how often each row was shown strictly before its moment, within the window.
+
+        Raises:
+            ValueError: the timeline holds no exposures.
+        """
+        if self.shown is None:
+            raise ValueError("This timeline holds no exposures.")
+        before = count_before(self.shown, rows, moments)
+        return before - count_before(self.shown, rows, moments - window)
+
+    @staticmethod
+    def _count(times: Ragged, rows: np.ndarray, moment: int, window: int | None) -> np.ndarray:
+        before = count_before(times, rows, np.full(len(rows), moment, np.int64))
+        if window is None:
+            return before
+        return before - count_before(times, rows, np.full(len(rows), moment - window, np.int64))
+
+    def select(self, keep: np.ndarray) -> Timeline:
+        """Only the events for which `keep` (E,) is true; exposures and births stay."""
+        kept = np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])
+        return replace(
+            self,
+            user_offsets=kept[np.asarray(self.user_offsets)],
+            item=np.asarray(self.item)[keep],
+            time=np.asarray(self.time)[keep],
+            strength=None if self.strength is None else np.asarray(self.strength)[keep],
+        )
+
+    def extended(
+        self,
+        user: np.ndarray,
+        item: np.ndarray,
+        time: np.ndarray,
+        *,
+        n_users: int,
+        first_seen: np.ndarray,
+        exists_from: np.ndarray,
+        shown_item: np.ndarray | None = None,
+        shown_time: np.ndarray | None = None,
+        strength: np.ndarray | None = None,
+        passed: PassedOver | None = None,
+    ) -> Timeline:
+        """This timeline and later events in one; both may know new users and new items.
+
+        Strengths of later events count where those of this timeline differ among each other, and
+        what was passed over later where this timeline carries what was before.
+        """
+        if self.strength is not None:
+            later = np.full(len(item), np.nan) if strength is None else strength
+            strength = np.concatenate([self.strength, later]).astype(np.float32)
+        else:
+            strength = None
+        old_shown = self.shown if self.shown is not None else Ragged.empty(self.n_items)
+        if shown_item is not None and shown_time is not None:
+            shown_item = np.concatenate([old_shown.row_of(), shown_item])
+            shown_time = np.concatenate([old_shown.values, shown_time])
+        elif self.shown is not None:
+            shown_item, shown_time = old_shown.row_of(), old_shown.values
+        extended = Timeline.build(
+            np.concatenate([self.user, user]),
+            np.concatenate([self.item, item]),
+            np.concatenate([self.time, time]),
+            n_users=n_users,
+            first_seen=first_seen,
+            exists_from=exists_from,
+            shown_item=shown_item,
+            shown_time=shown_time,
+            timed=self.timed,
+            strength=strength,
+        )
+        if self.passed is None:
+            return extended
+        return replace(extended, passed=self.passed.joined(passed, n_users))
+
+
+def elapsed_of(history: Ragged, moments: np.ndarray) -> np.ndarray:
+    """(H,) float64 seconds from each of the ragged times (µs) to the moment (Q,) of its query.
+
+    Not float32, which cannot tell the seconds of last year from each other.
+    """
+    return (np.asarray(moments, np.int64)[history.row_of()] - history.values) / SECOND
+
+
+def times_by_row(rows: np.ndarray, times: np.ndarray, n_rows: int) -> Ragged:
+    """Row → its times, sorted."""
+    order = np.lexsort((times, rows))
+    offsets = np.zeros(n_rows + 1, np.int64)
+    np.cumsum(np.bincount(rows, minlength=n_rows), out=offsets[1:])
+    return Ragged(offsets, np.asarray(times, np.int64)[order])
+
+
+def _in_time(times: Ragged) -> tuple[np.ndarray, np.ndarray]:
+    """All times in order, and the row of each."""
+    order = np.argsort(times.values, kind="stable")
+    return times.values[order], times.row_of()[order]
+
+
+def statistic_scale(
+    timeline: Timeline, moments: Sequence[int], rows_each: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each statistic at the moments, (S,) each.
+
+    Half of the items are those chosen around each moment, half any that are alive: of all that
+    are alive hardly any is looked at, and what is would lie many deviations out and be clipped.
+    """
+    seen = []
+    when, what = timeline._clicks_in_time
+    for moment in moments:
+        alive = np.flatnonzero(timeline.alive(moment))
+        if len(alive):
+            rows = rng.choice(alive, size=min(rows_each, len(alive)), replace=False)
+            seen.append(timeline.statistics(rows, moment))
+            first = int(np.searchsorted(when, moment)) - len(rows) // 2
+            chosen = what[max(0, first) : max(0, first) + len(rows)]
+            seen.append(timeline.statistics(chosen, moment))
+    if not seen:
+        return np.zeros(len(STATISTICS), np.float32), np.ones(len(STATISTICS), np.float32)
+    all_seen = np.concatenate(seen)
+    deviation = all_seen.std(0)
+    return all_seen.mean(0), np.where(deviation > 1e-6, deviation, 1.0).astype(np.float32)

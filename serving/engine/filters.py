@@ -1,0 +1,259 @@
+"""From the conditions of a filter to the items that meet them.
+
+Each condition becomes a mask over the catalogue once, and is kept: a shop asks for the same few
+categories all day.
+Legend: N item rows, n index positions, R rows of a small table.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from datetime import UTC, date, datetime, timedelta
+from functools import partial
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from recsys.errors import QueryError, nearest
+from recsys.serving.engine.query import Filter, Value
+
+KEPT_BYTES = 64 << 20
+"""Memory that kept masks may take; one over a million items takes a megabyte."""
+KEPT_MOST = 4096
+"""Masks that are kept, however small they are."""
+ENTRY_BYTES = 200
+"""Memory that one more kept thing takes beside itself and its key."""
+LEAST = -(2**63)
+"""Smallest whole number that is compared; what lies beyond either end equals nothing but it."""
+SECONDS = 1_000_000
+"""Microseconds of a second."""
+_MOMENT = pl.Datetime("us")
+"""Times of every unit and zone, in UTC."""
+_START, _TICK = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
+
+
+def key_bytes(key: Hashable) -> int:
+    """Memory of a key, nearly: its texts, which a request may make a megabyte long, most of all."""
+    size = sys.getsizeof(key)
+    return size + sum(map(key_bytes, key)) if isinstance(key, tuple) else size
+
+
+class Kept:
+    """The values asked for last; safe to use from several threads.
+
+    Args:
+        limit: bytes of the values and of their keys.
+        most: values.
+    """
+
+    def __init__(self, limit: int = KEPT_BYTES, most: int = KEPT_MOST) -> None:
+        self._limit, self._most, self._held = limit, most, 0
+        self._values: OrderedDict[Hashable, tuple[np.ndarray, int]] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """The value of the key, made when it is not there; two threads may make it at once."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key][0]
+        value = make()
+        size = value.nbytes + key_bytes(key) + ENTRY_BYTES
+        with self._lock:
+            if key not in self._values and size <= self._limit:
+                self._values[key] = value, size
+                self._held += size
+                while self._held > self._limit or len(self._values) > self._most:
+                    self._held -= self._values.popitem(last=False)[1][1]
+        return value
+
+    @property
+    def held(self) -> int:
+        """Bytes of what is kept."""
+        return self._held
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+class Filters:
+    """Filters over a catalogue.
+
+    Args:
+        catalog: one row an item, row 1 first; the column `item` is no condition.
+        rows: (n,) item rows of the index positions.
+        limit: bytes of masks kept.
+        separated: column of texts → what stands between the several categories of one text.
+    """
+
+    def __init__(
+        self,
+        catalog: pl.DataFrame,
+        rows: np.ndarray,
+        limit: int = KEPT_BYTES,
+        separated: Mapping[str, str] | None = None,
+    ) -> None:
+        self._separated = separated or {}
+        self._catalog = catalog
+        # Positions are mostly all rows in order; a slice then spares a gather.
+        whole = len(rows) == len(catalog) and bool((np.diff(rows) == 1).all())
+        self._place: np.ndarray | slice = slice(None) if whole else np.asarray(rows) - 1
+        self._kept = Kept(limit)
+        self._schema = {name: dtype for name, dtype in catalog.schema.items() if name != "item"}
+
+    def check(self, filter: Filter) -> None:
+        """Refuse what cannot be asked.
+
+        Raises:
+            QueryError: an unknown column, or a value that its type cannot hold.
+        """
+        for _ in self._clauses(filter):
+            pass
+
+    def mask(self, filter: Filter) -> np.ndarray | None:
+        """(n,) bool index positions that meet every condition on columns; None: all do.
+
+        Not to be written to. Lists of ids are not looked at.
+
+        Raises:
+            QueryError: an unknown column, or a value that its type cannot hold.
+        """
+        out: np.ndarray | None = None
+        for key, expression in self._clauses(filter):
+            one = self._kept.get(key, partial(self._positions, expression))
+            out = one if out is None else out & one
+        return out
+
+    def _positions(self, expression: pl.Expr) -> np.ndarray:
+        return self._over(self._catalog, expression)[self._place]
+
+    def mask_of(self, frame: pl.DataFrame, filter: Filter) -> np.ndarray:
+        """(R,) bool: which rows of a table with the catalogue's columns meet the conditions."""
+        out = np.ones(len(frame), bool)
+        for _, expression in self._clauses(filter):
+            out &= self._over(frame, expression)
+        return out
+
+    @staticmethod
+    def _over(frame: pl.DataFrame, expression: pl.Expr) -> np.ndarray:
+        return frame.select(expression.fill_null(False).alias("m"))["m"].to_numpy()
+
+    def _clauses(self, filter: Filter) -> Iterator[tuple[Hashable, pl.Expr]]:
+        for name, values in filter.equals.items():
+            dtype = self._dtype(name)
+            several = isinstance(dtype, pl.List | pl.Array)
+            inner: Any = dtype.inner if isinstance(dtype, pl.List | pl.Array) else dtype
+            wanted = sorted({_value(name, inner, value) for value in values})
+            compared = _compared(inner)
+            column = pl.col(name)
+            if isinstance(inner, pl.Datetime):
+                column = column.cast(pl.List(_MOMENT) if several else _MOMENT)
+            column = column.cast(pl.List(compared) if several else compared)
+            # One by one: a list of the values would be an empty one's error, and they are few.
+            hits = [
+                column.list.contains(pl.lit(value, compared)) if several else column == value
+                for value in wanted
+            ]
+            if not several and isinstance(inner, pl.String) and self._separated.get(name):
+                parts = column.str.split(self._separated[name])
+                parts = parts.list.eval(pl.element().str.strip_chars())
+                hits += [parts.list.contains(pl.lit(value, compared)) for value in wanted]
+            expression = pl.any_horizontal(hits) if hits else pl.col(name).is_null() & False
+            yield ("equals", name, tuple(wanted)), expression
+        for name, (low, high) in filter.ranges.items():
+            number = _number(name, self._dtype(name))
+            for bound in (low, high):
+                if bound is not None and (isinstance(bound, bool) or not math.isfinite(bound)):
+                    raise QueryError(
+                        f"The range of {name!r} has the bound {bound!r}; give a finite number, or "
+                        "none to leave that side open."
+                    )
+            # NaN is above every number to polars, and within no range to us.
+            expression = number.is_finite()
+            if low is not None:
+                expression &= number >= low
+            if high is not None:
+                expression &= number <= high
+            yield ("range", name, low, high), expression
+
+    def _dtype(self, name: str) -> Any:
+        if name not in self._schema:
+            known = nearest(name, self._schema) if self._schema else "It has none."
+            raise QueryError(
+                f"The catalogue has no column {name!r} to filter by. {known} "
+                f"All: {', '.join(self._schema) or 'none'}."
+            )
+        return self._schema[name]
+
+
+def _compared(dtype: Any) -> Any:
+    """The type in which values of a column are compared."""
+    if isinstance(dtype, pl.Categorical | pl.Enum):
+        return pl.String
+    if isinstance(dtype, pl.Datetime):
+        return pl.Int64  # microseconds since 1970: one with a zone and one without cannot meet
+    return pl.Int64 if dtype.is_integer() and dtype != pl.UInt64 else dtype
+
+
+def _value(name: str, dtype: Any, value: Value) -> Any:
+    """The value as it is compared with the column's; numbers and truth values may come as text
+    from a URL. Times are microseconds since 1970; without an offset they are UTC.
+    """
+    try:
+        if isinstance(dtype, pl.String | pl.Categorical | pl.Enum) and isinstance(value, str):
+            return value
+        if isinstance(dtype, pl.Boolean):
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "false": False}[str(value).lower()]
+        if dtype.is_integer() and not isinstance(value, bool):
+            return min(max(int(value), LEAST), -LEAST - 1)
+        if dtype.is_float() and not isinstance(value, bool):
+            number_ = float(value)
+            if math.isfinite(number_):
+                return number_
+        if isinstance(dtype, pl.Datetime) and isinstance(value, str):
+            moment = datetime.fromisoformat(value)
+            if moment.tzinfo is None:
+                moment = moment.replace(tzinfo=UTC)
+            return (moment - _START) // _TICK
+        if isinstance(dtype, pl.Date) and isinstance(value, str):
+            return date.fromisoformat(value)
+    except (ValueError, KeyError, OverflowError):
+        pass
+    raise QueryError(
+        f"Column {name!r} holds {_words(dtype)}, and {value!r} is none. "
+        f"Give {_words(dtype)} to compare with."
+    )
+
+
+def _words(dtype: Any) -> str:
+    if dtype.is_integer():
+        return "whole numbers"
+    if dtype.is_float():
+        return "numbers"
+    if isinstance(dtype, pl.Boolean):
+        return "true or false"
+    if isinstance(dtype, pl.Date | pl.Datetime):
+        return "dates in ISO 8601"
+    return "texts" if isinstance(dtype, pl.String | pl.Categorical | pl.Enum) else f"{dtype}"
+
+
+def _number(name: str, dtype: Any) -> pl.Expr:
+    """The column as float64; times as seconds since 1970."""
+    if dtype.is_numeric():
+        return pl.col(name).cast(pl.Float64)
+    if isinstance(dtype, pl.Date | pl.Datetime):
+        return pl.col(name).cast(_MOMENT).dt.epoch("us").cast(pl.Float64) / SECONDS
+    raise QueryError(
+        f"Column {name!r} holds {_words(dtype)}, so that a range says nothing. "
+        "Ask for equal values instead."
+    )
+
+
+__all__ = ["Filters", "Kept", "key_bytes"]
