@@ -7,7 +7,8 @@ Two bundles of the same items, of `recsys.experiments.benchmarks.synthetic` with
 published in turn every few seconds into one folder, which `recsys serve` watches. Clients ask for
 similar items of random ids and compare each answer with the neighbours of the very model that it
 names; one writer puts items, asks for each right after, and deletes every second one. First the
-same load runs for a third of the time with nothing else going on: p99 is compared with that."""
+same load runs for a third of the time with nothing else going on: p99 is compared with that.
+"""
 
 from __future__ import annotations
 
