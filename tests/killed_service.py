@@ -142,7 +142,7 @@ def main(base: Path, folder: Path, work: Path) -> None:
     from recsys.serving.api import (
         service,  # noqa: F401
     )
-    from recsys.serving.models import host  # noqa: F401
+    from recsys.serving.models import manager  # noqa: F401
 
     print("ready", flush=True)
     for _ in sys.stdin:
