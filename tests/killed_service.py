@@ -139,9 +139,7 @@ def main(base: Path, folder: Path, work: Path) -> None:
     import sentence_transformers  # noqa: F401
     import transformers  # noqa: F401
 
-    from recsys.serving.api import (
-        service,  # noqa: F401
-    )
+    from recsys.serving.api import app  # noqa: F401
     from recsys.serving.models import manager  # noqa: F401
 
     print("ready", flush=True)
