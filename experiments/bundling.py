@@ -41,7 +41,7 @@ def make_bundle(
     """
     if model.texts is not None:
         encoder = model.texts.trained()
-    timeline = timeline_until(dataset, Side.VALID, model.rules.passed_over)
+    timeline = timeline_until(dataset, Side.VALID)
     cutoff = _cutoff(dataset, timeline.time)
     # Items and users that only the test side knows are left out; rows move up.
     catalog = dataset.catalog
@@ -74,7 +74,6 @@ def make_bundle(
         first_seen=timeline.first_seen[items],
         exists_from=timeline.exists_from[items],
         shown=None if timeline.shown is None else timeline.shown.take(items),
-        passed=None if timeline.passed is None else timeline.passed.renumbered(kept_users, place),
     )
     with_tables = _with_rows(model, items, kept_users)
     shown = ["item", *(n for n in ("title", *config.data.catalog.fields) if n in catalog.columns)]
@@ -156,21 +155,21 @@ def _with_rows(model: TwoTower, items: np.ndarray, users: np.ndarray) -> TwoTowe
 
     spec, weights = model.item_spec, model.state_dict()
     inputs, name = model.item_tower.inputs, "item_tower.inputs."
-    if inputs.around is not None or inputs.lookalikes is not None:
+    if inputs.context is not None or inputs.text_neighbours is not None:
         weights[f"{name}ids.weight"] = inputs.whole_ids()
-    if inputs.lookalikes is not None:
+    if inputs.text_neighbours is not None:
         starts = inputs.starts_of(torch.from_numpy(items[items >= spec.ids]))
-        spec = replace(spec, lookalikes=inputs.lookalikes.most, starts=len(starts) - 1)
+        spec = replace(spec, text_neighbours=inputs.text_neighbours.most, starts=len(starts) - 1)
         weights[f"{name}starts.weight"] = starts
         weights[f"{name}alone.weight"] = inputs.ids.weight
-        weights[f"{name}likeness"] = inputs.lookalikes.share
+        weights[f"{name}likeness"] = inputs.text_neighbours.share
     kept = TwoTower(
         model.rules,
         some(model.items, items, model.item_texts()),
         some(model.users, users, model.users.text),
         spec, model.user_spec, model.context,
     )  # fmt: skip
-    learning = ("texts.", f"{name}around.", f"{name}lookalikes.")
+    learning = ("texts.", f"{name}context.", f"{name}text_neighbours.")
     kept.load_state_dict({n: w for n, w in weights.items() if not n.startswith(learning)})
     narrow_tables(kept)
     return kept.eval()

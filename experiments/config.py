@@ -21,8 +21,7 @@ from recsys.features.text.encoder import TextRules
 from recsys.serving.index import IndexRules
 from recsys.split import SplitRules
 from recsys.tables import Strict
-from recsys.towers.rules import TrainingRules
-from recsys.towers.two_tower import TowerRules
+from recsys.towers.rules import TowerRules, TrainingRules
 
 
 class RunConfig(Strict):

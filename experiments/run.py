@@ -24,7 +24,7 @@ from recsys.experiments.evaluation.scorecard import judge
 from recsys.experiments.tracking.spool import Spool, flatten
 from recsys.experiments.tracking.track import Tracker, lightning_logger
 from recsys.features.batching.examples import consecutive, timeline_until, training_events
-from recsys.features.batching.negatives_file import given_negatives
+from recsys.features.batching.negatives_file import read_negatives
 from recsys.features.prepared.columns import texts as texts_of
 from recsys.features.prepared.dataset import Dataset
 from recsys.features.prepared.prepare import prepare as prepare_log
@@ -34,12 +34,12 @@ from recsys.serving.manifest import read_manifest
 from recsys.serving.recommender import Recommender
 from recsys.split import duration
 from recsys.tables import Side
-from recsys.towers.build import build_model, standardise, validation_side
-from recsys.towers.data import InteractionData
-from recsys.towers.id_init import start as start_tables
+from recsys.towers.build import build_model, standardise
+from recsys.towers.data import InteractionData, Validation, validation_side
+from recsys.towers.id_init import initialise
+from recsys.towers.rules import RandomInit
 from recsys.towers.training import Average, EpochLines, TwoTowerModule
 from recsys.towers.two_tower import TwoTower
-from recsys.towers.validation import Validation
 
 if TYPE_CHECKING:
     from recsys.features.text.encoder import TextEncoder
@@ -208,7 +208,7 @@ def fit(
     rules, folder = config.training, folder / "checkpoints"
     remake = remake or make
     if rules.epochs == 0:
-        say(f"the {rules.start} start alone, without learning")
+        say(f"the {rules.id_init.kind} initialisation alone, without learning")
         return _learn(config, dataset, remake(), None, 0, folder, logger=False, resume=False)[0]
     model = make()
     validation = validation_side(
@@ -216,11 +216,10 @@ def fit(
         rules,
         each_event=each_event(config, dataset),
         refresh=duration(config.evaluate.refresh),
-        max_history=config.towers.max_history,
+        max_history=config.towers.history.length,
         drop_seen=config.evaluate.drop_seen,
         statistics=model.uses_statistics,
         seed=config.seed,
-        passed=config.towers.passed_over,
         progress=say,
     )
     refolder, chosen = folder / "refit", folder / "chosen.json"
@@ -276,19 +275,18 @@ def _learn(
         skips=rules.skip_weight > 0,
         until=until,
         since=None if rules.since is None else duration(rules.since),
-        passed=config.towers.passed_over,
     )
     standardise(model, events, config.seed)
-    if rules.start != "random":
-        start_tables(model, events.timeline, rules, config.seed)
+    if not isinstance(rules.id_init, RandomInit):
+        initialise(model, events.timeline, rules.id_init, config.seed)
     module = TwoTowerModule(model, rules, audits=folder.parent / "audit")
     if epochs == 0:
         return module.eval(), 0
-    given = None
-    if rules.given is not None:
-        given, counts = given_negatives(rules.given, dataset, until)
-        said = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
-        say(f"negatives given by {rules.given}: {said}")
+    user_negatives, file = None, rules.negatives.file
+    if file is not None:
+        user_negatives, counts = read_negatives(file, dataset, until)
+        kept = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+        say(f"negatives of {file}: {kept}")
     data = InteractionData(
         events,
         validation,
@@ -296,7 +294,7 @@ def _learn(
         towers=config.towers,
         statistics=model.uses_statistics,
         seed=config.seed,
-        given=given,
+        user_negatives=user_negatives,
     )
     watched = f"val/{rules.monitor}"
     callbacks: list[Callback] = [EpochLines(say)]
@@ -374,8 +372,10 @@ def train(config: RunConfig, *, resume: Path | None = None) -> TrainResult:
         _check_same(config, resume)
         previous = Spool.open(resume).record["run_id"]
     dataset = prepare(config)
-    if config.training.given is not None:
-        given_negatives(config.training.given, dataset)  # if it cannot be read, there is no run
+    if config.training.negatives.file is not None:
+        read_negatives(
+            config.training.negatives.file, dataset
+        )  # if it cannot be read, there is no run
     run = resume or _new_folder(config)
     with Tracker(
         config.track,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from recsys.errors import ConfigError, nearest
 
@@ -144,7 +145,7 @@ def _with_none(values: Any, model: type[BaseModel]) -> Any:
     out = {}
     for key, value in values.items():
         field = model.model_fields.get(key)
-        inner = _model_in(field.annotation) if field else None
+        inner = _model_of(field, value) if field else None
         if field and value == "" and _may_be_none(field.annotation):
             value = None
         elif inner and isinstance(value, list):
@@ -160,7 +161,7 @@ def _without_none(values: dict[str, Any], model: type[BaseModel]) -> dict[str, A
     out: dict[str, Any] = {}
     for key, value in values.items():
         field = model.model_fields[key]
-        inner = _model_in(field.annotation)
+        inner = _model_of(field, value)
         if value is None:
             if field.is_required() or field.get_default(call_default_factory=True) is not None:
                 out[key] = ""
@@ -181,6 +182,21 @@ def _parts(annotation: Any) -> Iterator[Any]:
     if origin in (typing.Union, types.UnionType, typing.Annotated, tuple, list):
         for part in typing.get_args(annotation):
             yield from _parts(part)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The section's class, or one for each kind."""
+    return [p for p in _parts(annotation) if isinstance(p, type) and issubclass(p, BaseModel)]
+
+
+def _model_of(field: FieldInfo, value: Any) -> type[BaseModel] | None:
+    """The class of a section; of one with kinds, that of the kind which the value names."""
+    models = _models_in(field.annotation)
+    if len(models) > 1 and not field.is_required():
+        kind = value.get("kind") if isinstance(value, dict) else None
+        default = type(field.get_default(call_default_factory=True))
+        return next((m for m in models if m.model_fields["kind"].default == kind), default)
+    return models[0] if models else None
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 from recsys.errors import BundleError
 from recsys.features.prepared.columns import ContextColumn
 from recsys.features.prepared.item_coder import ItemCoder
-from recsys.features.prepared.passed import PassedOver
 from recsys.features.prepared.timeline import Timeline
 from recsys.files import atomic_folder, read_json, sha256_bytes, write_json
 from recsys.ragged import Ragged
@@ -36,7 +35,8 @@ from recsys.serving.neighbours import write_neighbours
 from recsys.serving.recall import recall_against_exact
 from recsys.towers.embedding import FeatureSpec, FeatureTable
 from recsys.towers.encode import Embeddings
-from recsys.towers.two_tower import TowerRules, TwoTower
+from recsys.towers.rules import TowerRules
+from recsys.towers.two_tower import TwoTower
 from recsys.vocab import Vocab
 
 if TYPE_CHECKING:
@@ -258,12 +258,8 @@ def _timeline_arrays(timeline: Timeline) -> dict[str, np.ndarray]:
     if timeline.shown is not None:
         arrays["shown_offsets"] = timeline.shown.offsets
         arrays["shown_times"] = timeline.shown.values
-    if timeline.strength is not None:
-        arrays["strength"] = np.asarray(timeline.strength, np.float32)
-    if timeline.passed is not None:
-        arrays["passed_offsets"] = timeline.passed.items.offsets
-        arrays["passed_items"] = np.asarray(timeline.passed.items.values, np.int32)
-        arrays["passed_times"] = timeline.passed.time
+    if timeline.event_weight is not None:
+        arrays["event_weight"] = np.asarray(timeline.event_weight, np.float32)
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
@@ -363,15 +359,9 @@ def _load_parts(path: Path, manifest: dict[str, Any], checked: Check) -> Bundle:
         if "shown_offsets" in arrays
         else None
     )
-    passed = None
-    if model.rules.passed_over:
-        passed = PassedOver(
-            Ragged(arrays["passed_offsets"], arrays["passed_items"]), arrays["passed_times"]
-        )
     timeline = Timeline(
         arrays["user_offsets"], arrays["item"], arrays["time"], arrays["first_seen"],
-        arrays["exists_from"], shown, manifest["timed"], arrays.get("strength"),
-        passed,
+        arrays["exists_from"], shown, manifest["timed"], arrays.get("event_weight"),
     )  # fmt: skip
     coder = None
     if (path / CODING).is_file():

@@ -400,11 +400,6 @@ def _write_about(
 ) -> None:
     bundle = recommender.bundle
     search = "Rank by the inner product, largest first; a user's vector is the query."
-    if bundle.model.rules.score == "cosine_bias":
-        search += (
-            " The last dimension of an item is its bias and of a user 1: for similar items set the "
-            "last dimension of the query to 0."
-        )
     if len(bundle.model.user_shape) > 1:
         search += " A user has a vector an interest: ask with each and keep an item's best score."
     write_json(

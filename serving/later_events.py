@@ -12,7 +12,6 @@ import polars as pl
 import torch
 
 from recsys.features.prepared.encode_log import beside_shown
-from recsys.features.prepared.passed import PassedOver
 from recsys.features.prepared.timeline import NEVER, Timeline
 from recsys.ragged import Ragged
 from recsys.serving.bundle import Bundle
@@ -56,7 +55,7 @@ class Later:
         time: (E,) int64 microseconds, or positions without a clock.
         context: (E, C) codes of the context columns.
         requests: impression lists, or None.
-        strength: (E,) float32 weight of each event, or None where it is not known.
+        event_weight: (E,) float32 weight of each event, or None where it is not known.
     """
 
     user: pl.Series
@@ -64,7 +63,7 @@ class Later:
     time: np.ndarray
     context: np.ndarray
     requests: Requests | None = None
-    strength: np.ndarray | None = None
+    event_weight: np.ndarray | None = None
 
     def since(self, moment: int) -> Later:
         """Only what is at or after the moment."""
@@ -79,7 +78,7 @@ class Later:
             )  # fmt: skip
         return Later(
             self.user.gather(kept), self.item.gather(kept), self.time[kept], self.context[kept],
-            asked, None if self.strength is None else self.strength[kept],
+            asked, None if self.event_weight is None else self.event_weight[kept],
         )  # fmt: skip
 
 
@@ -96,7 +95,7 @@ class CodedLater:
     request_context: np.ndarray
     shown: Ragged
     clicked: np.ndarray
-    strength: np.ndarray | None = None
+    event_weight: np.ndarray | None = None
     position: np.ndarray | None = None
 
 
@@ -196,7 +195,7 @@ def extend(bundle: Bundle, later: Later) -> tuple[Bundle, CodedLater]:
             items.encode(requests.items).astype(np.int64)[requests.shown.values],
         ),
         clicked=np.empty(0, bool) if requests is None else requests.clicked,
-        strength=later.strength,
+        event_weight=later.event_weight,
         position=None if requests is None else requests.position,
     )
     timeline = _timeline(bundle.timeline, coded, users.size, items.size)
@@ -243,15 +242,8 @@ def _timeline(past: Timeline, later: CodedLater, n_users: int, n_items: int) -> 
         exists_from=exists_from,
         shown_item=later.shown.values if has_requests else None,
         shown_time=shown_time if has_requests else None,
-        strength=later.strength,
-        # What the towers do not read is not gathered.
-        passed=None
-        if past.passed is None
-        else PassedOver.of_requests(
-            later.request_user, later.request_time, later.shown, later.clicked, later.position,
-            n_users,
-        ),
-    )  # fmt: skip
+        event_weight=later.event_weight,
+    )
 
 
 def _model(model: TwoTower, n_items: int, n_users: int) -> TwoTower:

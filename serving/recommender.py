@@ -130,7 +130,7 @@ class Recommender:
         """Queries of known user rows with what each had before its time."""
         return asking(
             self.bundle.timeline, users, times, context,
-            last=self.bundle.model.rules.max_history, moment=self._moment,
+            last=self.bundle.model.rules.history.length, moment=self._moment,
         )  # fmt: skip
 
     def recommend_rows(
@@ -189,8 +189,6 @@ class Recommender:
     def nothing_known(self, queries: Queries) -> np.ndarray:
         """(Q,) bool: neither a history nor a vector or features of the user."""
         known = (queries.users > 0) & (queries.users < self.told_apart)
-        if queries.passed is not None and self.bundle.model.rules.passed_over:
-            known |= queries.passed.lengths > 0
         return ~known & (queries.history.lengths == 0)
 
     @cached_property
@@ -388,7 +386,7 @@ class Recommender:
                 statistics = statistics.expand(len(said), -1)
             rows = torch.zeros(len(said), dtype=torch.int64)
             embedded = model.embed_items(rows, statistics, said)
-            if model.item_spec.lookalikes:
+            if model.item_spec.text_neighbours:
                 start = model.item_tower.inputs.start_of(said, model.items)
                 embedded = added(embedded, start)
             return model.item_tower(embedded).float().numpy()

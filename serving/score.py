@@ -19,7 +19,7 @@ from recsys.serving.later_events import Later, extend
 from recsys.serving.recommender import Recommender
 from recsys.serving.user_lists import as_lists, need, rows_of_lists
 from recsys.tables import SECOND, Schema
-from recsys.towers.build import moments_of
+from recsys.towers.data import moments_of
 
 
 @dataclass(frozen=True)

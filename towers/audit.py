@@ -1,7 +1,7 @@
-"""What the negatives of a batch do: who pushes, how hard, what was masked, how they were drawn.
+"""Audit of a batch's negatives: sources, hardness, gradient shares, masks, sampling errors.
 
 Legend: Q queries, B examples, t of them at once, M encoded items, N candidates, K queued columns,
-C = N + K columns, D dimensions, S own negatives, T batches.
+C = N + K columns, D dimensions, S per-query negatives, T batches.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from torch import Tensor
 
 from recsys.features.batching.batch import Batch, Source
 from recsys.files import write_json
-from recsys.towers.history import choose_interest
 
-DRAWN = ("in_batch", "uniform", "queue")
-OWN = tuple(source.name.lower() for source in Source)
-SOURCES = (*DRAWN, *OWN)
+SAMPLED = ("in_batch", "uniform", "queue")
+PER_QUERY = tuple(source.name.lower() for source in Source)
+SOURCES = (*SAMPLED, *PER_QUERY)
 """Where a negative comes from; a candidate that is somebody's target is "in_batch"."""
 EDGES = (-20.0, -10.0, -5.0, -2.0, -1.0, 0.0, 1.0, 2.0, 5.0)
 """Bins of hardness: up to -20, (-20, -10], …, above 5. Zero is as good as the positive."""
@@ -135,7 +134,7 @@ def audit(
     *,
     queued: Tensor | None = None,
     log_weight: Tensor | None = None,
-    skip_share: float | None = None,
+    skip_share: float = 0.0,
     most: int = 1024,
     draws: DrawErrors | None = None,
 ) -> Audit:
@@ -146,16 +145,14 @@ def audit(
     objectives weigh pairs otherwise; this says what the softmax would do with the same scores.
 
     Args:
-        users: (Q, D), or (Q, I, D) of several interests: the one nearest to an example's item
-            stands for it, as in training.
+        users: (Q, D).
         items: (M, D), the batch's first M rows.
         batch: who chose what, beside which columns.
         temperature: divides the score.
-        queued: (K, D) remembered vectors of the queue's columns; None: these are left out.
+        queued: (K, D) vectors of the queue's columns; None: these are left out.
         log_weight: (N+K,) log of how many items a column stands for; -inf: it is no negative.
             None: minus `batch.log_inclusion`.
-        skip_share: None: skips stand beside the drawn negatives. A number: they form a softmax of
-            their own against the positive, with this weight.
+        skip_share: weight of the softmax of the positive against its skips.
         most: examples looked at, spread evenly over the batch.
         draws: to be kept beside the rest.
     """
@@ -164,15 +161,15 @@ def audit(
     columns = items[:n] if queued is None else torch.cat([items[:n], queued.float()])  # (C, D)
     width = len(columns)
     weight = (-batch.log_inclusion if log_weight is None else log_weight)[:width].double()
-    of_column = torch.ones(width, dtype=torch.int64, device=items.device)  # place in DRAWN
+    of_column = torch.ones(width, dtype=torch.int64, device=items.device)  # place in SAMPLED
     of_column[batch.target] = 0
     of_column[n:] = 2
-    kind = torch.nn.functional.one_hot(of_column, len(DRAWN)).double()  # (C, 3)
+    kind = torch.nn.functional.one_hot(of_column, len(SAMPLED)).double()  # (C, 3)
     queries = batch.n_queries
     owner = torch.arange(size, device=items.device) if batch.owner is None else batch.owner
     targets = _Edges(owner, queries)
-    known = _Edges(batch.known[0], queries)
-    own = _Edges(batch.own[0], queries)
+    knper_query = _Edges(batch.positive_mask[0], queries)
+    per_query = _Edges(batch.per_query[0], queries)
 
     chosen = torch.arange(min(size, most), device=items.device) * size // max(1, min(size, most))
     mass = torch.zeros(len(SOURCES), dtype=torch.float64, device=items.device)
@@ -182,36 +179,33 @@ def audit(
     for part in chosen.split(max(1, LOGITS_AT_ONCE // max(1, width))):
         query = owner[part]  # (t,)
         asking = users[query].float()  # (t, D)
-        if asking.ndim == 3:
-            asking = choose_interest(asking, items[batch.target[part]].float())
         logits = asking @ columns.T / temperature  # (t, C)
         positive = logits.gather(1, batch.target[part][:, None])  # (t, 1)
         mine = _marked(logits, *targets.of(query), batch.target)
-        liked = _marked(logits, *known.of(query), batch.known[1]) & ~mine
+        liked = _marked(logits, *knper_query.of(query), batch.positive_mask[1]) & ~mine
         negative = ~(mine | liked) & (weight > -torch.inf)
-        row, edge = own.of(query)
-        own_logit = (asking[row] * items[batch.own[1, edge]]).sum(1) / temperature  # (s,)
-        source = batch.own_source[edge].long()
-        apart = (source == Source.SKIPPED) & (skip_share is not None)
+        row, edge = per_query.of(query)
+        hard_logit = (asking[row] * items[batch.per_query[1, edge]]).sum(1) / temperature  # (s,)
+        source = batch.per_query_source[edge].long()
+        apart = source == Source.SKIPPED
 
         # Everything relative to the largest logit of the row, in float64: nothing overflows.
         drawn = logits.double() + weight
-        given = own_logit.double() + batch.own_log_weight[edge]
+        given = hard_logit.double() + batch.per_query_log_weight[edge]
         top = torch.maximum(positive[:, 0].double(), drawn.amax(1))
         top = top.scatter_reduce(0, row, given, "amax")
         drawn = (drawn - top[:, None]).exp()  # (t, C)
         given = (given - top[row]).exp()  # (s,)
         itself = (positive[:, 0].double() - top).exp()
         by_drawn = (drawn * negative) @ kind  # (t, 3)
-        by_own = torch.zeros(len(part), len(OWN), dtype=torch.float64, device=items.device)
-        by_own.index_put_((row, source), given * ~apart, accumulate=True)
-        total = itself + by_drawn.sum(1) + by_own.sum(1)
-        share = torch.cat([by_drawn, by_own], 1) / total.clamp(min=1e-300)[:, None]  # (t, 7)
-        if skip_share is not None:
-            behind = torch.zeros(len(part), dtype=torch.float64, device=items.device)
-            behind.index_add_(0, row, given * apart)
-            skipped = len(DRAWN) + Source.SKIPPED
-            share[:, skipped] += skip_share * behind / (itself + behind).clamp(min=1e-300)
+        by_query = torch.zeros(len(part), len(PER_QUERY), dtype=torch.float64, device=items.device)
+        by_query.index_put_((row, source), given * ~apart, accumulate=True)
+        total = itself + by_drawn.sum(1) + by_query.sum(1)
+        share = torch.cat([by_drawn, by_query], 1) / total.clamp(min=1e-300)[:, None]  # (t, 7)
+        behind = torch.zeros(len(part), dtype=torch.float64, device=items.device)
+        behind.index_add_(0, row, given * apart)
+        skipped = len(SAMPLED) + Source.SKIPPED
+        share[:, skipped] += skip_share * behind / (itself + behind).clamp(min=1e-300)
         mass += (share * batch.weight[part].double()[:, None]).sum(0)
         lost = (drawn * liked).sum(1)
         masked[0] += liked.sum()
@@ -219,7 +213,7 @@ def audit(
 
         bin_ = torch.bucketize(logits - positive, edges)  # (t, C)
         _count(counts, of_column.expand_as(bin_)[negative], bin_[negative])
-        _count(counts, source + len(DRAWN), torch.bucketize(own_logit - positive[row, 0], edges))
+        _count(counts, source + len(SAMPLED), torch.bucketize(hard_logit - positive[row, 0], edges))
     looked = max(1, len(chosen))
     pushing, weights = float(mass.sum()), float(batch.weight[chosen].sum())
     return Audit(

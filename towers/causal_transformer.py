@@ -1,16 +1,14 @@
-"""A causal transformer over histories: one pass answers after every entry.
+"""Causal transformer over packed histories, with relative-distance attention.
 
 Linear layers, norms and feed-forward layers run on packed entries, without padding. Only attention
 needs a block, and gets one for users of about equally long histories at a time.
 
-Places. Attention sees how many entries lie between two, by a learned logit for each distance (the
-default, which learns to look at what came last within an epoch) or by rotation. That is causal; it
-does not depend on where a long history was cut off, while a number counted from the
-oldest kept entry moves with the cut; and no place of a long history goes untrained because few
-users reach it, as most do where lengths follow a power law. Places counted from the newest entry
-would tell an entry how many are still to come, and when serving they would mean something else.
+Attention sees how many entries lie between two, by a learned logit for each distance, which learns
+to look at what came last within an epoch. That is causal, and it does not depend on where a long
+history was cut off, while a position counted from the oldest kept entry moves with the cut.
+Positions counted from the newest entry would tell an entry how many are still to come.
 
-Legend: R distinct item rows, U users, H history entries in all, P padded places, Q queries,
+Legend: R distinct item rows, U users, H history entries in all, P padded positions, Q queries,
 D dimensions, d dimensions of a head.
 """
 
@@ -23,13 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.towers.embedding import small
 from recsys.towers.history import EntryInputs, user_of_entry
 
 if TYPE_CHECKING:
     from recsys.features.batching.batch import UserSide
 
-ROTARY_BASE = 10_000.0
 SHORTEST_CLASS = 4
 """Histories up to this length share a block: more blocks cost more than the padding they spare."""
 
@@ -43,8 +39,8 @@ class Blocks:
 
     Args:
         users: users with a history, those of a block after another.
-        shapes: users and places of each block; P is the sum of their products.
-        entries: (P,) the packed entry at each place of the blocks, block after block.
+        shapes: users and positions of each block; P is the sum of their products.
+        entries: (P,) the packed entry at each position of the blocks, block after block.
         back: (H,) where in the blocks each packed entry stands.
     """
 
@@ -54,7 +50,9 @@ class Blocks:
     back: Tensor
 
     @staticmethod
-    def of(lengths: Tensor, user: Tensor, place: Tensor, shortest: int = SHORTEST_CLASS) -> Blocks:
+    def of(
+        lengths: Tensor, user: Tensor, position: Tensor, shortest: int = SHORTEST_CLASS
+    ) -> Blocks:
         """Blocks by length: up to `shortest`, up to twice that, and so on by doubling.
 
         Each is as wide as its longest history, so that in all but the first less than half of it
@@ -62,7 +60,7 @@ class Blocks:
 
         Args:
             lengths: (U,) int64; users without any are in no block.
-            user, place: (H,) whose each entry is, and how many of the same user stand before it.
+            user, position: (H,) whose each entry is, and how many of the same user stand before it.
             shortest: longest history of the first block; 0: one block for all.
         """
         device = lengths.device
@@ -86,7 +84,9 @@ class Blocks:
             entries.append((start[part, None] + within).reshape(-1))
             corner[part] = first + width * torch.arange(n, device=device)
             first += n * width
-        return Blocks(users, shapes, torch.cat(entries) if entries else place, corner[user] + place)
+        return Blocks(
+            users, shapes, torch.cat(entries) if entries else position, corner[user] + position
+        )
 
 
 class CausalTransformer(nn.Module):
@@ -97,41 +97,31 @@ class CausalTransformer(nn.Module):
 
     Args:
         dimension: D, divisible by twice the heads.
-        max_history: places or distances that can be told apart; rotary ones need no number.
+        length: distances that can be told apart, each with a learned logit a head (as the relative
+            bias of T5; Raffel et al., 2020).
         layers, heads: how many.
         hidden: width of the feed-forward layers.
         dropout: probability, behind each layer.
         entry_dropout: probability, of the entries' dimensions.
-        place: "distance": a learned logit for each number of entries between two, one a head (as
-            the relative bias of T5; Raffel et al., 2020). "rotary": by rotation (Su et al., 2021).
-            "learned": a vector for each place counted from the oldest entry that is kept.
         inputs: see `EntryInputs`; times count from each entry to the next.
     """
 
     def __init__(
         self,
         dimension: int,
-        max_history: int,
+        length: int,
         *,
         layers: int = 1,
         heads: int = 1,
         hidden: int = 256,
         dropout: float = 0.0,
         entry_dropout: float = 0.0,
-        place: str = "distance",
         inputs: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.entry_dropout, self.shortest = entry_dropout, SHORTEST_CLASS
         self.empty = nn.Parameter(torch.randn(dimension) / dimension**0.5)
-        self.place = small(nn.Embedding(max_history, dimension)) if place == "learned" else None
-        if place == "rotary":
-            half = dimension // heads // 2
-            frequencies = ROTARY_BASE ** (-torch.arange(half) / half)
-            self.frequencies = nn.Buffer(frequencies, persistent=False)
-        self.distance = None
-        if place == "distance":
-            self.distance = nn.Parameter(torch.zeros(heads, max_history))
+        self.distance = nn.Parameter(torch.zeros(heads, length))
         self.layers = nn.ModuleList(
             _CausalLayer(dimension, heads, hidden, dropout) for _ in range(layers)
         )
@@ -158,21 +148,13 @@ class CausalTransformer(nn.Module):
         x = unit[entries] * unit.shape[-1] ** 0.5  # (H, D)
         lengths = side.lengths
         user = user_of_entry(side)
-        place = torch.arange(len(user), device=user.device) - (lengths.cumsum(0) - lengths)[user]
-        rotation = None
-        if self.distance is None and self.place is None:
-            angle = place[:, None] * self.frequencies  # (H, D / heads / 2)
-            rotation = torch.stack([angle.cos(), angle.sin()]).to(x.dtype)
-        elif self.place is not None:
-            x = x + self.place(place.clamp(max=self.place.num_embeddings - 1))
+        position = torch.arange(len(user), device=user.device) - (lengths.cumsum(0) - lengths)[user]
         x = F.dropout(x, self.entry_dropout, self.training)
-        blocks = Blocks.of(lengths, user, place, self.shortest)
-        asked = lengths.cumsum(0)[blocks.users] - 1 if side.at is None else side.at
+        blocks = Blocks.of(lengths, user, position, self.shortest)
+        queried = lengths.cumsum(0)[blocks.users] - 1 if side.at is None else side.at
         for number, layer in enumerate(self.layers, 1):
-            # Behind the last attention, only what is asked for goes on.
-            x = layer(
-                x, blocks, rotation, self.distance, asked if number == len(self.layers) else None
-            )
+            # Behind the last attention, only what is queried for goes on.
+            x = layer(x, blocks, self.distance, queried if number == len(self.layers) else None)
         x = self.last(self.norm(x))
         if side.at is not None:
             return x
@@ -197,42 +179,35 @@ class _CausalLayer(nn.Module):
         self,
         x: Tensor,
         blocks: Blocks,
-        rotation: Tensor | None,
-        distance: Tensor | None,
-        asked: Tensor | None,
+        distance: Tensor,
+        queried: Tensor | None,
     ) -> Tensor:
-        """(H, D) → (H, D), or only the entries `asked` (Q,) → (Q, D)."""
-        heard = self.out(self._attend(self.before_attention(x), blocks, rotation, distance))
-        if asked is not None:
-            x, heard = x[asked], heard[asked]
-        x = x + F.dropout(heard, self.dropout, self.training)
+        """(H, D) → (H, D), or only the entries `queried` (Q,) → (Q, D)."""
+        attended = self.out(self._attend(self.before_attention(x), blocks, distance))
+        if queried is not None:
+            x, attended = x[queried], attended[queried]
+        x = x + F.dropout(attended, self.dropout, self.training)
         wide = F.dropout(F.gelu(self.up(self.before_forward(x))), self.dropout, self.training)
         return x + F.dropout(self.down(wide), self.dropout, self.training)
 
-    def _attend(
-        self, x: Tensor, blocks: Blocks, rotation: Tensor | None, distance: Tensor | None
-    ) -> Tensor:
+    def _attend(self, x: Tensor, blocks: Blocks, distance: Tensor) -> Tensor:
         """(H, D) → (H, D): attention of each entry to those of its user up to itself."""
         if not len(x):
             return x
         entries = self.queries_keys_values(x).view(len(x), 3, self.heads, -1)
-        if rotation is not None:
-            turned = rotated(entries[:, :2], rotation[:, :, None, None]).to(entries.dtype)
-            entries = torch.cat([turned, entries[:, 2:]], 1)
         sizes = [users * width for users, width in blocks.shapes]
-        heard = []
+        attended = []
         for part, (users, width) in zip(
             entries.index_select(0, blocks.entries).split(sizes), blocks.shapes, strict=True
         ):
             padded = part.view(users, width, *entries.shape[1:]).permute(2, 0, 3, 1, 4)
             # (3, users, heads, width, d). Attention weights are not dropped out: that takes the
             # slow way, with all of them in memory.
-            bias = None if distance is None else causal_bias(distance, width)
             out = F.scaled_dot_product_attention(
-                padded[0], padded[1], padded[2], attn_mask=bias, is_causal=bias is None
+                padded[0], padded[1], padded[2], attn_mask=causal_bias(distance, width)
             )
-            heard.append(out.transpose(1, 2).reshape(users * width, -1))
-        return torch.cat(heard).index_select(0, blocks.back)
+            attended.append(out.transpose(1, 2).reshape(users * width, -1))
+        return torch.cat(attended).index_select(0, blocks.back)
 
 
 def causal_bias(distance: Tensor, width: int) -> Tensor:
@@ -243,18 +218,7 @@ def causal_bias(distance: Tensor, width: int) -> Tensor:
             furthest.
         width: of the block.
     """
-    place = torch.arange(width, device=distance.device)
-    back = place[:, None] - place
+    position = torch.arange(width, device=distance.device)
+    back = position[:, None] - position
     known = distance[:, back.clamp(0, distance.shape[1] - 1)]
     return known.masked_fill(back < 0, -torch.inf)
-
-
-def rotated(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn pairs of dimensions, so that inner products see differences of places only.
-
-    Args:
-        x: (..., d), dimension i paired with i + d / 2.
-        rotation: (2, ..., d / 2) cosine and sine of each pair's angle.
-    """
-    (cosine, sine), (left, right) = rotation, x.chunk(2, -1)
-    return torch.cat([left * cosine - right * sine, right * cosine + left * sine], -1)

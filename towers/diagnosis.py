@@ -15,7 +15,8 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from recsys.towers.two_tower import ITEM_LENGTHS, TwoTower
+from recsys.towers.rules import LENGTH_SCORES
+from recsys.towers.two_tower import TwoTower
 
 SHARPEST, FLATTEST = 0.01, 1.0
 """Bounds of a learned temperature."""
@@ -300,7 +301,7 @@ def _temperature(found: Measured) -> Iterator[Finding]:
             "learning rate blew the temperature up before they could.",
             "Fix it: learn_temperature = false and temperature = 0.1; then look at the data.",
         )
-    elif found.score not in ITEM_LENGTHS and 2 / value < math.log(max(found.items, 2)):
+    elif found.score not in LENGTH_SCORES and 2 / value < math.log(max(found.items, 2)):
         yield Finding(
             "dead temperature",
             f"At temperature {value:.3g} the best and the worst cosine are {2 / value:.1f} apart "

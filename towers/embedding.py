@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from recsys.towers.item_context import ROWS_AT_ONCE, Lookalikes, Surroundings, alike
+from recsys.towers.item_context import ROWS_AT_ONCE, ItemContext, TextNeighbours, alike
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class FeatureSpec:
         numbers: how many numbers.
         categories: name → number of codes, code 0 for unknown included.
         statistics: how many statistics as of the event.
-        lookalikes: in a bundle, of how many rows whose texts are like its own every row reads.
+        text_neighbours: in a bundle, of how many rows whose texts are like its own every row reads.
         starts: rows beyond those with an id for which that is kept.
     """
 
@@ -35,7 +35,7 @@ class FeatureSpec:
     numbers: int = 0
     categories: dict[str, int] = field(default_factory=dict)
     statistics: int = 0
-    lookalikes: int = 0
+    text_neighbours: int = 0
     starts: int = 0
 
 
@@ -102,7 +102,7 @@ class FeatureEmbedding(nn.Module):
             rows without an id get when the model serves, so that a new row lands in the right
             place from its content alone (DropoutNet; Volkovs et al., 2017).
         dropout: probability that a dimension of the sum is zeroed in training.
-        members: towers that share the dimensions, see members.py; vectors start as long in each
+        ensemble: towers that share the dimensions, see ensemble.py; vectors start as long in each
             part as they would alone.
         text_dropout: probability that a dimension of the text vector is zeroed in training.
         carry_text: where the model answers, the text vector itself stands behind the sum.
@@ -114,7 +114,7 @@ class FeatureEmbedding(nn.Module):
         dimension: int,
         id_dropout: float = 0.0,
         dropout: float = 0.0,
-        members: int = 1,
+        ensemble: int = 1,
         *,
         text_dropout: float = 0.0,
         carry_text: bool = False,
@@ -126,10 +126,10 @@ class FeatureEmbedding(nn.Module):
         if spec.ids:
             # sparse: only the touched rows get a gradient, and only they are moved.
             # Row 0 is hardly ever trained without id dropout; small() lets it say nothing.
-            self.ids = small(nn.Embedding(spec.ids, dimension, sparse=True), members)
-        self.around: Surroundings | None = None
-        self.lookalikes: Lookalikes | None = None
-        if spec.lookalikes:
+            self.ids = small(nn.Embedding(spec.ids, dimension, sparse=True), ensemble)
+        self.context: ItemContext | None = None
+        self.text_neighbours: TextNeighbours | None = None
+        if spec.text_neighbours:
             self.likeness = nn.Parameter(torch.tensor(0.5))
             # Row 0 is of all rows that have an id.
             self.starts = nn.Embedding(spec.starts + 1, dimension, sparse=True)
@@ -137,7 +137,7 @@ class FeatureEmbedding(nn.Module):
             self.alone = nn.Embedding(spec.ids, dimension, sparse=True)
         if spec.text:
             self.text = nn.Linear(spec.text, dimension, bias=False)
-            _scale_to_unit(self.text, inputs_norm=members**0.5)
+            _scale_to_unit(self.text, inputs_norm=ensemble**0.5)
         if spec.vector:
             self.vector = nn.Linear(spec.vector, dimension, bias=False)
         if spec.numbers:
@@ -146,7 +146,7 @@ class FeatureEmbedding(nn.Module):
             {
                 # A dot is not allowed in a module's name, and a column's name may hold one.
                 str(position): small(
-                    nn.EmbeddingBag(size, dimension, mode="mean", padding_idx=0), members
+                    nn.EmbeddingBag(size, dimension, mode="mean", padding_idx=0), ensemble
                 )
                 for position, size in enumerate(spec.categories.values())
             }
@@ -158,28 +158,28 @@ class FeatureEmbedding(nn.Module):
                 nn.Linear(spec.statistics, dimension), nn.GELU(), nn.Linear(dimension, dimension)
             )
 
-    def surround(self, around: Surroundings | None, lookalikes: Lookalikes | None) -> None:
+    def surround(self, context: ItemContext | None, text_neighbours: TextNeighbours | None) -> None:
         """Read what is around items, too; for training, a bundle holds what comes of it."""
-        self.around, self.lookalikes = around, lookalikes
+        self.context, self.text_neighbours = context, text_neighbours
 
     def whole_ids(self) -> Tensor:
         """(I, D) what ids say, and with them all that is around the items."""
         out = self.ids.weight.detach().clone()
         with torch.no_grad():
             for rows in torch.arange(len(out), device=out.device).split(ROWS_AT_ONCE):
-                if self.around is not None:
-                    there, said = self.around(rows, self.ids)
+                if self.context is not None:
+                    there, said = self.context(rows, self.ids)
                     out[rows] += said * there[:, None]
-                if self.lookalikes is not None:
-                    out[rows] += self.lookalikes(rows, self.ids)
+                if self.text_neighbours is not None:
+                    out[rows] += self.text_neighbours(rows, self.ids)
         return out
 
     def starts_of(self, rows: Tensor) -> Tensor:
         """(1+R, D) zero, and what rows without an id start from, for a bundle."""
-        assert self.lookalikes is not None
+        assert self.text_neighbours is not None
         parts = [torch.zeros(1, self.dimension)]
         with torch.no_grad():
-            parts += [self.lookalikes(part, self.ids) for part in rows.split(ROWS_AT_ONCE)]
+            parts += [self.text_neighbours(part, self.ids) for part in rows.split(ROWS_AT_ONCE)]
         return torch.cat(parts)
 
     def place_of_start(self, rows: Tensor) -> Tensor:
@@ -194,7 +194,9 @@ class FeatureEmbedding(nn.Module):
             texts: of the new items.
             table: of the items that were learned from.
         """
-        found, weight = alike(texts, _of(table.text, slice(self.spec.ids)), self.spec.lookalikes)
+        found, weight = alike(
+            texts, _of(table.text, slice(self.spec.ids)), self.spec.text_neighbours
+        )
         return self.likeness * (self.alone(found).float() * weight[:, :, None]).sum(1)
 
     def standardise(self, mean: Tensor, scale: Tensor) -> None:
@@ -223,7 +225,7 @@ class FeatureEmbedding(nn.Module):
             statistics: (R, S) as of the event; needed when the spec has any.
             texts: (R, T) text vectors to use instead of the table's.
             ids: id vectors to use instead of those learned here.
-            left_out: user rows of whose events nothing is to be known, see `Surroundings`.
+            left_out: user rows of whose events nothing is to be known, see `ItemContext`.
 
         Returns:
             (R, D); (R, D+T) with `carry_text`, where the model answers.
@@ -262,17 +264,17 @@ class FeatureEmbedding(nn.Module):
         """
         known = torch.where(rows < self.spec.ids, rows, 0)
         there, said = known > 0, None
-        if self.around is not None:
-            seen, said = self.around(known, ids, left_out)
-            there = there & seen & self._kept(rows, self.around.hidden)
+        if self.context is not None:
+            seen, said = self.context(known, ids, left_out)
+            there = there & seen & self._kept(rows, self.context.hidden)
             said = said * there[:, None]
         shown = there & self._kept(rows, self.id_dropout)
         out = ids(known * shown)
         if said is not None:
             out = out + said
-        if self.lookalikes is not None:
-            out = out + self.lookalikes(rows, ids)
-        if self.spec.lookalikes:
+        if self.text_neighbours is not None:
+            out = out + self.text_neighbours(rows, ids)
+        if self.spec.text_neighbours:
             out = out + self.starts(self.place_of_start(rows)).float()
         return out
 
@@ -286,9 +288,9 @@ class FeatureEmbedding(nn.Module):
 Table = TypeVar("Table", nn.Embedding, nn.EmbeddingBag)
 
 
-def small(table: Table, members: int = 1) -> Table:
+def small(table: Table, ensemble: int = 1) -> Table:
     """Start a table of vectors small beside the content, and its row 0, unknown, at zero."""
-    nn.init.normal_(table.weight, std=0.1 * (members / table.embedding_dim) ** 0.5)
+    nn.init.normal_(table.weight, std=0.1 * (ensemble / table.embedding_dim) ** 0.5)
     with torch.no_grad():
         table.weight[0].zero_()
     return table

@@ -28,7 +28,7 @@ class Embeddings:
     Args:
         ids: (N,) external ids.
         vectors: (N, D) float32, finite.
-        score: "cosine", "dot", "projection" or "cosine_bias"; inner products rank in every case.
+        score: "cosine", "dot" or "projection"; inner products rank in every case.
 
     Raises:
         DataError: the sizes differ, or a vector is not finite.
@@ -98,12 +98,12 @@ def encode_users(
     timeline: Timeline | None = None,
     moment: int | None = None,
 ) -> np.ndarray:
-    """Vectors of who asks, float32: (Q, D), or (Q, K, D) for towers with several interests."""
-    out = np.empty((len(queries), *model.user_shape), np.float32)
+    """(Q, D) float32 vectors of queries."""
+    out = np.empty((len(queries), model.vector_dimension), np.float32)
     with _answering(model) as device:
         for start in range(0, len(queries), ROWS_AT_ONCE):
             part = queries.take(np.arange(start, min(start + ROWS_AT_ONCE, len(queries))))
-            side, rows = query_side(part, model.rules.max_history)
+            side, rows = query_side(part, model.rules.history.length)
             items = _embed(model, rows, timeline, moment, device, None, history=True)
             encoded = model.encode_users(side.to(device), items)
             out[start : start + len(part)] = encoded.float().cpu().numpy()

@@ -1,8 +1,8 @@
-"""A start for id tables from what goes with what: leading singular vectors, found in seconds.
+"""Initialisation of id tables by spectral decomposition, in seconds.
 
 Contrastive training from noise spends most of its steps on finding which items go together. For
-sets of items, `spectral` factors who had what; for sequences, `company` factors which items stood
-near each other.
+sets of items, `spectral` factors who had what; for sequences, `cooccurrence` factors which items
+stood near each other.
 
 Legend: U user rows, I item rows, D dimensions.
 """
@@ -16,14 +16,13 @@ import numpy as np
 
 from recsys.errors import ConfigError
 from recsys.features.prepared.timeline import Timeline
+from recsys.towers.rules import LENGTH_SCORES, CooccurrenceInit, SpectralInit
 
 if TYPE_CHECKING:
     import torch
     from scipy import sparse
 
-    from recsys.towers.rules import TrainingRules
     from recsys.towers.two_tower import TwoTower
-
 
 POWER = 3
 """Power iterations of the decomposition. More find the leading vectors more sharply and rank worse:
@@ -49,7 +48,6 @@ def spectral(
     timeline: Timeline,
     dimension: int,
     seed: int,
-    window: int = 0,
     powers: tuple[float, float, float] = (0.5, 0.5, 0.0),
 ) -> Spectral:
     """Factor the normalised interactions R̃ = Du^-a R Di^-b ≈ P Σ Vᵀ.
@@ -59,14 +57,10 @@ def spectral(
     item i by Σ over j in u's history of (v_j / d_j^b) · (σ^c v_i d_i^b), so that the first bracket
     is what j adds to a history and the second what i is found by.
 
-    Where the order of a history means something, a row of R is not a whole user but `window`
-    consecutive events, so that what goes together is what stands together. Windows overlap by half.
-
     Args:
         timeline: the training side.
         dimension: D; beyond the rank of R̃ the columns are zero.
         seed: of the randomised decomposition (Halko et al., 2011).
-        window: events of a row; 0: all of a user.
         powers: a, b and c. With a = ½ everybody weighs alike in the decomposition, with 0 each
             event does; so with b and items. With c = 0 all D directions count alike, with more the
             leading ones more.
@@ -74,9 +68,9 @@ def spectral(
     from scipy import sparse
     from sklearn.utils.extmath import randomized_svd
 
-    rows, events = _windows(timeline, window)
-    shape = (int(rows.max(initial=0)) + 1, timeline.n_items)
-    had = _counts_once(rows, np.asarray(timeline.item)[events], shape)
+    user = np.asarray(timeline.user)
+    shape = (int(user.max(initial=0)) + 1, timeline.n_items)
+    had = _counts_once(user, np.asarray(timeline.item), shape)
     per_row = np.maximum(np.asarray(had.sum(1), np.float32)[:, 0], 1)
     per_item = np.maximum(np.asarray(had.sum(0), np.float32)[0], 1)
     of_row, of_item, of_value = powers
@@ -93,25 +87,9 @@ def spectral(
     # A mean of the history then has length 1 on average, like everything else that is added to it.
     whole = (timeline.n_users, timeline.n_items)
     seen = _counts_once(timeline.user, np.asarray(timeline.item), whole)
-    user = np.asarray(seen @ history, np.float32)
-    history /= _mean_length(user / np.maximum(np.asarray(seen.sum(1), np.float32), 1))
-    return Spectral(item, history, _unit(user))
-
-
-def _windows(timeline: Timeline, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The row of R that each event stands in, and the event; with windows, each stands in two."""
-    user = np.asarray(timeline.user)
-    events = np.arange(len(user))
-    if not size:
-        return user, events
-    place = events - np.asarray(timeline.user_offsets)[user]
-    rows: list[np.ndarray] = []
-    for shift in (0, size // 2):
-        window = (place + shift) // size
-        fresh = np.ones(len(events), bool)
-        fresh[1:] = (user[1:] != user[:-1]) | (window[1:] != window[:-1])
-        rows.append(np.cumsum(fresh) - 1 + (rows[0][-1] + 1 if rows and len(events) else 0))
-    return np.concatenate(rows), np.tile(events, 2)
+    sums = np.asarray(seen @ history, np.float32)
+    history /= _mean_length(sums / np.maximum(np.asarray(seen.sum(1), np.float32), 1))
+    return Spectral(item, history, _unit(sums))
 
 
 def _counts_once(
@@ -133,13 +111,13 @@ def _mean_length(vectors: np.ndarray) -> float:
 
 
 REACH, DECAY = 15, 0.8
-"""Company is kept with so many entries before, each a fifth less than the one after it."""
+"""An item co-occurs with so many entries before it, each a fifth less than the one after it."""
 LENGTH = 0.25
-"""Of id vectors that start from company. Only directions are scored, and the shorter a vector, the
-further a step turns it. Beside text or given vectors they have length 1, as those have."""
+"""Of id vectors that start from co-occurrence. Only directions are scored, and the shorter a
+vector, the further a step turns it. Beside text or given vectors they have length 1, as those have."""
 
 
-def company(timeline: Timeline, dimension: int, seed: int) -> np.ndarray:
+def cooccurrence(timeline: Timeline, dimension: int, seed: int) -> np.ndarray:
     """(I, D) float32 unit vectors from which items stand near each other in histories.
 
     The co-occurrence C sums .8^(gap-1) over all pairs of a user's entries at most 15 apart, both
@@ -180,89 +158,55 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
 
 
-CODE_LENGTH, AGAINST = 0.7, 2.0
-"""Of random codes, the rest of a vector having length 1; and how much an entry speaks against its
-own code at first."""
-
-
-def start(model: TwoTower, timeline: Timeline, rules: TrainingRules, seed: int) -> None:
+def initialise(
+    model: TwoTower, timeline: Timeline, rules: SpectralInit | CooccurrenceInit, seed: int
+) -> None:
     """Set a model's id tables from a training side; what it reads of content stays as it is.
 
     Args:
         model: both towers.
         timeline: the training side.
-        rules: of which `start`, "spectral" or "company", and what else begins with its name.
+        rules: which decomposition.
         seed: of the decomposition.
 
     Raises:
-        ConfigError: the model has no item ids, several members, or no dimensions beside the code.
+        ConfigError: the model has no item ids, or is an ensemble.
     """
-    from recsys.towers.two_tower import ITEM_LENGTHS
-
-    kind, code = rules.start, rules.start_code
     ids = getattr(model.item_tower.inputs, "ids", None)
     if ids is None:
         raise ConfigError(
-            f'training.start = "{kind}" sets item ids, and towers.item_id is false: set it to '
-            'true, or start to "random".'
+            f'training.id_init.kind = "{rules.kind}" sets item ids, and towers.id_dropout = 1 '
+            'leaves them out: set it below 1, or the kind to "random".'
         )
-    if model.rules.members > 1:
+    if model.rules.ensemble > 1:
         raise ConfigError(
-            f'training.start = "{kind}" would start all {model.rules.members} members alike, and '
-            'members that differ are what an ensemble is for: set it to "random", or '
-            "towers.members to 1."
+            f'training.id_init.kind = "{rules.kind}" would start all {model.rules.ensemble} towers '
+            'alike, and an ensemble is of towers that differ: set it to "random", or '
+            "towers.ensemble to 1."
         )
-    tower = model.user_tower
-    if kind == "company":
+    tower, dimension = model.user_tower, model.rules.dimension
+    if isinstance(rules, CooccurrenceInit):
         content = model.item_spec.text or model.item_spec.vector
-        vectors = _with_code(timeline, model.rules.dimension, code, seed)
-        if code and tower.look_back is not None:
-            _speak_against(tower.look_back.says.weight, code)
-        vectors = vectors * (1.0 if content else LENGTH)
-        own = tower.history_ids if model.rules.history_table == "own" else None
+        vectors = cooccurrence(timeline, dimension, seed) * (1.0 if content else LENGTH)
+        own = tower.history_ids if model.rules.history.table == "own" else None
         _set([(table, vectors) for table in (ids, own) if table is not None])
         return
-    dimension = model.rules.dimension
-    found = spectral(timeline, dimension, seed, rules.start_window, rules.start_powers)
-    dot = model.rules.score in ITEM_LENGTHS
+    factors = spectral(timeline, dimension, seed, rules.powers)
+    by_length = model.rules.score in LENGTH_SCORES
     # A cosine has directions alone; elsewhere lengths say what is often had.
-    item = found.item if dot else _unit(found.item)
+    item = factors.item if by_length else _unit(factors.item)
     pairs: list[tuple[torch.nn.Embedding, np.ndarray]] = []
     if tower.history_ids is not None:
-        offset = item if model.rules.history_table == "offset" else 0.0
-        pairs += [(ids, item), (tower.history_ids, found.history - offset)]
-    elif tower.history_weight is not None:
-        length = np.linalg.norm(found.history, axis=1, keepdims=True)
-        pairs += [(ids, item), (tower.history_weight, np.log(np.maximum(length, 1e-6)))]
+        offset = item if model.rules.history.table == "offset" else 0.0
+        pairs += [(ids, item), (tower.history_ids, factors.history - offset)]
     else:
         # One table for both: its directions are what an item is found by, its lengths are how much
         # the item says of a user.
-        pairs.append((ids, _unit(found.item) if dot else found.history))
+        pairs.append((ids, _unit(factors.item) if by_length else factors.history))
     users = getattr(tower.features, "ids", None)
     if users is not None:
-        pairs.append((users, found.user))
+        pairs.append((users, factors.user))
     _set(pairs)
-
-
-def _with_code(timeline: Timeline, dimension: int, code: int, seed: int) -> np.ndarray:
-    """(I, D) unit vectors: company, and behind it a random code of each item."""
-    if code >= dimension:
-        raise ConfigError(
-            f"training.start_code is {code}, and towers.dimension is {dimension}: the code is a "
-            "part of the vector. Make it smaller, or the vector larger."
-        )
-    vectors = company(timeline, dimension - code, seed)
-    if not code:
-        return vectors
-    codes = np.random.default_rng(seed).standard_normal((len(vectors), code)).astype(np.float32)
-    return _unit(np.concatenate([vectors, CODE_LENGTH * _unit(codes)], axis=1))
-
-
-def _speak_against(weight: torch.Tensor, code: int) -> None:
-    import torch
-
-    with torch.no_grad():
-        weight.diagonal()[-code:] = -AGAINST
 
 
 def _set(pairs: list[tuple[torch.nn.Embedding, np.ndarray]]) -> None:

@@ -1,9 +1,9 @@
 """What is known of an item besides itself: what came before it, how many chose it, how lately.
 
 An id vector that a handful of events have made says little. More say what stood before an item in
-histories, and how often and how near to their ends it stands itself (`Surroundings`); and, of new
-items too, those whose texts are like its own (`Lookalikes`). A bundle holds what both say as plain
-vectors, so that what answers reads neither the log nor everybody's texts.
+histories, and how often and how near to their ends it stands itself (`ItemContext`); and, of new
+items too, those whose texts are like its own (`TextNeighbours`). A bundle holds what both say as
+plain vectors, so that what answers reads neither the log nor everybody's texts.
 
 Legend: R rows asked for, I item rows with an id, N item rows, M entries, E events, D dimensions,
 T text dimensions.
@@ -42,7 +42,7 @@ def spans(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(len(owner), device=starts.device) + first[owner], owner
 
 
-class Surroundings(nn.Module):
+class ItemContext(nn.Module):
     """What the log says of items with an id, by everybody but those who are asked for.
 
     The mean id vector of an item's neighbours is one step of a graph convolution (GraphSAGE;
@@ -176,7 +176,7 @@ class Surroundings(nn.Module):
         return said / (total + 1)[:, None]
 
 
-class Lookalikes(nn.Module):
+class TextNeighbours(nn.Module):
     """Id vectors of the items whose texts are most like an item's own, for items with few events of
     their own, or none.
 

@@ -1,8 +1,8 @@
-"""What an objective sees of a batch: how every query scores its own items and those it lost to.
+"""Logits of a batch: positives, shared sampled negatives, per-query negatives, masks.
 
-Legend: Q queries, B examples (a query has one or more), N candidates, M items given (candidates
-and those given as own negatives), K remembered columns, C = N + K columns, D dimensions, E known
-edges, S own negatives.
+Legend: Q queries, B examples (a query has one or more), N candidates, M encoded items (candidates
+and per-query negatives), K queued columns, C = N + K columns, D dimensions, E masked edges,
+S per-query negatives.
 """
 
 from __future__ import annotations
@@ -10,32 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from recsys.towers.logsumexp import (
-    column_logsumexp,
-    full,
-    largest,
-    product,
-    ragged_logaddexp,
-    repeat_ragged,
-    row_logsumexp,
-    row_sum,
-)
+from recsys.features.batching.batch import Source
 
-Term = Callable[[Tensor], Tensor]
-"""Of raw scores, elementwise."""
+NOT_SKIPPED = tuple(source for source in Source if source != Source.SKIPPED)
 
 PairTerm = Callable[[Tensor, Tensor], Tensor]
 """Of raw scores of negatives and of the positives beside them, elementwise with broadcasting."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Scores:
+class BatchLogits:
     """Inner products of queries with their own items and with their negatives.
 
     The negatives of a query are all columns but the items that it chose itself and those its user
@@ -53,12 +44,11 @@ class Scores:
         log_weight: (N+K,) log of how many items a column stands for: minus the log probability
             that it is among the drawn negatives; zeros for no correction, -inf for no column.
         owner: (B,) query of each example; None: example b is query b.
-        queued: (K, D) vectors of columns remembered from earlier steps.
-        known: (2, E) query and column that the user is known to like: no negative there.
-        own: (2, S) query and row of `items` of negatives for this query alone.
-        own_log_weight: (S,) log weight of each; a weight of 1 counts as one full negative.
-        own_source: (S,) kind of each, a number of `Source`; None: all 0 (skipped).
-        joining: kinds of own negatives that stand beside the columns; None: all of them.
+        queued: (K, D) vectors of candidates of earlier steps, from the memory bank.
+        positive_mask: (2, E) query and column that the user is known to like: no negative there.
+        per_query: (2, S) query and row of `items` of negatives for this query alone.
+        per_query_log_weight: (S,) log weight of each; a weight of 1 counts as one full negative.
+        per_query_source: (S,) kind of each, a number of `Source`; None: all 0 (skipped).
         user_log_weight: (Q,) as `log_weight`, of queries when they are columns (`transposed`).
         tile: so many rows of the score matrix at once, recomputed for the gradient, so that memory
             is tile × (N+K) whatever Q; None, or no fewer than there are rows: the whole matrix,
@@ -75,22 +65,21 @@ class Scores:
     log_weight: Tensor
     owner: Tensor | None = None
     queued: Tensor | None = None
-    known: Tensor | None = None
-    own: Tensor | None = None
-    own_log_weight: Tensor | None = None
-    own_source: Tensor | None = None
-    joining: Collection[int] | None = None
+    positive_mask: Tensor | None = None
+    per_query: Tensor | None = None
+    per_query_log_weight: Tensor | None = None
+    per_query_source: Tensor | None = None
     user_log_weight: Tensor | None = None
     tile: int | None = None
 
     def __post_init__(self) -> None:
-        remembered = 0 if self.queued is None else len(self.queued)
-        candidates = len(self.log_weight) - remembered
+        queued = 0 if self.queued is None else len(self.queued)
+        candidates = len(self.log_weight) - queued
         if not 0 <= candidates <= len(self.items):
             raise ValueError(
                 f"log_weight has {len(self.log_weight)} columns, but there are {len(self.items)} "
-                f"items and {remembered} remembered columns. Give a weight for each candidate and "
-                "each remembered column."
+                f"items and {queued} queued columns. Give a weight for each candidate and "
+                "each queued column."
             )
         if self.owner is None and len(self.users) != len(self.target):
             raise ValueError(
@@ -99,11 +88,13 @@ class Scores:
             )
         if self.owner is not None and len(self.owner) != len(self.target):
             raise ValueError(f"{len(self.target)} targets, but {len(self.owner)} owners.")
-        for name in ("own_log_weight", "own_source"):
+        for name in ("per_query_log_weight", "per_query_source"):
             given = getattr(self, name)
-            count = 0 if self.own is None else self.own.shape[1]
+            count = 0 if self.per_query is None else self.per_query.shape[1]
             if given is not None and len(given) != count:
-                raise ValueError(f"{name} has {len(given)} entries for {count} own negatives.")
+                raise ValueError(
+                    f"{name} has {len(given)} entries for {count} per-query negatives."
+                )
         if self.tile is not None and self.tile < 1:
             raise ValueError(f"tile is {self.tile}; a tile has at least one row, None means all.")
 
@@ -119,7 +110,7 @@ class Scores:
 
     @property
     def columns(self) -> Tensor:
-        """(N+K, D) vectors of candidates, then of remembered columns."""
+        """(N+K, D) vectors of candidates, then of queued columns."""
         candidates = full(self.items[: self.n_candidates])
         return candidates if self.queued is None else torch.cat([candidates, full(self.queued)])
 
@@ -143,38 +134,8 @@ class Scores:
         """(Q,) log of the weighted sum of exp(logit) over negatives; -inf where there are none."""
         users = full(self.users) / self.temperature  # (Q, D), cheaper than dividing (Q, N+K)
         total = self._by_tiles(column_logsumexp, users)
-        rows, scores, log_weight = self.own_scores(self.joining)
+        rows, scores, log_weight = self.per_query_scores()
         return ragged_logaddexp(total, scores / self.temperature + log_weight, rows)
-
-    def pairwise_logsumexp(self, term: PairTerm) -> Tensor:
-        """(B,) as `logsumexp`, of a term of the negative's and the positive's score.
-
-        Args:
-            term: of raw scores (rows, columns) and (rows, 1), to logits (rows, columns).
-        """
-        each = self.per_example()
-        positive = each.positive_score
-
-        def work(users: Tensor, positive: Tensor, columns: Tensor, *rest: Tensor) -> Tensor:
-            return row_logsumexp(term(product(users, columns), positive[:, None]), *rest)
-
-        total = each._by_tiles(work, full(each.users), positive)
-        rows, scores, log_weight = each.own_scores(self.joining)
-        return ragged_logaddexp(total, term(scores, positive[rows]) + log_weight, rows)
-
-    def mean(self, term: Term) -> Tensor:
-        """(Q,) weighted mean over negatives of a term of the score; 0 where there are none.
-
-        Args:
-            term: of raw scores, elementwise.
-        """
-
-        def work(users: Tensor, columns: Tensor, *rest: Tensor) -> Tensor:
-            return row_sum(term(product(users, columns)), *rest)
-
-        total = self._by_tiles(work, full(self.users))
-        rows, scores, log_weight = self.own_scores(self.joining)
-        return self._over_mass(total, rows, term(scores), log_weight)
 
     def pairwise_mean(self, term: PairTerm) -> Tensor:
         """(B,) as `mean`, of a term of the negative's and the positive's score."""
@@ -185,7 +146,7 @@ class Scores:
             return row_sum(term(product(users, columns), positive[:, None]), *rest)
 
         total = each._by_tiles(work, full(each.users), positive)
-        rows, scores, log_weight = each.own_scores(self.joining)
+        rows, scores, log_weight = each.per_query_scores()
         return each._over_mass(total, rows, term(scores, positive[rows]), log_weight)
 
     @torch.no_grad()
@@ -201,87 +162,72 @@ class Scores:
         mass = weight.sum() - self._sum_by_row(weight[column], row)
         # Rounding must not empty a query that has a negative, nor fill one that has none.
         mass = torch.where(left > 0.5, mass.clamp(min=1e-300), 0)
-        rows, _scores, log_weight = self.own_scores(self.joining)
+        rows, _scores, log_weight = self.per_query_scores()
         mass = mass + self._sum_by_row(log_weight.double().exp(), rows)
         return mass.log().to(full(self.log_weight).dtype)
 
-    @torch.no_grad()
-    def kth_largest(self, k: int) -> Tensor:
-        """(Q,) k-th largest score of a query among all columns, known items and targets too.
-
-        With fewer than k columns, the smallest.
-        """
-        users, columns = full(self.users), self.columns
-        k = min(k, len(columns))
-        return torch.cat(
-            [
-                product(rows, columns).topk(k, dim=1, sorted=False).values.amin(1)
-                for rows in users.split(self.tile or max(1, len(users)))
-            ]
-        )
-
-    def own_scores(self, sources: Collection[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def per_query_scores(
+        self, sources: Collection[int] = NOT_SKIPPED
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The negatives given for single queries.
 
         Args:
-            sources: kinds wanted; None: all.
+            sources: kinds wanted; without skips, which have a softmax of their own.
 
         Returns:
             (S,) query, (S,) raw score and (S,) log weight of each.
         """
-        if self.own is None:
+        if self.per_query is None:
             nothing = self.log_weight.new_zeros(0)
             return self.target.new_zeros(0), nothing, nothing
-        (row, item), weight = self.own, self.own_log_weight
-        if sources is not None:
-            if self.own_source is not None:
-                wanted = [self.own_source == int(source) for source in sources]
-                kept = torch.stack([*wanted, torch.zeros_like(row, dtype=torch.bool)]).any(0)
-            else:
-                kept = torch.full_like(row, 0 in sources, dtype=torch.bool)
-            row, item, weight = row[kept], item[kept], None if weight is None else weight[kept]
+        (row, item), weight = self.per_query, self.per_query_log_weight
+        if self.per_query_source is None:
+            kept = torch.full_like(row, int(Source.SKIPPED) in sources, dtype=torch.bool)
+        else:
+            wanted = [self.per_query_source == int(source) for source in sources]
+            kept = torch.stack([*wanted, torch.zeros_like(row, dtype=torch.bool)]).any(0)
+        row, item, weight = row[kept], item[kept], None if weight is None else weight[kept]
         scores = (
             full(self.users).index_select(0, row) * full(self.items).index_select(0, item)
         ).sum(1)
         return row, scores, torch.zeros_like(scores) if weight is None else full(weight).detach()
 
-    def per_example(self) -> Scores:
+    def per_example(self) -> BatchLogits:
         """The same, each example a query of its own; its siblings' targets stay blocked."""
         if self.owner is None:
             return self
         known = self._blocked_once
         _, known = repeat_ragged(known, self.owner, len(self.users))
-        own = weight = source = None
-        if self.own is not None:
-            place, own = repeat_ragged(self.own, self.owner, len(self.users))
-            weight = None if self.own_log_weight is None else self.own_log_weight[place]
-            source = None if self.own_source is None else self.own_source[place]
+        per_query = weight = source = None
+        if self.per_query is not None:
+            place, per_query = repeat_ragged(self.per_query, self.owner, len(self.users))
+            weight = None if self.per_query_log_weight is None else self.per_query_log_weight[place]
+            source = None if self.per_query_source is None else self.per_query_source[place]
         return replace(
             self,
             users=self.of_examples(self.users),
             owner=None,
-            known=known,
-            own=own,
-            own_log_weight=weight,
-            own_source=source,
+            positive_mask=known,
+            per_query=per_query,
+            per_query_log_weight=weight,
+            per_query_source=source,
             user_log_weight=None,
         )
 
-    def transposed(self) -> Scores:
+    def transposed(self) -> BatchLogits:
         """Item to user: each item chosen in the batch asks which of the queries chose it.
 
-        Queries that know the item are no negatives for it. Own negatives belong to a query, and
-        have no place here.
+        Queries that know the item are no negatives for it. Per-query negatives have no place here.
         """
         chosen, owner = self.target.unique(return_inverse=True)  # (R,), (B,)
         known = None
-        if self.known is not None:
+        if self.positive_mask is not None:
             place = torch.full_like(self.log_weight, -1, dtype=torch.long)
             place[chosen] = torch.arange(len(chosen), device=chosen.device)
-            row = place[self.known[1]]
-            known = torch.stack([row, self.known[0]])[:, row >= 0]
+            row = place[self.positive_mask[1]]
+            known = torch.stack([row, self.positive_mask[0]])[:, row >= 0]
         count = len(self.users)
-        return Scores(
+        return BatchLogits(
             users=self.items.index_select(0, chosen),
             items=self.users,
             target=torch.arange(count, device=owner.device) if self.owner is None else self.owner,
@@ -290,41 +236,17 @@ class Scores:
             if self.user_log_weight is None
             else self.user_log_weight,
             owner=owner,
-            known=known,
+            positive_mask=known,
             tile=self.tile,
         )
 
-    def truncated(self, dimensions: int, *, renormalise: bool = True, keep_last: int = 0) -> Scores:
-        """The same of the first dimensions only (Matryoshka; Kusupati et al., NeurIPS 2022).
+    def dense(self) -> Tensor:
+        """(Q, N+K) logits of all columns plus their log weights, blocked entries at -inf.
 
-        Args:
-            dimensions: how many are kept.
-            renormalise: bring what is kept back to length 1, where the score is a cosine.
-            keep_last: so many last dimensions stay as they are and are not counted: an item bias.
-
-        Raises:
-            ValueError: more dimensions than there are.
+        For losses that want the matrix; `logsumexp` never makes all of it at once.
         """
-        available = self.users.shape[1] - keep_last
-        if not 1 <= dimensions <= available:
-            raise ValueError(f"Vectors of {available} dimensions cannot be cut to {dimensions}.")
-
-        def cut(vectors: Tensor) -> Tensor:
-            front = full(vectors[:, :dimensions])
-            front = F.normalize(front, dim=1) if renormalise else front
-            return torch.cat([front, full(vectors[:, available:])], 1) if keep_last else front
-
-        queued = None if self.queued is None else cut(self.queued)
-        return replace(self, users=cut(self.users), items=cut(self.items), queued=queued)
-
-    def of_member(self, number: int, members: int) -> Scores:
-        """The same of one member's part of the dimensions, its vectors brought back to length 1."""
-
-        def part(vectors: Tensor) -> Tensor:
-            return full(vectors).chunk(members, -1)[number] * members**0.5
-
-        queued = None if self.queued is None else part(self.queued)
-        return replace(self, users=part(self.users), items=part(self.items), queued=queued)
+        logits = product(full(self.users) / self.temperature, self.columns) + full(self.log_weight)
+        return logits.index_put(tuple(self._blocked), logits.new_full((), -torch.inf))
 
     @cached_property
     def _blocked(self) -> Tensor:
@@ -333,7 +255,7 @@ class Scores:
         if row is None:
             row = torch.arange(len(self.target), device=self.target.device)
         own = torch.stack([row, self.target])
-        return own if self.known is None else torch.cat([own, self.known], dim=1)
+        return own if self.positive_mask is None else torch.cat([own, self.positive_mask], dim=1)
 
     @cached_property
     def _blocked_once(self) -> Tensor:
@@ -373,7 +295,7 @@ class Scores:
         return torch.cat(parts)
 
     def _over_mass(self, total: Tensor, row: Tensor, terms: Tensor, log_weight: Tensor) -> Tensor:
-        """(Q,) mean from (total, log of its unit) over columns and the terms of own negatives."""
+        """(Q,) mean from the total over columns and the terms of per-query negatives."""
         shift = largest(full(self.log_weight))
         log_mass = self.log_mass()
         total = total.index_add(0, row, terms * (log_weight - shift).exp())
@@ -382,3 +304,129 @@ class Scores:
 
     def _sum_by_row(self, values: Tensor, row: Tensor) -> Tensor:
         return values.new_zeros(len(self.users)).index_add(0, row, values)
+
+
+def ragged_logaddexp(total: Tensor, terms: Tensor, row: Tensor) -> Tensor:
+    """log(exp(total[q]) + Σ over the terms of row q of exp(term)), without overflow.
+
+    Args:
+        total: (Q,), -inf for nothing.
+        terms: (S,).
+        row: (S,) int64 row of each term.
+
+    Returns:
+        (Q,), -inf, without gradient, where there is nothing.
+    """
+    if not len(terms):
+        return total
+    top = total.detach().scatter_reduce(0, row, terms.detach(), "amax")
+    nothing = top == -torch.inf
+    top = top.masked_fill(nothing, 0)
+    mass = (total - top).exp().index_add(0, row, (terms - top[row]).exp())
+    # A logarithm of 0 would have NaN as gradient even where it is not chosen.
+    return (top + mass.masked_fill(nothing, 1).log()).masked_fill(nothing, -torch.inf)
+
+
+def full(values: Tensor) -> Tensor:
+    """In float32, or in float64 where it is that already."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _exact(device: torch.device) -> torch.autocast:
+    """Autocast would do the product in 8 bits of mantissa: a logit of 14 would be off by .03."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def product(users: Tensor, columns: Tensor) -> Tensor:
+    """(rows, columns) raw scores."""
+    with _exact(users.device):
+        return users @ columns.T
+
+
+def largest(log_weight: Tensor) -> Tensor:
+    """() the largest log weight, or -60: the unit of sums of weights."""
+    return torch.cat([log_weight, log_weight.new_full((1,), -60.0)]).amax()
+
+
+def row_sum(values: Tensor, log_weight: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """(rows,) weighted sum of values that are not blocked, in units of the largest weight."""
+    values = values.index_put((row, column), values.new_zeros(()))
+    weight = (log_weight - largest(log_weight)).exp()
+    with _exact(values.device):
+        return values @ weight
+
+
+def column_logsumexp(
+    users: Tensor, columns: Tensor, log_weight: Tensor, row: Tensor, column: Tensor
+) -> Tensor:
+    """(rows,) log of the weighted sum of exp(inner product) over what is not blocked."""
+    result: Tensor = _ColumnLogSumExp.apply(users, columns, log_weight, row, column)
+    return result
+
+
+def _to_shares(logits: Tensor) -> Tensor:
+    """Turn rows of logits into their softmax where they stand; a row of -inf becomes 0.
+
+    Returns:
+        (rows,) log-sum-exp of each.
+    """
+    if not logits.shape[1]:
+        return logits.new_full((len(logits),), -torch.inf)
+    top = logits.amax(1)
+    # In place the softmax needs no second matrix; of it the largest share is one over the sum.
+    torch.softmax(logits, 1, out=logits)
+    empty = top == -torch.inf
+    logits[empty] = 0
+    return torch.where(empty, top, top - logits.amax(1).log())
+
+
+class _ColumnLogSumExp(torch.autograd.Function):
+    """log Σ exp(users · column + log weight) of every row, the blocked columns left out.
+
+    The matrix is written once, then blocked and turned into shares in place, and is kept as it is:
+    the gradient is two products with it, and no other pass over it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, users: Tensor, columns: Tensor, log_weight: Tensor, row: Tensor, column: Tensor
+    ) -> Tensor:
+        with _exact(users.device):
+            matrix = torch.addmm(log_weight, users, columns.T)
+        matrix[row, column] = -torch.inf
+        result = _to_shares(matrix)
+        ctx.save_for_backward(users, columns, matrix)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        users, columns, shares = ctx.saved_tensors
+        to_users = to_columns = None
+        with _exact(users.device):
+            if ctx.needs_input_grad[0]:
+                to_users = (shares @ columns) * gradient[:, None]
+            if ctx.needs_input_grad[1]:
+                to_columns = shares.T @ (users * gradient[:, None])
+        return to_users, to_columns, None, None, None
+
+
+def repeat_ragged(edges: Tensor, owner: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Edges of queries as edges of their examples.
+
+    Args:
+        edges: (2, E) query and something.
+        owner: (B,) query of each example.
+        count: Q.
+
+    Returns:
+        (E',) place in `edges` and (2, E') example and something.
+    """
+    order = edges[0].argsort(stable=True)
+    length = torch.bincount(edges[0], minlength=count)
+    start = length.cumsum(0) - length
+    mine = length[owner]  # (B,)
+    example = torch.repeat_interleave(torch.arange(len(owner), device=owner.device), mine)
+    within = torch.arange(len(example), device=owner.device) - (mine.cumsum(0) - mine)[example]
+    place = order[start[owner[example]] + within]
+    return place, torch.stack([example, edges[1, place]])

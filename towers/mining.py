@@ -6,20 +6,19 @@ Legend: U user rows, Q users asked for, N item rows of the index, k ranks looked
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 
 from recsys.errors import ConfigError
 from recsys.features.batching.examples import asking
 from recsys.features.batching.negatives import UserNegatives
 from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
-from recsys.search import ExactIndex, Index, best_scores, search_interests
-from recsys.tables import Strict
+from recsys.search import ExactIndex, Index
 from recsys.towers.encode import encode_items, encode_users
+from recsys.towers.rules import MiningRules
 
 if TYPE_CHECKING:
     from recsys.features.batching.batches import Batches
@@ -32,41 +31,9 @@ MakeIndex = Callable[[np.ndarray], Index]
 """(N, D) vectors → something that searches them: `ExactIndex`, or an HNSW index handed down."""
 
 
-class MiningRules(Strict):
-    """[training.mined]: hard negatives from the top of the current model's own ranking."""
-
-    per_query: int = Field(0, ge=0)
-    """Negatives of each user; 0: nothing is mined. NV-Retriever takes no more than 10."""
-    from_rank: int = Field(100, ge=0)
-    """So many of the best are left alone, for they may be liked; with a margin, 0 will do."""
-    to_rank: int = Field(500, ge=1)
-    """Deepest rank that is looked at."""
-    margin: float | None = Field(None, ge=0, lt=1)
-    """Only what scores below p - |p|·margin is taken, where p is the mean score of the user's own
-    items: what is as good as those is probably liked (0.05 in NV-Retriever). None: ranks alone."""
-    weight: float = Field(1.0, gt=0)
-    """How many items a mined negative counts as. With logq the drawn ones together count as the
-    whole catalogue (19,000 items: 8 mined ones of weight 1 have .3 % of the gradient), so that far
-    more than 1 is needed for them to be felt; the audit says how much they are."""
-    start: int = Field(1, ge=0)
-    """First epoch, counted from 0, that has mined negatives: a model that knows nothing yet ranks
-    nothing high for a reason."""
-    every: int = Field(2, ge=1)
-    """Epochs between two minings."""
-    queries: int | None = Field(None, ge=1)
-    """At most so many users are mined for, a seeded sample anew each time; None: all."""
-
-    @model_validator(mode="after")
-    def _window(self) -> Self:
-        if self.from_rank >= self.to_rank:
-            raise ValueError(
-                f"from_rank is {self.from_rank} and to_rank {self.to_rank}: nothing is between."
-            )
-        return self
-
-    def due(self, epoch: int) -> bool:
-        """Whether negatives are mined anew before this epoch, counted from 0."""
-        return self.per_query > 0 and epoch >= self.start and (epoch - self.start) % self.every == 0
+FIRST_EPOCH, EVERY = 1, 2
+"""First epoch, counted from 0, that has mined negatives (a model that knows nothing yet ranks
+nothing high for a reason), and epochs between two minings."""
 
 
 def mine(
@@ -82,19 +49,19 @@ def mine(
     """Hard negatives of each user, from its state after its last event of the timeline.
 
     Of the ranks between `from_rank` and `to_rank`, counted after the user's own items are left out,
-    `per_query` are drawn at random among those that the margin lets through.
+    `per_query` are drawn at random.
 
     Args:
         model: both towers as they stand.
         timeline: the training side; nobody's items on it are ever mined for them.
-        rules: which ranks, how many, for whom.
+        rules: which ranks, how many.
         make_index: how items are searched.
         candidates: item rows that may be negatives; None: all that exist when the timeline ends.
         epoch: draws are new in each.
-        seed: of the users asked for and of the draws.
+        seed: of the draws.
 
     Returns:
-        Items best first within a user; users who were not asked for, or have no event, have none.
+        Items best first within a user; users without an event have none.
 
     Raises:
         ConfigError: there are no more items than are left alone.
@@ -113,23 +80,19 @@ def mine(
     index = make_index(items)
     place = np.full(timeline.n_items, -1, np.int64)
     place[rows] = np.arange(len(rows))
-    users = _asked(timeline, rules, rng)
+    users = np.flatnonzero(np.diff(timeline.user_offsets) > 0)
     counts = np.zeros(timeline.n_users, np.int64)
     found = [np.empty(0, np.int64)]
     for start in range(0, len(users), USERS_AT_ONCE):
         block = users[start : start + USERS_AT_ONCE]
-        queries = asking(timeline, block, last=model.rules.max_history, moment=moment)
-        vectors = encode_users(model, queries, timeline, moment)  # (Q, D) or (Q, I, D)
+        queries = asking(timeline, block, last=model.rules.history.length, moment=moment)
+        vectors = encode_users(model, queries, timeline, moment)  # (Q, D)
         own = timeline.histories(block)
         own = Ragged(own.offsets, place[own.values])
         own = own.where(own.values >= 0)
-        ranked, scores = search_interests(
-            index, vectors, min(rules.to_rank, len(rows)), exclude=own
-        )
+        ranked, _scores = index.search(vectors, min(rules.to_rank, len(rows)), exclude=own)
         taken = ranked >= 0  # (Q, k)
         taken[:, : rules.from_rank] = False
-        if rules.margin is not None:
-            taken &= scores < ceilings(vectors, items, own, rules.margin)[:, None]
         taken = draw(taken, rules.per_query, rng)
         counts[block] = taken.sum(1)
         found.append(rows[ranked[taken]])
@@ -149,36 +112,6 @@ def draw(eligible: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarra
     return drawn & eligible
 
 
-def ceilings(users: np.ndarray, items: np.ndarray, own: Ragged, margin: float) -> np.ndarray:
-    """(Q,) score below which a negative has to stay: p - |p|·margin, right for negative p, too.
-
-    Args:
-        users: (Q, D) vectors, or (Q, I, D) of several interests, the best of which counts.
-        items: (N, D).
-        own: Q ragged places in `items` of what each user has had.
-        margin: share of the positive score p, the mean over the user's own events.
-
-    Returns:
-        -inf for a user who has had nothing: without a positive there is nothing to stay below.
-    """
-    query, total = own.row_of(), np.zeros(len(own))
-    for start in range(0, len(query), 1 << 18):
-        part = slice(start, start + (1 << 18))
-        score = best_scores(users[query[part]], items[own.values[part]])
-        total += np.bincount(query[part], score, len(own))
-    had = own.lengths > 0
-    positive = total / np.maximum(own.lengths, 1)
-    return np.where(had, positive - np.abs(positive) * margin, -np.inf)
-
-
-def _asked(timeline: Timeline, rules: MiningRules, rng: np.random.Generator) -> np.ndarray:
-    """(Q,) users who have any event, or a sorted sample of them."""
-    users = np.flatnonzero(np.diff(timeline.user_offsets) > 0)
-    if rules.queries is None or len(users) <= rules.queries:
-        return users
-    return np.sort(rng.choice(users, rules.queries, replace=False))
-
-
 def mine_again(
     model: TwoTower,
     batches: Batches,
@@ -192,14 +125,14 @@ def mine_again(
     Args:
         model: both towers as they stand.
         batches: whose training side is mined for, and which get the negatives.
-        rules: when, and how many.
+        rules: which ranks, how many.
         epoch: counted from 0.
         make_index: how items are searched.
 
     Returns:
         Whether anything was mined.
     """
-    if not rules.due(epoch):
+    if not rules.per_query or epoch < FIRST_EPOCH or (epoch - FIRST_EPOCH) % EVERY:
         return False
     events = batches.events
     batches.mined = mine(

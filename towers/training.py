@@ -1,4 +1,4 @@
-"""The LightningModule; it works in anybody's own Trainer.
+"""LightningModule of the two towers, for any Trainer.
 
 Legend: Q queries, B examples, N candidates, M encoded rows, R distinct item rows, D dimensions.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as lightning
@@ -21,41 +21,37 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from recsys.errors import ConfigError
-from recsys.features.batching.batch import Batch, Source
+from recsys.features.batching.batch import Batch
 from recsys.features.batching.batches import Batches
-from recsys.search import ExactIndex, search_interests
+from recsys.search import ExactIndex
 from recsys.towers.audit import Audit, Draws, audit
+from recsys.towers.data import ShownLists, ValidationBlock
 from recsys.towers.encode import encode_items, encode_users
-from recsys.towers.history import choose_interest
-from recsys.towers.logits import Scores
-from recsys.towers.losses import (
-    OBJECTIVES,
-    Objective,
-    matryoshka,
-    of_members,
-    skip_term,
-    symmetric,
-)
-from recsys.towers.memory_bank import Remembered
+from recsys.towers.logits import BatchLogits
+from recsys.towers.losses import LOSSES, Loss, skip_softmax, symmetric
+from recsys.towers.memory_bank import MemoryBank
 from recsys.towers.mining import from_state, mine_again, to_state
 from recsys.towers.optimizer import RowAdam, clip_gradients
-from recsys.towers.rules import METRICS, TrainingRules, metric_at
+from recsys.towers.rules import METRICS, TrainingRules, imported, metric_at
 from recsys.towers.text import text_groups
-from recsys.towers.two_tower import ITEM_LENGTHS, TwoTower
-from recsys.towers.validation import ShownLists, ValidationBlock
+from recsys.towers.two_tower import TwoTower
 
-NOT_SKIPPED = tuple(source for source in Source if source != Source.SKIPPED)
-MOST_LOGITS = 1 << 28
+MAX_LOGITS = 1 << 28
 """Entries of the score matrix, a GiB of float32, beyond which it is worked through in tiles."""
+TEMPERATURE = 0.1
+"""Where a learned temperature starts."""
+WARMUP_STEPS = 100
+"""Steps over which the learning rate rises from zero."""
 
 
 class Temperature(nn.Module):
     """A fixed or learned divisor of the score, kept as a log and within [0.01, 1]."""
 
-    def __init__(self, value: float, learned: bool) -> None:
+    def __init__(self, value: float | Literal["learned"]) -> None:
         super().__init__()
-        self.log = nn.Parameter(torch.tensor(math.log(value)), requires_grad=learned)
-        self.learned = learned
+        self.learned = value == "learned"
+        start = TEMPERATURE if isinstance(value, str) else value
+        self.log = nn.Parameter(torch.tensor(math.log(start)), requires_grad=self.learned)
 
     def forward(self) -> Tensor:
         # 1/τ ≤ 100 as in CLIP: sharper than that, gradients vanish on all but one candidate.
@@ -67,12 +63,12 @@ class Temperature(nn.Module):
 
 
 class TwoTowerModule(lightning.LightningModule):
-    """Trains `TwoTower` by an objective over all its negatives; validates by full ranking.
+    """Trains `TwoTower` by a loss over all its negatives; validates by full ranking.
 
     Args:
         model: both towers.
         rules: how to learn.
-        objective: one of your own, in place of `rules.objective`.
+        loss: a function of `BatchLogits`, in place of `rules.loss`.
         audits: folder in which each epoch's audit of the negatives is written, or None.
     """
 
@@ -80,98 +76,87 @@ class TwoTowerModule(lightning.LightningModule):
         self,
         model: TwoTower,
         rules: TrainingRules,
-        objective: Objective | None = None,
+        loss: Loss | None = None,
         audits: Path | None = None,
     ) -> None:
         super().__init__()
         self.model, self.rules = model, rules
-        self.objective = objective or objective_of(rules, model.rules.score, model.rules.members)
-        self.temperature = Temperature(rules.temperature, rules.learn_temperature)
-        self.remembered = None
-        if rules.queue:
-            self.remembered = Remembered(model.items.n_rows, model.learned_dimension)
+        self.loss = loss or loss_of(rules)
+        self.temperature = Temperature(rules.temperature)
+        self.memory_bank = None
+        if rules.negatives.queue:
+            self.memory_bank = MemoryBank(model.items.n_rows, model.vector_dimension)
             # Ranks see other items each; DDP would write rank 0's memory over all of them.
             self._ddp_params_and_buffers_to_ignore = [
-                f"remembered.{name}" for name, _ in self.remembered.named_buffers()
+                f"memory_bank.{name}" for name, _ in self.memory_bank.named_buffers()
             ]
         self._vectors: tuple[int | None, ExactIndex] | None = None
         self._values: list[np.ndarray] = []
         self._since = (0.0, 0)
-        self._telling = True
+        self._logging = True
         self._audits, self._auditing = audits, False
         self._audit: Audit | None = None
         self._draws: Draws | None = None
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(Q, D) users, or (Q, K, D) interests, and (M, D) items of a batch."""
+        """(Q, D) users and (M, D) items of a batch."""
         model = self.model
         texts = model.read_texts(batch.rows)
         # What the batch's own users did must not say which of the candidates they chose.
-        asked = batch.user.users if self.training else None
-        embedded = model.embed_items(batch.rows, batch.statistics, texts, asked)  # (R, D)
+        left_out = batch.user.users if self.training else None
+        embedded = model.embed_items(batch.rows, batch.statistics, texts, left_out)  # (R, D)
         entries = model.embed_history(batch.rows, batch.statistics, texts, embedded=embedded)
         users = model.encode_users(batch.user, entries)
         return users, model.item_tower(embedded[: batch.n_encoded])
 
-    def scores(self, batch: Batch, users: Tensor, items: Tensor) -> Scores:
-        """What the objective sees."""
-        rules = self.rules
-        log_weight = -rules.logq * batch.log_inclusion
+    def logits(self, batch: Batch, users: Tensor, items: Tensor) -> BatchLogits:
+        """What the loss is a function of."""
+        logq = self.rules.negatives.logq
+        log_weight = -logq * batch.log_inclusion
         queued = None
-        if self.remembered is not None and len(batch.queued):
-            queued, usable = self.remembered.read(batch.queued)
+        if self.memory_bank is not None and len(batch.queued):
+            queued, usable = self.memory_bank.read(batch.queued)
             blocked = torch.zeros_like(log_weight)
             blocked[batch.n_candidates :].masked_fill_(~usable, -torch.inf)
             log_weight = log_weight + blocked
-        # As many rows as fit or more are no tiles, so that nothing is made again then.
-        tile = max(1, MOST_LOGITS // len(log_weight)) if rules.tile == "auto" else rules.tile
         of_users = None
-        if rules.logq and batch.user_log_inclusion is not None:
-            of_users = -rules.logq * batch.user_log_inclusion
-        several = users.ndim == 3
-        found = Scores(
-            users=users[:, 0] if several else users,
+        if logq and batch.user_log_inclusion is not None:
+            of_users = -logq * batch.user_log_inclusion
+        return BatchLogits(
+            users=users,
             items=items,
             target=batch.target,
             temperature=self.temperature(),
             log_weight=log_weight,
             owner=batch.owner,
             queued=queued,
-            known=batch.known,
-            own=batch.own,
-            own_log_weight=batch.own_log_weight,
-            own_source=batch.own_source,
-            joining=None if rules.skips == "in_softmax" else NOT_SKIPPED,
+            positive_mask=batch.positive_mask,
+            per_query=batch.per_query,
+            per_query_log_weight=batch.per_query_log_weight,
+            per_query_source=batch.per_query_source,
             user_log_weight=of_users,
-            tile=tile,
+            # As many rows as fit or more are no tiles, so that nothing is made again then.
+            tile=max(1, MAX_LOGITS // len(log_weight)),
         )
-        if several:
-            nearest = choose_interest(users, items[batch.target], batch.owner)
-            if of_users is not None and batch.owner is not None:
-                # Each of a query's examples is a column of its own now.
-                examples = torch.bincount(batch.owner, minlength=len(of_users))
-                of_users = (of_users - examples.log())[batch.owner]
-            found = replace(found.per_example(), users=nearest, user_log_weight=of_users)
-        return found
 
-    def loss(self, batch: Batch) -> Tensor:
-        """() loss of a batch: the mean over examples, weighted by their strength."""
+    def batch_loss(self, batch: Batch) -> Tensor:
+        """() loss of a batch: the mean over examples, weighted by their events' weights."""
         users, items = self.encode(batch)
-        scores = self.scores(batch, users, items)
+        logits = self.logits(batch, users, items)
         if self._auditing:
-            self._audit = self._audited(batch, users, items, scores)
-        loss = self.objective(scores)  # (B,)
-        if self.rules.skips == "apart" and self.rules.skip_weight and batch.own.shape[1]:
-            loss = loss + self.rules.skip_weight * skip_term(scores, scale=self.rules.skip_scale)
-        if self.remembered is not None and self.training:
+            self._audit = self._audited(batch, users, items, logits)
+        loss = self.loss(logits)  # (B,)
+        if self.rules.skip_weight and batch.per_query.shape[1]:
+            loss = loss + self.rules.skip_weight * skip_softmax(logits)
+        if self.memory_bank is not None and self.training:
             n = batch.n_candidates
-            self.remembered.write(batch.rows[:n], items[:n].detach())
-        # By what is usual on the training side: a window of old events, all of little weight, is to
+            self.memory_bank.write(batch.rows[:n], items[:n].detach())
+        # By the mean of the training side: a window of old events, all of little weight, is to
         # weigh little, which a mean over the batch's own weights would hide.
-        usual = batch.weight.mean() if batch.usual_weight is None else batch.usual_weight
-        return (loss * batch.weight).mean() / (usual + 1e-9)  # 0 when nothing weighs
+        mean = batch.weight.mean() if batch.mean_weight is None else batch.mean_weight
+        return (loss * batch.weight).mean() / (mean + 1e-9)  # 0 when nothing weighs
 
-    def _audited(self, batch: Batch, users: Tensor, items: Tensor, scores: Scores) -> Audit:
+    def _audited(self, batch: Batch, users: Tensor, items: Tensor, logits: BatchLogits) -> Audit:
         """What this batch's negatives do, from the vectors that its loss is made of."""
         self._auditing = False
         return audit(
@@ -179,24 +164,24 @@ class TwoTowerModule(lightning.LightningModule):
             items.detach(),
             batch,
             self.temperature().detach(),
-            queued=scores.queued,
-            log_weight=scores.log_weight,
-            skip_share=self.rules.skip_weight if self.rules.skips == "apart" else None,
+            queued=logits.queued,
+            log_weight=logits.log_weight,
+            skip_share=self.rules.skip_weight,
         )
 
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
         # A call of `log` costs as much as a layer, and only every so many steps is written anyway.
         every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        self._telling = (self.global_step + 1) % every == 0 or self.trainer.is_last_batch
+        self._logging = (self.global_step + 1) % every == 0 or self.trainer.is_last_batch
         # The middle of the epoch: the queue is full there, the first batch has none.
         self._auditing = index == int(self.trainer.num_training_batches) // 2
         # Draws are counted on the host; elsewhere that waits for the device, so not at each step.
-        if self._draws is not None and (self._telling or self.device.type == "cpu"):
+        if self._draws is not None and (self._logging or self.device.type == "cpu"):
             self._draws.add(batch)
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        loss = self.loss(batch)
-        if self._telling:
+        loss = self.batch_loss(batch)
+        if self._logging:
             self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
 
@@ -228,11 +213,11 @@ class TwoTowerModule(lightning.LightningModule):
     def on_train_batch_end(self, _outputs: Any, batch: Batch, _index: int) -> None:
         start, count = self._since
         self._since = (start, count + len(batch))
-        if not self._telling:
+        if not self._logging:
             return
         rate = self._since[1] / max(time.perf_counter() - start, 1e-9)
         self.log("train/examples_per_second", rate, prog_bar=True, batch_size=len(batch))
-        if self.rules.learn_temperature:
+        if self.temperature.learned:
             self.log("train/temperature", self.temperature(), batch_size=len(batch))
 
     def on_validation_epoch_start(self) -> None:
@@ -249,8 +234,7 @@ class TwoTowerModule(lightning.LightningModule):
         queries = validation.queries.take(rows)
         users = encode_users(self.model, queries, timeline, moment)
         name, k = metric_at(self._ranked)
-        ranked, _scores = search_interests(
-            self._vectors[1],
+        ranked, _scores = self._vectors[1].search(
             users,
             k,
             allowed=timeline.alive(moment),
@@ -317,7 +301,7 @@ class TwoTowerModule(lightning.LightningModule):
             else:
                 (matrices if parameter.ndim > 1 else rest).append(parameter)
         groups: list[dict[str, Any]] = [
-            {"params": tables, "lr": rules.table_learning_rate or rules.learning_rate},
+            {"params": tables, "lr": rules.learning_rate},
             {"params": matrices, "weight_decay": rules.weight_decay},
             {"params": rest},
             *texts,
@@ -330,7 +314,7 @@ class TwoTowerModule(lightning.LightningModule):
             each = self.trainer.estimated_stepping_batches / max(1, self.trainer.max_epochs or 1)
             steps = math.ceil(each * rules.epochs)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, partial(learning_rate_at, warmup=rules.warmup_steps, steps=steps)
+            optimizer, partial(learning_rate_at, warmup=WARMUP_STEPS, steps=steps)
         )
         return {
             "optimizer": optimizer,
@@ -350,35 +334,12 @@ class TwoTowerModule(lightning.LightningModule):
         )
 
 
-def objective_of(rules: TrainingRules, score: str, members: int = 1) -> Objective:
-    """The objective that the rules describe, options bound.
-
-    Args:
-        rules: which one, both directions or one, at which dimensions.
-        score: "cosine", "dot", "projection" or "cosine_bias".
-        members: towers that share the dimensions.
-
-    Raises:
-        ConfigError: leading dimensions are to rank well, and they are those of one member.
-    """
-    chosen: Callable[..., Tensor] = OBJECTIVES[rules.objective]
-    inner: Objective = partial(chosen, **rules.objective_options)
+def loss_of(rules: TrainingRules) -> Loss:
+    """The loss that the rules name, in one direction or both."""
+    loss: Loss = LOSSES[rules.loss] if rules.loss in LOSSES else imported(rules.loss)
     if rules.symmetric:
-        inner = partial(symmetric, objective=inner, item_share=rules.symmetric)
-    if members > 1:
-        if rules.matryoshka:
-            raise ConfigError(
-                "training.matryoshka cuts vectors, which with towers.members above 1 would leave "
-                "members out: leave it empty, or set towers.members to 1."
-            )
-        return partial(of_members, members=members, objective=inner, together=rules.together)
-    if not rules.matryoshka:
-        return inner
-    cut = partial(
-        matryoshka, dimensions=rules.matryoshka, objective=inner,
-        renormalise=score not in ITEM_LENGTHS, keep_last=int(score == "cosine_bias"),
-    )  # fmt: skip
-    return lambda scores: inner(scores) + cut(scores)
+        return partial(symmetric, loss=loss, item_share=rules.symmetric)
+    return loss
 
 
 def learning_rate_at(step: int, *, warmup: int, steps: int | None) -> float:
@@ -404,11 +365,11 @@ class Average(WeightAveraging):
     as they are, so that a run of few steps keeps what it learned.
 
     Args:
-        rules: how much a step leaves, and the steps of the warm-up.
+        rules: how much a step leaves.
     """
 
     def __init__(self, rules: TrainingRules) -> None:
-        decay, warmup = rules.average**AVERAGE_EVERY, rules.warmup_steps
+        decay, warmup = rules.average**AVERAGE_EVERY, WARMUP_STEPS
 
         def mix(average: Tensor, now: Tensor, added: Tensor | int) -> Tensor:
             return now if added < warmup else average.lerp(now, 1 - decay)

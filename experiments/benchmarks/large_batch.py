@@ -59,8 +59,9 @@ def towers(items: int, chunk: int | None, dropout: float) -> TwoTower:
     from recsys.features.text.encoder import TextRules, fit_encoder
     from recsys.features.text.tokens import tokenise
     from recsys.towers.embedding import FeatureTable
+    from recsys.towers.rules import TowerRules
     from recsys.towers.text import TextTower
-    from recsys.towers.two_tower import TowerRules, TwoTower
+    from recsys.towers.two_tower import TwoTower
 
     written = texts(items)
     rules = TextRules(
@@ -102,12 +103,12 @@ def loss_of(model: TwoTower, batch: int, tile: int | None) -> torch.Tensor:
     """() loss of a step: example b chose candidate b."""
     import torch
 
-    from recsys.towers.logits import Scores
+    from recsys.towers.logits import BatchLogits
     from recsys.towers.losses import softmax
 
     embedded = model.embed_items(torch.arange(1, batch + 1))
     users = model.encode_users(side(batch), embedded)
-    scores = Scores(
+    logits = BatchLogits(
         users=users,
         items=model.item_tower(embedded),
         target=torch.arange(batch),
@@ -116,7 +117,7 @@ def loss_of(model: TwoTower, batch: int, tile: int | None) -> torch.Tensor:
         log_weight=torch.full((batch,), 0.46),
         tile=tile,
     )
-    return softmax(scores).mean()
+    return softmax(logits).mean()
 
 
 def step(batch: int, chunk: int | None, tile: int | None) -> dict[str, float]:

@@ -27,7 +27,7 @@ import numpy as np
 if TYPE_CHECKING:
     from recsys.experiments.config import RunConfig
     from recsys.features.prepared.dataset import Dataset
-    from recsys.towers.validation import Validation
+    from recsys.towers.data import Validation
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "gowalla.toml"
 K = 20
@@ -48,7 +48,7 @@ def asked(config: RunConfig, dataset: Dataset) -> Validation:
     """Every user of the test side, with what it had and what it chose."""
     from recsys.features.batching.examples import ask, timeline_until
     from recsys.tables import Side
-    from recsys.towers.validation import Validation
+    from recsys.towers.data import Validation
 
     past = timeline_until(dataset, Side.VALID)
     chosen = np.flatnonzero(np.asarray(dataset.event_side) == Side.TEST)
@@ -59,7 +59,7 @@ def asked(config: RunConfig, dataset: Dataset) -> Validation:
         np.asarray(dataset.event_time)[chosen],
         each_event=False,
         cutoff=None,
-        max_history=config.towers.max_history,
+        max_history=config.towers.history.length,
         drop_seen=True,
     )
     seen = past.histories(found.queries.users)
@@ -91,13 +91,15 @@ def towers(config: RunConfig, dataset: Dataset, validation: Validation, size: in
     from recsys.tables import Side
     from recsys.towers.build import build_model
     from recsys.towers.encode import encode_items, encode_users
-    from recsys.towers.id_init import start
+    from recsys.towers.id_init import initialise
+    from recsys.towers.rules import RandomInit
 
     events = training_events(dataset, skips=False, until=Side.VALID)
     shape = config.towers.model_copy(update={"dimension": size})
     began = time.perf_counter()
     model = build_model(dataset, shape, item_text=None, seed=config.seed, until=Side.VALID)
-    start(model, events.timeline, config.training, config.seed)
+    assert not isinstance(config.training.id_init, RandomInit)  # the recipe
+    initialise(model, events.timeline, config.training.id_init, config.seed)
     seconds = time.perf_counter() - began
     model.eval()
     items = encode_items(model, np.arange(dataset.n_items))

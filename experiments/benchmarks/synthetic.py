@@ -59,13 +59,19 @@ def make(
     from recsys.tables import CatalogSchema
     from recsys.towers.embedding import FeatureTable, narrow_tables
     from recsys.towers.encode import encode_items
-    from recsys.towers.two_tower import TowerRules, TwoTower
+    from recsys.towers.rules import MeanHistory, TowerRules
+    from recsys.towers.two_tower import TwoTower
     from recsys.vocab import Vocab
 
     rng = np.random.default_rng(seed)
     vectors, topic = clustered(items, dimensions, rng)
     rules = TowerRules(
-        dimension=dimensions, hidden=0, history="mean", statistics=False, dropout=0, id_dropout=0
+        dimension=dimensions,
+        hidden=0,
+        history=MeanHistory(),
+        statistics=False,
+        dropout=0,
+        id_dropout=0,
     )
     tables = FeatureTable(items + 1), FeatureTable(users + 1)
     model = TwoTower(rules, *tables, tables[0].spec(items + 1, {}), tables[1].spec(0, {})).eval()

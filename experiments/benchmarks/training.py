@@ -101,15 +101,16 @@ def module_of(case: Case, rules: TrainingRules) -> TwoTowerModule:
     import torch
 
     from recsys.towers.embedding import FeatureTable
+    from recsys.towers.rules import AttentionHistory, TowerRules
     from recsys.towers.training import TwoTowerModule
-    from recsys.towers.two_tower import TowerRules, TwoTower
+    from recsys.towers.two_tower import TwoTower
 
     torch.manual_seed(0)
     text = None
     if case.text:
         text = torch.nn.functional.normalize(torch.randn(case.items + 2, TEXT))
     items, users = FeatureTable(case.items + 2, text=text), FeatureTable(case.users + 2)
-    shape = TowerRules(dimension=case.dimension, max_history=case.max_history)
+    shape = TowerRules(dimension=case.dimension, history=AttentionHistory(length=case.max_history))
     towers = TwoTower(shape, items, users, items.spec(case.items + 2, {}), users.spec(0, {}))
     return TwoTowerModule(towers, rules)
 

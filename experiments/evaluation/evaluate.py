@@ -58,7 +58,7 @@ def test_side(dataset: Dataset) -> Later:
         time=np.asarray(dataset.event_time)[events],
         context=np.asarray(dataset.event_context)[events].astype(np.int64),
         requests=asked,
-        strength=np.asarray(dataset.event_weight)[events],
+        event_weight=np.asarray(dataset.event_weight)[events],
     )
 
 

@@ -19,7 +19,7 @@ from recsys.serving.bundle import Bundle
 from recsys.serving.later_events import CodedLater
 from recsys.split import duration, duration_text
 from recsys.tables import Strict
-from recsys.towers.build import moments_of, refresh_of
+from recsys.towers.data import moments_of, refresh_of
 
 RANKED = ("recall", "ndcg", "mrr", "hit_rate")
 Baseline = Literal["popularity", "recent_popularity", "newest", "co_occurrence", "text"]
@@ -104,7 +104,6 @@ def without_later_events(extended: Bundle, past: Timeline) -> Bundle:
         item=past.item,
         time=past.time,
         shown=shown,
-        passed=None if past.passed is None else past.passed.joined(None, births.n_users),
     )
     return replace(extended, timeline=timeline)
 
@@ -131,7 +130,7 @@ def questions_of(
         coded.time,
         each_event=each_event,
         cutoff=bundle.cutoff,
-        max_history=bundle.model.rules.max_history,
+        max_history=bundle.model.rules.history.length,
         drop_seen=rules.drop_seen,
         context=coded.context if coded.context.shape[1] else None,
     )

@@ -19,7 +19,7 @@ from recsys.ragged import Ragged
 from recsys.serving.later_events import CodedLater
 from recsys.serving.recommender import Recommender
 from recsys.split import duration
-from recsys.towers.build import moments_of
+from recsys.towers.data import moments_of
 
 Values = Mapping[str, Mapping[str, np.ndarray]]
 """Contestant → metric → one value a query."""

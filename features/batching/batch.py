@@ -1,9 +1,9 @@
-"""What is asked and what one training step sees: plain values that every floor above speaks in.
+"""Queries, the user side and a training batch as plain values.
 
 Legend: Q queries, B examples, R distinct item rows of a batch, N of them candidates, M of them
-encoded by the item tower, H history entries in all, K queued columns, S own negatives, E known
-edges. Candidates come first among the rows, then rows that are only own negatives (up to M), then
-rows that stand only in histories.
+encoded by the item tower, H history entries in all, K queued columns, S per-query negatives, E
+masked edges. Candidates come first among the rows, then rows that are only per-query negatives (up
+to M), then rows that stand only in histories.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ class Source(IntEnum):
 
     SKIPPED = 0
     MINED = 1
-    GIVEN = 2
-    PAST = 3
+    FILE = 2
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,7 @@ class Queries:
         times: (Q,) int64 microseconds, or None without a clock.
         context: (Q, C) codes of the context columns, or None.
         elapsed: (H,) float64 seconds from each history entry to its query, or None.
-        strength: (H,) float32 weight of each history entry (event strength, dwell), or None.
-        passed: Q ragged item rows that each was shown and passed over before, oldest first; None:
-            not asked for, or not known.
+        event_weight: (H,) float32 weight of each history entry (strength, dwell), or None.
     """
 
     users: np.ndarray
@@ -47,8 +44,7 @@ class Queries:
     times: np.ndarray | None = None
     context: np.ndarray | None = None
     elapsed: np.ndarray | None = None
-    strength: np.ndarray | None = None
-    passed: Ragged | None = None
+    event_weight: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -67,8 +63,7 @@ class Queries:
             None if self.times is None else self.times[rows],
             None if self.context is None else self.context[rows],
             beside(self.elapsed),
-            beside(self.strength),
-            None if self.passed is None else self.passed.take(rows),
+            beside(self.event_weight),
         )
 
 
@@ -87,10 +82,7 @@ class UserSide:
             last entry (Q = U).
         elapsed: (H,) float32 seconds from each entry to its query; with `at` to the user's next
             entry, and for the last to its query. None: not asked for, or no clock.
-        strength: (H,) float32 weight of each entry, or None.
-        passed: (P,) int64 positions in the item rows beside it of what was shown and passed over,
-            one query after the other; None: not asked for, or not known.
-        passed_lengths: (Q,) int64 passed-over items of each query; None with `passed`.
+        event_weight: (H,) float32 weight of each entry, or None.
         age: (Q,) int64 how many events of the user came after the example, up to a bound; None
             when answering, and where it is not asked for.
     """
@@ -101,9 +93,7 @@ class UserSide:
     context: torch.Tensor
     at: torch.Tensor | None = None
     elapsed: torch.Tensor | None = None
-    strength: torch.Tensor | None = None
-    passed: torch.Tensor | None = None
-    passed_lengths: torch.Tensor | None = None
+    event_weight: torch.Tensor | None = None
     age: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> UserSide:
@@ -116,26 +106,26 @@ class Batch:
 
     Args:
         user: the user side; its history points into `rows`.
-        rows: (R,) int64 distinct item rows: N candidates, then rows that are only own negatives,
-            then the rest.
+        rows: (R,) int64 distinct item rows: N candidates, then rows that are only per-query
+            negatives, then the rest.
         n_candidates: N.
-        n_encoded: M, candidates and own negatives.
+        n_encoded: M, candidates and per-query negatives.
         target: (B,) int64 candidate that each example chose.
         owner: (B,) int64 query of each example; None: example b is query b, and Q = B.
         queued: (K,) int64 item rows that stand as columns N … N+K-1 beside the candidates, with
             vectors remembered from earlier steps; never one of the candidates.
-        log_inclusion: (N+K,) log probability that a column is among the drawn negatives.
-        known: (2, E) int64 query and column that the user is known to like; may include the query's
-            own targets.
-        own: (2, S) int64 query and place in `rows`, smaller than M, of negatives given for this
-            query alone.
-        own_log_weight: (S,) float32.
-        own_source: (S,) uint8 of `Source`.
-        weight: (B,) float32 strength of each positive: that of the event, times its decay.
+        log_inclusion: (N+K,) log probability that a column is among the sampled negatives.
+        positive_mask: (2, E) int64 query and column that the user is known to like; may
+            include the query's own targets.
+        per_query: (2, S) int64 query and position in `rows`, smaller than M, of negatives
+            given for this query alone.
+        per_query_log_weight: (S,) float32.
+        per_query_source: (S,) uint8 of `Source`.
+        weight: (B,) float32 event weight of each positive.
         statistics: (R, F) item statistics as of the batch's moment, F may be 0.
         user_log_inclusion: (Q,) log of how often the user of a query is expected to stand as a
             query of the batch's other draws; None where users are not told apart.
-        usual_weight: mean of `weight` over the training side; None: that of the batch.
+        mean_weight: mean of `weight` over the training side; None: that of the batch.
     """
 
     user: UserSide
@@ -146,14 +136,14 @@ class Batch:
     owner: torch.Tensor | None
     queued: torch.Tensor
     log_inclusion: torch.Tensor
-    known: torch.Tensor
-    own: torch.Tensor
-    own_log_weight: torch.Tensor
-    own_source: torch.Tensor
+    positive_mask: torch.Tensor
+    per_query: torch.Tensor
+    per_query_log_weight: torch.Tensor
+    per_query_source: torch.Tensor
     weight: torch.Tensor
     statistics: torch.Tensor
     user_log_inclusion: torch.Tensor | None = None
-    usual_weight: float | None = None
+    mean_weight: float | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on another device; Lightning calls this."""
@@ -192,23 +182,19 @@ def context_codes(context: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
 
 def query_side(queries: Queries, max_history: int) -> tuple[UserSide, np.ndarray]:
     """The user side of queries, and the (R,) item rows that its histories point into."""
-    history, passed = queries.history.last(max_history), queries.passed
-    read = [history.values] if passed is None else [history.values, passed.values]
-    rows, inverse = np.unique(np.concatenate(read), return_inverse=True)
-    inverse, of_passed = np.split(inverse.reshape(-1).astype(np.int64), [len(history.values)])
+    history = queries.history.last(max_history)
+    rows, inverse = np.unique(history.values, return_inverse=True)
     kept = slots(queries.history.offsets[1:] - history.lengths, history.lengths)
     side = UserSide(
         users=tensor(queries.users.astype(np.int64)),
-        history=tensor(inverse),
+        history=tensor(inverse.reshape(-1).astype(np.int64)),
         lengths=tensor(history.lengths),
         context=tensor(context_codes(queries.context, np.arange(len(queries)))),
         elapsed=None
         if queries.elapsed is None
         else tensor(queries.elapsed[kept].astype(np.float32)),
-        strength=None
-        if queries.strength is None
-        else tensor(queries.strength[kept].astype(np.float32)),
-        passed=None if passed is None else tensor(of_passed),
-        passed_lengths=None if passed is None else tensor(passed.lengths),
+        event_weight=None
+        if queries.event_weight is None
+        else tensor(queries.event_weight[kept].astype(np.float32)),
     )
     return side, rows.astype(np.int64)

@@ -1,7 +1,8 @@
-"""Whole batches by vectorized gathers, never one example at a time.
+"""Training batches by vectorized gathers, never one example at a time.
 
 Legend: B examples, Q queries, R distinct item rows of a batch, N of them candidates, M of them
-encoded by the item tower, K queued columns, H history entries, S own negatives, E training events.
+encoded by the item tower, K queued columns, H history entries, S per-query negatives, E
+training events.
 """
 
 from __future__ import annotations
@@ -16,33 +17,29 @@ import numpy as np
 
 from recsys.features.batching.batch import Batch, Source, UserSide, context_codes, tensor
 from recsys.features.batching.distinct import Distinct
-from recsys.features.batching.frequency import StreamingFrequency
-from recsys.features.batching.logq import Asking, Drawn, Inclusion
+from recsys.features.batching.logq import Inclusion, QueryFrequency, Sampled
 from recsys.features.batching.negatives import (
-    Known,
-    OwnNegatives,
+    PerQueryNegatives,
+    PositiveMask,
     UserNegatives,
     is_target,
-    past_of,
     skips_of,
 )
-from recsys.features.batching.samplers import Plan, Share, Shuffled, Windows
+from recsys.features.batching.samplers import Sampler, Share, Shuffled, Windows
 from recsys.features.batching.slices import (
-    Ahead,
-    Asked,
-    ByEvent,
-    BySequence,
-    ByUser,
-    Part,
-    Reading,
+    BatchQueries,
+    BatchSlice,
+    EventQueries,
+    QueryKind,
+    SequenceQueries,
+    UserQueries,
     elapsed_seconds,
     events_after,
-    passed_before,
 )
 from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
 
-PlanName = Literal["random", "in_time", "by_user", "ahead", "sequences"]
+SamplerName = Literal["random", "in_time", "by_user", "sequences"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class TrainingEvents:
 
     Args:
         timeline: the training positives only.
-        weight: (E,) strength of each, or None for all 1.
+        weight: (E,) event weight of each, or None for all 1.
         skips: E ragged skipped item rows, or None.
         skip_weight: weight of each value of `skips`.
         context: (E, C) codes, or None.
@@ -72,15 +69,15 @@ class TrainingEvents:
         """Events that stand as examples."""
         return len(self.timeline.item) if self.learned is None else len(self.learned)
 
-    def strength(self, events: np.ndarray) -> np.ndarray:
-        """(n,) float32 strength of each of the given events."""
+    def weights(self, events: np.ndarray) -> np.ndarray:
+        """(n,) float32 weight of each of the given events."""
         if self.weight is None:
             return np.ones(len(events), np.float32)
         return np.asarray(self.weight[events], np.float32)
 
 
 class Batches:
-    """An epoch of batches, seeded by (seed, epoch); its place can be saved and taken up again.
+    """An epoch of batches, seeded by (seed, epoch); its position can be saved and taken up again.
 
     Each iteration is the next epoch, whether or not the one before was read to its end (Lightning
     stops asking after `len` batches). The first one after `load_state_dict` goes on where it was.
@@ -90,48 +87,34 @@ class Batches:
 
     Args:
         events: the training side.
-        plan: which events form a batch.
+        sampler: which events form a batch.
             "random": events in any order, each with the history before it.
-            "in_time": consecutive events, so that a batch has one moment for item statistics and
+            "in_time": consecutive events, so that a batch has one time for item statistics and
             its negatives are of that time.
             "by_user": whole users, every item an example, a random part of them the history.
-            "ahead": whole users, asked once at a random one of their moments for what came next.
             "sequences": whole users' newest events, an example at every position (causal towers).
-        batch_size: examples of a batch, or users where the plan is of whole users; the last batch
-            of an epoch may be smaller. On each rank.
+        batch_size: examples of a batch, or users where the sampler is of whole users; the last
+            batch of an epoch may be smaller. On each rank.
         max_history: newest history entries kept.
-        window_span: "in_time": microseconds that a window spans at most, or None.
         history_dropout: "by_user": probability that an item is left out of its user's history.
-        ahead: "ahead": examples of a user at most; share of its newest events drawn from.
         elapsed: whether history entries carry the seconds to their query.
-        strength: whether history entries carry the strength of their event, where events differ.
-        passed: whether queries carry what their user was shown and passed over before.
+        event_weight: whether history entries carry the weight of their event, where events differ.
         example_age: queries carry how many events of their user come after them, up to so many; 0:
             they do not.
-        half_life: microseconds after which an event counts half, back from the newest; None: never.
-        negatives: "drawn": targets, uniform draws and the queue; "all": every row of
+        negatives: "sampled": targets, uniform samples and the queue; "all": every row of
             `events.candidates` beside the targets, which needs no correction.
-        uniform_negatives: candidates drawn uniformly for the whole batch, beside the targets.
-        queue: what so many earlier batches of the epoch drew stands in columns of its own.
+        uniform_negatives: candidates sampled uniformly for the whole batch, beside the targets.
+        queue: what so many earlier batches of the epoch sampled stands in columns of its own.
         queue_after: batches, counted from the first epoch on, before the queue is used.
-        known: which other items of a user are never its negatives: "all" of the training side,
-            those of the "past" of the event, or "none".
-        past_weight: how many items each of the newest `max_history` items that the user had before
-            counts as, as a negative of the query, whatever `known` says; 0 leaves them out.
-        skip_weight: multiplies every skip's weight; 0 leaves skips out.
-        skip_correction: how far skips are corrected for having been drawn by who made the list: a
-            skip's weight is multiplied by (times the chosen item was shown in `SHOWN_WITHIN`
-            before, plus 1) / (the same of the skip), to this power.
-        given: negatives of each user from a file, or None.
-        per_query: at most so many of the negatives given for a user are drawn for each query; None:
+        skips: whether skips stand among the per-query negatives.
+        user_negatives: negatives of each user from a file, or None.
+        per_query: at most so many of the file's negatives of a user are drawn for each query; None:
             all. Of those mined, all stand.
-        counts: draw probabilities are "exact" (counted beforehand; near the batch in time, with
-            "in_time") or from the "streaming" estimate, which is then part of the state.
         statistics: whether item statistics are gathered; needs "in_time".
         symmetric: whether users are to be told apart, too: `user_log_inclusion` is filled.
-        seed: of everything drawn.
+        seed: of everything sampled.
         rank, world: this process's equal part of every global batch; what does not divide is left
-            out. Draw probabilities are those of this rank's own batch.
+            out. Sampling probabilities are those of this rank's own batch.
 
     Raises:
         ValueError: options that do not go together.
@@ -141,28 +124,20 @@ class Batches:
         self,
         events: TrainingEvents,
         *,
-        plan: PlanName = "random",
+        sampler: SamplerName = "random",
         batch_size: int = 1024,
         max_history: int = 50,
-        window_span: int | None = None,
         history_dropout: float = 0.2,
-        ahead: tuple[int, float] = (10, 1.0),
         elapsed: bool = False,
-        strength: bool = False,
-        passed: bool = False,
+        event_weight: bool = False,
         example_age: int = 0,
-        half_life: int | None = None,
-        negatives: Literal["drawn", "all"] = "drawn",
+        negatives: Literal["sampled", "all"] = "sampled",
         uniform_negatives: int = 0,
         queue: int = 0,
         queue_after: int = 0,
-        known: str = "all",
-        past_weight: float = 0.0,
-        skip_weight: float = 1.0,
-        skip_correction: float = 0.0,
-        given: UserNegatives | None = None,
+        skips: bool = True,
+        user_negatives: UserNegatives | None = None,
         per_query: int | None = None,
-        counts: Literal["exact", "streaming"] = "exact",
         statistics: bool = False,
         symmetric: bool = False,
         seed: int = 0,
@@ -170,36 +145,19 @@ class Batches:
         world: int = 1,
     ) -> None:
         timeline = events.timeline
-        if statistics and plan != "in_time":
-            raise ValueError(f'Item statistics need the plan "in_time"; this one is "{plan}".')
-        if (elapsed or half_life is not None) and not timeline.timed:
-            raise ValueError("This log has no clock: leave elapsed at False and half_life at None.")
-        if skip_correction and (timeline.shown is None or not timeline.timed):
+        if statistics and sampler != "in_time":
+            raise ValueError(f'Item statistics need the sampler "in_time"; this is "{sampler}".')
+        if elapsed and not timeline.timed:
+            raise ValueError("This log has no clock: leave elapsed at False.")
+        if example_age and sampler == "by_user":
             raise ValueError(
-                "skip_correction counts how often items were shown, and this log has no impression "
-                "lists with a clock: leave it at 0."
+                'The sampler "by_user" asks once for everything a user chose, and nothing comes '
+                "after it: leave example_age at 0, or take another sampler."
             )
-        if passed and timeline.passed is None:
-            raise ValueError("This training side does not carry what was passed over.")
-        if passed and plan == "by_user":
+        if events.learned is not None and sampler not in ("random", "in_time"):
             raise ValueError(
-                'The plan "by_user" asks once for everything a user chose, and what was passed '
-                "over beside it would tell it: leave passed at False, or take another plan."
-            )
-        if example_age and plan == "by_user":
-            raise ValueError(
-                'The plan "by_user" asks once for everything a user chose, and nothing comes after '
-                "it: leave example_age at 0, or take another plan."
-            )
-        if past_weight and plan == "by_user":
-            raise ValueError(
-                'The plan "by_user" asks once for everything a user had, and nothing lies before '
-                "it: leave past_weight at 0, or take another plan."
-            )
-        if events.learned is not None and plan not in ("random", "in_time"):
-            raise ValueError(
-                f'The plan "{plan}" takes whole users; leave `learned` out, or take "random" or '
-                '"in_time".'
+                f'The sampler "{sampler}" takes whole users; leave `learned` out, or take "random" '
+                'or "in_time".'
             )
         if negatives == "all" and (uniform_negatives or queue):
             raise ValueError(
@@ -207,32 +165,28 @@ class Batches:
                 "at 0."
             )
         self.events, self.batch_size, self.max_history = events, batch_size, max_history
-        self.elapsed, self.strength, self.half_life = elapsed, strength, half_life
-        self.passed, self.example_age = passed, example_age
+        self.elapsed, self.event_weight, self.example_age = elapsed, event_weight, example_age
         self.negatives, self.uniform_negatives = negatives, uniform_negatives
         self.queue, self.queue_after = queue, queue_after
-        self.skip_weight, self.past_weight, self.per_query = skip_weight, past_weight, per_query
-        self.skip_correction = skip_correction
+        self.skips, self.per_query = skips, per_query
         self.statistics, self.seed, self.share = statistics, seed, Share(rank, world)
-        self.reading, self._plan = _planned(
-            events, plan, batch_size, max_history, window_span, history_dropout, ahead, self.share
+        self.query_kind, self._sampler = _sampled(
+            events, sampler, batch_size, max_history, history_dropout, self.share
         )
         self.epoch, self.done = 0, 0
         self._going_on = False
         self.before_epoch: Callable[[int], object] | None = None
-        self._known = Known(timeline, known)
-        self._given = self._fitting(given)
+        self._positive_mask = PositiveMask(timeline)
+        self._user_negatives = self._fitting(user_negatives)
         self._mined: UserNegatives | None = None
         self._distinct = Distinct(timeline.n_items)
-        self._newest = int(np.max(timeline.time, initial=0)) if half_life is not None else 0
-        self.frequency = StreamingFrequency(seed=seed) if counts == "streaming" else None
-        # With every item a candidate nothing was drawn and nothing is corrected.
+        # With every item a candidate nothing was sampled and nothing is corrected.
         self._inclusion: Inclusion | None = None
-        if negatives == "drawn":
+        if negatives == "sampled":
             self._inclusion = Inclusion(
-                timeline, self.reading, len(events.candidates), uniform_negatives, self.frequency
+                timeline, self.query_kind, len(events.candidates), uniform_negatives
             )
-        self._asking = Asking(timeline, self.reading) if symmetric else None
+        self._query_frequency = QueryFrequency(timeline, self.query_kind) if symmetric else None
 
     @property
     def mined(self) -> UserNegatives | None:
@@ -252,20 +206,15 @@ class Batches:
         return table
 
     def __len__(self) -> int:
-        return len(self._plan)
+        return len(self._sampler)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the epoch, and the streaming counts where there are any."""
-        state: dict[str, Any] = {"epoch": self.epoch, "done": self.done}
-        if self.frequency is not None:
-            state["frequency"] = self.frequency.state_dict()
-        return state
+        """The position in the epoch."""
+        return {"epoch": self.epoch, "done": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the place of a `state_dict`."""
+        """Take up the position of a `state_dict`."""
         self.epoch, self.done = state["epoch"], state["done"]
-        if self.frequency is not None:
-            self.frequency.load_state_dict(state["frequency"])
         self._going_on = True
 
     def __iter__(self) -> Iterator[Batch]:
@@ -274,14 +223,14 @@ class Batches:
         self._going_on = False
         if self.before_epoch is not None and not self.done:
             self.before_epoch(self.epoch)
-        parts = self._plan.epoch(np.random.default_rng([self.seed, self.epoch]))
+        slices = self._sampler.epoch(np.random.default_rng([self.seed, self.epoch]))
         earlier = range(max(0, self.done - self.queue), self.done)
-        recent = deque((self._drawn_by(parts, number) for number in earlier), self.queue)
-        for number in range(self.done, len(parts)):
-            old = self.epoch * len(self) + number >= self.queue_after
-            part = self._sorted(parts[number])
-            batch, drawn = self._make(part, self._generator(number), recent if old else ())
-            recent.append(drawn)
+        recent = deque((self._sampled_by(slices, number) for number in earlier), self.queue)
+        for number in range(self.done, len(slices)):
+            settled = self.epoch * len(self) + number >= self.queue_after
+            part = self._sorted(slices[number])
+            batch, sampled = self._make(part, self._generator(number), recent if settled else ())
+            recent.append(sampled)
             self.done = number + 1
             yield batch
 
@@ -290,216 +239,194 @@ class Batches:
         key = [self.seed, self.epoch, number]
         return np.random.default_rng([*key, self.share.rank] if self.share.rank else key)
 
-    def _sorted(self, part: Part) -> Part:
+    def _sorted(self, part: BatchSlice) -> BatchSlice:
         # Whole users stand in order of length, so that a tower can work on them in buckets.
-        if not self.reading.whole_users:
+        if not self.query_kind.whole_users:
             return part
-        order = np.argsort(self.reading.length(part.drawn), kind="stable")
-        return Part(part.drawn[order], part.around, part.moment)
+        order = np.argsort(self.query_kind.length(part.units), kind="stable")
+        return BatchSlice(part.units[order], part.nearby, part.as_of)
 
-    def _drawn_by(self, parts: Sequence[Part], number: int) -> Drawn:
-        """What the batch of that number drew, without making it again."""
-        part, rng = self._sorted(parts[number]), self._generator(number)
-        uniform = self._uniform(part.moment, rng)
-        asked = self.reading.ask(part.drawn, rng)
-        return self._queueable(asked, uniform, len(part.drawn))
+    def _sampled_by(self, slices: Sequence[BatchSlice], number: int) -> Sampled:
+        """What the batch of that number sampled, without making it again."""
+        part, rng = self._sorted(slices[number]), self._generator(number)
+        uniform = self._uniform(part.as_of, rng)
+        queries = self.query_kind.queries(part.units, rng)
+        return self._queueable(queries, uniform, len(part.units))
 
-    def _queueable(self, asked: Asked, uniform: np.ndarray, draws: int) -> Drawn:
+    def _queueable(self, queries: BatchQueries, uniform: np.ndarray, draws: int) -> Sampled:
         if not self.queue:
-            return Drawn(uniform[:0], 0)
-        targets = self.events.timeline.item[asked.events].astype(np.int64)
-        return Drawn(np.concatenate([targets, uniform]), draws)
+            return Sampled(uniform[:0], 0)
+        targets = self.events.timeline.item[queries.events].astype(np.int64)
+        return Sampled(np.concatenate([targets, uniform]), draws)
 
-    def _uniform(self, moment: int | None, rng: np.random.Generator) -> np.ndarray:
+    def _uniform(self, as_of: int | None, rng: np.random.Generator) -> np.ndarray:
         if not self.uniform_negatives:
             return np.empty(0, np.int64)
-        drawn = rng.choice(self.events.candidates, self.uniform_negatives).astype(np.int64)
-        return self._existing(drawn, moment)
+        sampled = rng.choice(self.events.candidates, self.uniform_negatives).astype(np.int64)
+        return self._existing(sampled, as_of)
 
-    def _existing(self, items: np.ndarray, moment: int | None) -> np.ndarray:
-        if moment is None:
+    def _existing(self, items: np.ndarray, as_of: int | None) -> np.ndarray:
+        if as_of is None:
             return items
-        return items[self.events.timeline.exists_from[items] <= moment]
+        return items[self.events.timeline.exists_from[items] <= as_of]
 
-    def make(self, part: Part, rng: np.random.Generator, recent: Sequence[Drawn] = ()) -> Batch:
-        """The batch of a part of a plan.
+    def make(
+        self, part: BatchSlice, rng: np.random.Generator, recent: Sequence[Sampled] = ()
+    ) -> Batch:
+        """The batch of a slice.
 
         Args:
             part: events or users.
-            rng: draws uniform negatives, then the histories of whole users, then own negatives.
-            recent: what the batches of the queue drew.
+            rng: samples uniform negatives, then the histories of whole users, then per-query
+                negatives.
+            recent: what the batches of the queue sampled.
         """
         return self._make(part, rng, recent)[0]
 
     def _make(
-        self, part: Part, rng: np.random.Generator, recent: Sequence[Drawn]
-    ) -> tuple[Batch, Drawn]:
-        events, timeline, moment = self.events, self.events.timeline, part.moment
-        uniform = self._uniform(moment, rng)
-        asked = self.reading.ask(part.drawn, rng)
-        targets = timeline.item[asked.events].astype(np.int64)
-        drawn = self._queueable(asked, uniform, len(part.drawn))
+        self, part: BatchSlice, rng: np.random.Generator, recent: Sequence[Sampled]
+    ) -> tuple[Batch, Sampled]:
+        events, timeline, as_of = self.events, self.events.timeline, part.as_of
+        uniform = self._uniform(as_of, rng)
+        queries = self.query_kind.queries(part.units, rng)
+        targets = timeline.item[queries.events].astype(np.int64)
+        sampled = self._queueable(queries, uniform, len(part.units))
         if self._inclusion is None:
-            uniform = self._existing(events.candidates, moment)
-        else:
-            self._inclusion.learn(asked, targets, len(part.drawn))
+            uniform = self._existing(events.candidates, as_of)
 
-        place = self._distinct
-        candidates = place.add(targets, 0)
+        position = self._distinct
+        candidates = position.add(targets, 0)
         if len(uniform):
-            candidates = np.concatenate([candidates, place.add(uniform, len(candidates))])
+            candidates = np.concatenate([candidates, position.add(uniform, len(candidates))])
         columns, queued = candidates, candidates[:0]
         if recent:
             past = np.concatenate([before.items for before in recent])
-            queued = place.add(self._existing(past, moment), len(candidates))
+            queued = position.add(self._existing(past, as_of), len(candidates))
             columns = np.concatenate([candidates, queued])
-        target = place.place[targets]
-        known = self._known.edges(asked, target, place.place, len(columns))
-        place.forget(queued)
+        target = position.place[targets]
+        mask = self._positive_mask.edges(queries, target, position.place, len(columns))
+        position.forget(queued)
 
-        own = self._own(asked, targets, moment, rng)
-        alone = place.add(own.item, len(candidates))
+        per_query = self._per_query_negatives(queries, targets, as_of, rng)
+        alone = position.add(per_query.item, len(candidates))
         n_encoded = len(candidates) + len(alone)
-        history = timeline.item[asked.history].astype(np.int64)
-        passed = passed_before(asked, timeline) if self.passed else None
-        read = history if passed is None else np.concatenate([history, passed.values])
-        rows = np.concatenate([candidates, alone, place.add(read.astype(np.int64), n_encoded)])
-        if passed is not None:
-            passed = Ragged(passed.offsets, place.place[passed.values])
+        history = timeline.item[queries.history].astype(np.int64)
+        rows = np.concatenate([candidates, alone, position.add(history, n_encoded)])
         batch = Batch(
-            user=self._user_side(asked, place.place[history], passed),
+            user=self._user_side(queries, position.place[history]),
             rows=tensor(rows),
             n_candidates=len(candidates),
             n_encoded=n_encoded,
             target=tensor(target),
-            owner=None if asked.owner is None else tensor(asked.owner),
+            owner=None if queries.owner is None else tensor(queries.owner),
             queued=tensor(queued),
             log_inclusion=tensor(
                 np.zeros(len(columns), np.float32)
                 if self._inclusion is None
                 else self._inclusion.log(columns, part, recent)
             ),
-            known=tensor(known),
-            own=tensor(np.stack([own.query, place.place[own.item]])),
-            own_log_weight=tensor(np.log(own.weight)),
-            own_source=tensor(own.source),
-            weight=tensor(self._weight(asked.events)),
-            usual_weight=self._usual_weight,
+            positive_mask=tensor(mask),
+            per_query=tensor(np.stack([per_query.query, position.place[per_query.item]])),
+            per_query_log_weight=tensor(np.log(per_query.weight)),
+            per_query_source=tensor(per_query.source),
+            weight=tensor(events.weights(queries.events)),
+            mean_weight=self._mean_weight,
             statistics=tensor(
-                timeline.statistics(rows, moment)
-                if self.statistics and moment is not None
+                timeline.statistics(rows, as_of)
+                if self.statistics and as_of is not None
                 else np.zeros((len(rows), 0), np.float32)
             ),
             user_log_inclusion=None
-            if self._asking is None
-            else tensor(self._asking.log(asked.query_users, part)),
+            if self._query_frequency is None
+            else tensor(self._query_frequency.log(queries.query_users, part)),
         )
-        place.forget(rows)
-        return batch, drawn
+        position.forget(rows)
+        return batch, sampled
 
-    def _user_side(self, asked: Asked, history: np.ndarray, passed: Ragged | None) -> UserSide:
+    def _user_side(self, queries: BatchQueries, history: np.ndarray) -> UserSide:
         events = self.events
-        if events.context is not None and asked.first is None:
+        if events.context is not None and queries.first is None:
             # A user that asks once for all its items has no context: every code is unknown.
-            context = np.zeros((len(asked.users), events.context.shape[1]), np.int64)
+            context = np.zeros((len(queries.users), events.context.shape[1]), np.int64)
         else:
             context = context_codes(
-                events.context, asked.users if asked.first is None else asked.first
+                events.context, queries.users if queries.first is None else queries.first
             )
         return UserSide(
-            users=tensor(asked.users),
+            users=tensor(queries.users),
             history=tensor(history),
-            lengths=tensor(asked.lengths),
+            lengths=tensor(queries.lengths),
             context=tensor(context),
-            at=None if asked.at is None else tensor(asked.at),
-            elapsed=tensor(elapsed_seconds(asked, events.timeline)) if self.elapsed else None,
-            # Where all are alike nothing is said of them, as in the queries of a timeline.
-            strength=tensor(events.strength(asked.history))
-            if self.strength and events.weight is not None
+            at=None if queries.at is None else tensor(queries.at),
+            elapsed=tensor(elapsed_seconds(queries, events.timeline)) if self.elapsed else None,
+            # Where all are alike they say nothing, as in the queries of a timeline.
+            event_weight=tensor(events.weights(queries.history))
+            if self.event_weight and events.weight is not None
             else None,
-            passed=None if passed is None else tensor(passed.values),
-            passed_lengths=None if passed is None else tensor(passed.lengths),
-            age=tensor(events_after(asked, events.timeline, self.example_age))
+            age=tensor(events_after(queries, events.timeline, self.example_age))
             if self.example_age
             else None,
         )
 
     @cached_property
-    def _usual_weight(self) -> float | None:
-        """Mean strength of what is learned from; None where all are alike."""
-        if self.events.weight is None and self.half_life is None:
+    def _mean_weight(self) -> float | None:
+        """Of what is learned from; None where all weigh alike."""
+        if self.events.weight is None:
             return None
         learned = self.events.learned
         return float(
-            self._weight(np.arange(self.events.size) if learned is None else learned).mean()
+            self.events.weights(np.arange(self.events.size) if learned is None else learned).mean()
         )
 
-    def _weight(self, chosen: np.ndarray) -> np.ndarray:
-        """(B,) float32 strength of each event, less what time has taken of it."""
-        weight = self.events.strength(chosen)
-        if self.half_life is None:
-            return weight
-        age = self._newest - self.events.timeline.time[chosen]
-        return (weight * np.exp2(-age / self.half_life)).astype(np.float32)
-
-    def _own(
-        self, asked: Asked, targets: np.ndarray, moment: int | None, rng: np.random.Generator
-    ) -> OwnNegatives:
-        """Skips of the examples' requests, what the users had, and what was mined or given."""
-        found = []
-        if self.past_weight:
-            found.append(past_of(asked, self.events.timeline, self.max_history, self.past_weight))
-        if self.events.skips is not None and self.skip_weight:
-            weight = self.events.skip_weight
-            assert weight is not None  # they come together
-            found.append(
-                skips_of(
-                    asked, self.events.skips, weight, self.events.timeline,
-                    strength=self.skip_weight, correction=self.skip_correction,
-                )
-            )  # fmt: skip
+    def _per_query_negatives(
+        self,
+        queries: BatchQueries,
+        targets: np.ndarray,
+        as_of: int | None,
+        rng: np.random.Generator,
+    ) -> PerQueryNegatives:
+        """Skips of the examples' requests, and what was mined or stands in the file."""
+        parts = []
+        if self.events.skips is not None and self.skips:
+            assert self.events.skip_weight is not None  # they come together
+            parts.append(skips_of(queries, self.events.skips, self.events.skip_weight))
         for table, source, most in (
             (self._mined, Source.MINED, None),
-            (self._given, Source.GIVEN, self.per_query),
+            (self._user_negatives, Source.FILE, self.per_query),
         ):
             if table is not None:
-                drawn = OwnNegatives.of(*table.draw(asked.query_users, most, rng), source)
-                keep = ~self._known.holds(asked, drawn.query, drawn.item)
-                if moment is not None:
-                    keep &= self.events.timeline.exists_from[drawn.item] <= moment
-                found.append(drawn.where(keep))
-        own = OwnNegatives.joined(found)
-        # An item may be passed over now and chosen as the user's next: it is no negative of itself.
-        return own.where(~is_target(asked, targets, own, self.events.timeline.n_items))
+                sampled = PerQueryNegatives.of(*table.draw(queries.query_users, most, rng), source)
+                keep = ~self._positive_mask.holds(queries, sampled.query, sampled.item)
+                if as_of is not None:
+                    keep &= self.events.timeline.exists_from[sampled.item] <= as_of
+                parts.append(sampled.where(keep))
+        joined = PerQueryNegatives.joined(parts)
+        # An item may be skipped now and chosen as the user's next: it is no negative of itself.
+        return joined.where(~is_target(queries, targets, joined, self.events.timeline.n_items))
 
 
-def _planned(
+def _sampled(
     events: TrainingEvents,
-    plan: PlanName,
+    sampler: SamplerName,
     batch_size: int,
     max_history: int,
-    window_span: int | None,
     history_dropout: float,
-    ahead: tuple[int, float],
     share: Share,
-) -> tuple[Reading, Plan]:
-    """How parts are read, and how epochs are divided into them."""
+) -> tuple[QueryKind, Sampler]:
+    """How units become queries, and how epochs are divided into slices."""
     timeline = events.timeline
-    if plan == "by_user":
-        users = ByUser(timeline, max_history, history_dropout)
+    if sampler == "by_user":
+        users = UserQueries(timeline, max_history, history_dropout)
         return users, Shuffled(users.units, batch_size, share)
-    if plan == "ahead":
-        places = Ahead(timeline, max_history, *ahead)
-        return places, Shuffled(places.units, batch_size, share)
-    if plan == "sequences":
-        sequences = BySequence(timeline, max_history)
+    if sampler == "sequences":
+        sequences = SequenceQueries(timeline, max_history)
         return sequences, Shuffled(sequences.units, batch_size, share)
-    reading = ByEvent(timeline, max_history, events.learned)
-    if plan == "in_time":
+    kind = EventQueries(timeline, max_history, events.learned)
+    if sampler == "in_time":
         times = np.asarray(timeline.time)
-        return reading, Windows(times, batch_size, window_span, share, units=events.learned)
-    if plan != "random":
-        raise ValueError(f"{plan!r} is no plan; use random, in_time, by_user, ahead or sequences.")
-    return reading, Shuffled(
+        return kind, Windows(times, batch_size, share, units=events.learned)
+    if sampler != "random":
+        raise ValueError(f"{sampler!r} is no sampler; use random, in_time, by_user or sequences.")
+    return kind, Shuffled(
         len(timeline.item) if events.learned is None else events.learned, batch_size, share
     )

@@ -13,7 +13,6 @@ import numpy as np
 from recsys.features.batching.batch import Queries
 from recsys.features.batching.batches import TrainingEvents
 from recsys.features.prepared.first_seen import Firsts
-from recsys.features.prepared.passed import PASSED, PassedOver
 from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
 from recsys.tables import Side
@@ -22,13 +21,12 @@ if TYPE_CHECKING:
     from recsys.features.prepared.dataset import Dataset
 
 
-def timeline_until(dataset: Dataset, side: Side, passed: bool = False) -> Timeline:
+def timeline_until(dataset: Dataset, side: Side) -> Timeline:
     """Every positive and exposure on the sides up to and including `side`.
 
     Args:
         dataset: prepared.
         side: the last side.
-        passed: carry what users were shown and passed over, too, where the log shows it.
     """
     kept = np.asarray(dataset.event_side) <= side
     shown_item = shown_time = None
@@ -63,29 +61,11 @@ def timeline_until(dataset: Dataset, side: Side, passed: bool = False) -> Timeli
         base.exists_from,
         base.shown,
         base.timed,
-        _strength(np.asarray(dataset.event_weight)[kept]),
-        _passed_over(dataset, side) if passed else None,
+        _event_weight(np.asarray(dataset.event_weight)[kept]),
     )
 
 
-def _passed_over(dataset: Dataset, side: Side) -> PassedOver | None:
-    """What users passed over on the sides up to `side`; None without requests or a clock."""
-    if not len(dataset.request_user) or not dataset.manifest["timed"]:
-        return None
-    rows = np.flatnonzero(np.asarray(dataset.request_side) <= side)
-    offsets = np.asarray(dataset.request_offsets)
-    position = dataset.shown_position
-    return PassedOver.of_requests(
-        np.asarray(dataset.request_user)[rows],
-        np.asarray(dataset.request_time)[rows],
-        Ragged(offsets, dataset.shown_item).take(rows),
-        Ragged(offsets, dataset.shown_clicked).take(rows).values,
-        None if position is None else Ragged(offsets, position).take(rows).values,
-        dataset.n_users,
-    )
-
-
-def _strength(weight: np.ndarray) -> np.ndarray | None:
+def _event_weight(weight: np.ndarray) -> np.ndarray | None:
     """Weights of events where they say anything: all 1 says nothing."""
     return None if (weight == 1).all() else weight
 
@@ -99,8 +79,7 @@ def asking(
     last: int | None = None,
     moment: int | None = None,
 ) -> Queries:
-    """Queries of user rows with what each had before its time, how long before and how strongly,
-    and what it was shown and passed over, where the timeline carries that.
+    """Queries of user rows with what each had before its time, how long before and its weight.
 
     Args:
         past: everything that may be known; each query sees only what is strictly before it.
@@ -111,9 +90,8 @@ def asking(
         moment: when everything known is asked about; None: the time of an entry says nothing.
     """
     history = past.histories(users, times, last)
-    elapsed, strength = past.beside_histories(users, times, last, moment)
-    passed = None if past.passed is None else past.passed.before(users, times, PASSED)
-    return Queries(users, history, times, context, elapsed, strength, passed)
+    elapsed, weight = past.beside_histories(users, times, last, moment)
+    return Queries(users, history, times, context, elapsed, weight)
 
 
 def training_events(
@@ -121,9 +99,8 @@ def training_events(
     skips: bool,
     until: Side = Side.TRAIN,
     since: int | None = None,
-    passed: bool = False,
 ) -> TrainingEvents:
-    """What is learned from: events, their strengths, skips and context, and what uniform negatives
+    """What is learned from: events, their weights, skips and context, and what uniform negatives
     are drawn from (items known at the cut-off or learned from).
 
     Args:
@@ -131,7 +108,6 @@ def training_events(
         skips: whether skips are wanted.
         until: the last side to learn from: train, or valid once nothing is left to be chosen.
         since: microseconds before the newest event; what is older is history, but no example.
-        passed: whether what users passed over is wanted.
     """
     kept = np.flatnonzero(np.asarray(dataset.event_side) <= until)
     weight = np.asarray(dataset.event_weight)[kept]
@@ -140,7 +116,7 @@ def training_events(
         all_skips = Ragged(np.asarray(dataset.skip_offsets), dataset.skip_item)
         weights = Ragged(np.asarray(dataset.skip_offsets), dataset.skip_weight)
         found, skip_weight = all_skips.take(kept), weights.take(kept).values
-    timeline = timeline_until(dataset, until, passed)
+    timeline = timeline_until(dataset, until)
     known = np.asarray(dataset.item_known).astype(bool)
     known[timeline.item] = True  # what the validation side is the first to know is learned, too
     candidates = np.flatnonzero(known)
@@ -150,7 +126,7 @@ def training_events(
         learned = np.flatnonzero(times > times.max() - since)
     return TrainingEvents(
         timeline=timeline,
-        weight=_strength(weight),
+        weight=_event_weight(weight),
         skips=found,
         skip_weight=skip_weight,
         context=dataset.event_context[kept] if dataset.event_context.shape[1] else None,

@@ -1,4 +1,4 @@
-"""How likely a column of the score matrix is there at all: what drawn negatives are corrected by.
+"""logQ correction: inclusion probabilities of sampled negatives.
 
 Legend: C columns of a batch, candidates and queued ones; n draws of the plan, events or whole
 users; N item rows; Q queries.
@@ -11,13 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recsys.features.batching.frequency import StreamingFrequency, exact_shares
-from recsys.features.batching.slices import Ahead, Asked, ByEvent, Part, Reading
+from recsys.features.batching.slices import BatchSlice, EventQueries, QueryKind
 from recsys.features.prepared.timeline import Timeline
 
 
-class Drawn(NamedTuple):
-    """What a batch drew: (T,) item rows, repeats and all, by so many draws of the plan."""
+class Sampled(NamedTuple):
+    """Items that a batch sampled: (T,) item rows, repeats and all, by so many draws of the plan."""
 
     items: np.ndarray
     draws: int
@@ -33,54 +32,28 @@ class Inclusion:
 
     Args:
         timeline: the training side.
-        reading: how a part becomes examples; a draw of whole users brings in all their targets.
+        kind: how a slice becomes examples; a draw of whole users brings in all their targets.
         pool: number of rows that uniform negatives are drawn from.
         uniform: uniform draws of each batch.
-        frequency: estimates p from the stream; None: counted beforehand.
     """
 
-    def __init__(
-        self,
-        timeline: Timeline,
-        reading: Reading,
-        pool: int,
-        uniform: int,
-        frequency: StreamingFrequency | None,
-    ) -> None:
-        self.timeline, self.reading, self.pool, self.uniform = timeline, reading, pool, uniform
-        self.frequency = frequency
-        self._shares: np.ndarray | None = None
-        if frequency is None:
-            self._shares = _counted(timeline, reading)
+    def __init__(self, timeline: Timeline, kind: QueryKind, pool: int, uniform: int) -> None:
+        self.timeline, self.kind, self.pool, self.uniform = timeline, kind, pool, uniform
+        self._shares = _counted(timeline, kind)
 
-    def learn(self, asked: Asked, targets: np.ndarray, draws: int) -> None:
-        """Let the streaming estimate see what a batch drew.
-
-        Args:
-            asked: the batch.
-            targets: (B,) item row of each example.
-            draws: n of the batch.
-        """
-        if self.frequency is None:
-            return
-        of_example = asked.query_of(np.arange(len(targets)))
-        if asked.asker is not None:
-            of_example = asked.asker[of_example]
-        self.frequency.update(targets, of_example, draws)
-
-    def log(self, columns: np.ndarray, part: Part, recent: Sequence[Drawn]) -> np.ndarray:
-        """(C,) float32 log probability that each column is among the drawn negatives.
+    def log(self, columns: np.ndarray, part: BatchSlice, recent: Sequence[Sampled]) -> np.ndarray:
+        """(C,) float32 log probability that each column is among the sampled negatives.
 
         Args:
             columns: (C,) item rows.
-            part: what was drawn for the batch.
+            part: units of the batch.
             recent: what the batches of the queue drew.
         """
-        near = everywhere = self._share(columns)
-        if self.frequency is None and part.around is not None:
-            around = self.timeline.item[part.around]
-            near = np.bincount(around, minlength=self.timeline.n_items)[columns] / len(around)
-        absent = _log_missed(near, len(part.drawn) - 1)
+        near = everywhere = self._shares[columns]
+        if part.nearby is not None:
+            nearby = self.timeline.item[part.nearby]
+            near = np.bincount(nearby, minlength=self.timeline.n_items)[columns] / len(nearby)
+        absent = _log_missed(near, len(part.units) - 1)
         if recent:
             # The queue comes from everywhere in time.
             absent = absent + _log_missed(everywhere, sum(before.draws for before in recent))
@@ -89,32 +62,35 @@ class Inclusion:
             absent = absent + uniform * np.log1p(-1.0 / max(self.pool, 2))
         return np.log(np.maximum(-np.expm1(absent), 1e-12)).astype(np.float32)
 
-    def _share(self, columns: np.ndarray) -> np.ndarray:
-        if self.frequency is not None:
-            return self.frequency.share(columns)
-        assert self._shares is not None  # counted at birth
-        return self._shares[columns]
+
+def exact_shares(items: np.ndarray, n_items: int, draws: np.ndarray | None = None) -> np.ndarray:
+    """(N,) share of all draws that bring each item in.
+
+    Args:
+        items: (T,) item rows.
+        draws: (T,) draw of each; one that brings an item in twice counts once. None: each item is
+            a draw of its own.
+    """
+    if draws is None:
+        return np.bincount(items, minlength=n_items) / max(1, len(items))
+    pairs = np.unique(draws * n_items + items)
+    n_draws = len(np.unique(pairs // n_items))
+    return np.bincount(pairs % n_items, minlength=n_items) / max(1, n_draws)
 
 
-def _counted(timeline: Timeline, reading: Reading) -> np.ndarray:
+def _counted(timeline: Timeline, kind: QueryKind) -> np.ndarray:
     """(N,) probability that one draw brings each item in, over all draws of the plan."""
     items = timeline.item.astype(np.int64)
-    if isinstance(reading, Ahead):
-        pairs, pair = np.unique(timeline.user * timeline.n_items + items, return_inverse=True)
-        # Had twice, an item is brought in at most as often as both together.
-        chance = np.minimum(np.bincount(pair, reading.chances(), len(pairs)), 1.0)
-        brought = np.bincount(pairs % timeline.n_items, chance, timeline.n_items)
-        return brought / max(1, len(reading.units))
-    if reading.whole_users:
-        asked = reading.ask(reading.units, np.random.default_rng(0))
-        users = asked.query_users[asked.query_of(np.arange(len(asked.events)))]
-        return exact_shares(items[asked.events], timeline.n_items, users)
-    if isinstance(reading, ByEvent) and reading.learned is not None:
-        items = items[reading.learned]
+    if kind.whole_users:
+        queries = kind.queries(kind.units, np.random.default_rng(0))
+        users = queries.query_users[queries.query_of(np.arange(len(queries.events)))]
+        return exact_shares(items[queries.events], timeline.n_items, users)
+    if isinstance(kind, EventQueries) and kind.learned is not None:
+        items = items[kind.learned]
     return exact_shares(items, timeline.n_items)
 
 
-class Asking:
+class QueryFrequency:
     """How often each user stands among the queries of a batch: what item → user is corrected by.
 
     From an item to users, the queries of a batch are the columns, and they are not made distinct.
@@ -128,35 +104,34 @@ class Asking:
 
     Where each draw is an event, f_u is the user's share of all events; in windows of time its share
     of the events nearby. Where it is a whole user, f_u is the number of queries that the user asks,
-    over the number of users: the same for all who ask once. Users are counted beforehand, also
-    where the frequency of items is estimated from the stream.
+    over the number of users: the same for all who ask once.
 
     Args:
         timeline: the training side.
-        reading: how a part becomes queries.
+        kind: how a slice becomes queries.
     """
 
-    def __init__(self, timeline: Timeline, reading: Reading) -> None:
+    def __init__(self, timeline: Timeline, kind: QueryKind) -> None:
         self.timeline = timeline
-        if reading.whole_users:
-            asked = reading.ask(reading.units, np.random.default_rng(0))
-            queries = np.bincount(asked.query_users, minlength=timeline.n_users)
+        if kind.whole_users:
+            queries = kind.queries(kind.units, np.random.default_rng(0))
+            counts = np.bincount(queries.query_users, minlength=timeline.n_users)
         else:
-            queries = np.bincount(timeline.user[reading.units], minlength=timeline.n_users)
-        self.share = queries / max(1, len(reading.units))
+            counts = np.bincount(timeline.user[kind.units], minlength=timeline.n_users)
+        self.share = counts / max(1, len(kind.units))
 
-    def log(self, users: np.ndarray, part: Part) -> np.ndarray:
+    def log(self, users: np.ndarray, part: BatchSlice) -> np.ndarray:
         """(Q,) float32 log of the expected number of queries in the other draws.
 
         Args:
             users: (Q,) user row of each query.
-            part: what was drawn for the batch.
+            part: units of the batch.
         """
         share = self.share
-        if part.around is not None:
-            around = self.timeline.user[part.around]
-            share = np.bincount(around, minlength=self.timeline.n_users) / len(around)
-        return np.log(np.maximum(share[users], 1e-12) * max(1, len(part.drawn) - 1)).astype(
+        if part.nearby is not None:
+            nearby = self.timeline.user[part.nearby]
+            share = np.bincount(nearby, minlength=self.timeline.n_users) / len(nearby)
+        return np.log(np.maximum(share[users], 1e-12) * max(1, len(part.units) - 1)).astype(
             np.float32
         )
 

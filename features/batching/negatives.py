@@ -1,6 +1,6 @@
-"""What a query is told apart from by name: masks of what is liked, and negatives of its own.
+"""Per-query positive masks and per-query hard negatives.
 
-Legend: Q queries, U user rows, E known edges, S own negatives, T entries of a table.
+Legend: Q queries, U user rows, E masked edges, S per-query negatives, T entries of a table.
 """
 
 from __future__ import annotations
@@ -12,19 +12,15 @@ import numpy as np
 
 from recsys.features.batching.batch import Source
 from recsys.features.batching.distinct import Distinct
-from recsys.features.batching.slices import Asked
+from recsys.features.batching.slices import BatchQueries
 from recsys.features.prepared.first_seen import Firsts
 from recsys.features.prepared.timeline import Timeline
-from recsys.ragged import Ragged, gather, slots
-from recsys.tables import DAY
-
-SHOWN_WITHIN = 2 * DAY
-"""How far back it is counted how often an item was shown, where skips are corrected for it."""
+from recsys.ragged import Ragged, gather
 
 
 @dataclass(frozen=True)
 class UserNegatives:
-    """Items that each user is told not to have chosen: mined from a model, or given in a file.
+    """Hard negatives of each user: mined from a model, or read from a file.
 
     Args:
         offsets: (U+1,) int64, the items of user row u are `items[offsets[u]:offsets[u+1]]`.
@@ -77,8 +73,8 @@ class UserNegatives:
 
 
 @dataclass(frozen=True)
-class OwnNegatives:
-    """Negatives of one query alone, as edges.
+class PerQueryNegatives:
+    """Negatives of single queries, as edges.
 
     Args:
         query, item: (S,) int64.
@@ -92,167 +88,119 @@ class OwnNegatives:
     source: np.ndarray
 
     @staticmethod
-    def of(query: np.ndarray, item: np.ndarray, weight: np.ndarray, source: Source) -> OwnNegatives:
+    def of(
+        query: np.ndarray, item: np.ndarray, weight: np.ndarray, source: Source
+    ) -> PerQueryNegatives:
         """Edges of one source; row 0, which is no item, and weights of 0 are left out."""
         keep = (item > 0) & (weight > 0)
-        return OwnNegatives(
+        return PerQueryNegatives(
             query[keep].astype(np.int64), item[keep].astype(np.int64),
             weight[keep].astype(np.float32), np.full(int(keep.sum()), source, np.uint8),
         )  # fmt: skip
 
     @staticmethod
-    def joined(parts: list[OwnNegatives]) -> OwnNegatives:
+    def joined(parts: list[PerQueryNegatives]) -> PerQueryNegatives:
         """All edges, part after part."""
         if len(parts) == 1:
             return parts[0]
         if not parts:
             nothing = np.empty(0, np.int64)
-            return OwnNegatives.of(nothing, nothing, np.empty(0, np.float32), Source.SKIPPED)
-        return OwnNegatives(
+            return PerQueryNegatives.of(nothing, nothing, np.empty(0, np.float32), Source.SKIPPED)
+        return PerQueryNegatives(
             np.concatenate([part.query for part in parts]),
             np.concatenate([part.item for part in parts]),
             np.concatenate([part.weight for part in parts]),
             np.concatenate([part.source for part in parts]),
         )
 
-    def where(self, keep: np.ndarray) -> OwnNegatives:
+    def where(self, keep: np.ndarray) -> PerQueryNegatives:
         """The edges for which `keep` (S,) is true."""
-        return OwnNegatives(self.query[keep], self.item[keep], self.weight[keep], self.source[keep])
+        return PerQueryNegatives(
+            self.query[keep], self.item[keep], self.weight[keep], self.source[keep]
+        )
 
 
-class Known:
-    """What a user is known to like, as one rule.
+class PositiveMask:
+    """What each user is known to like: every item of it on the training side.
 
     Args:
         timeline: the training side.
-        rule: "all" of it, what lies strictly in the "past" of the query, or "none".
     """
 
-    def __init__(self, timeline: Timeline, rule: str) -> None:
-        self.timeline, self.rule = timeline, rule
+    def __init__(self, timeline: Timeline) -> None:
+        self.timeline = timeline
         self._users = Distinct(timeline.n_users)
 
     def edges(
-        self, asked: Asked, target: np.ndarray, column: np.ndarray, n_columns: int
+        self, queries: BatchQueries, target: np.ndarray, candidate: np.ndarray, n_candidates: int
     ) -> np.ndarray:
-        """(2, E) query and column of what each query's user is known to like.
+        """(2, E) query and candidate that each query's user is known to like.
 
         Args:
-            asked: the queries.
-            target: (B,) column of each example's item; left out where each query has one example.
-            column: (n_items,) column of each item row; what is not in [0, n_columns) is none.
-            n_columns: candidates and queued columns.
+            queries: of the batch.
+            target: (B,) candidate of each example; left out where each query has one example.
+            candidate: (n_items,) candidate of each item row; what is not in [0, n_candidates) is
+                none.
+            n_candidates: candidates and queued columns.
         """
         timeline = self.timeline
-        if self.rule == "none":
-            return np.empty((2, 0), np.int64)
-        users = asked.query_users
+        users = queries.query_users
         offsets = np.asarray(timeline.user_offsets)
         # Once a user, not once a query: a heavy user stands in a batch many times.
         distinct = self._users.add(users, 0)
         of_query = self._users.place[users]
         self._users.forget(distinct)
-        start, end = offsets[distinct], offsets[distinct + 1]
-        items = gather(timeline.item, start, end)
-        found = column[items.values]
-        keep = (found >= 0) & (found < n_columns)
-        if self.rule == "past":
-            events = slots(start, end - start)
-            keep &= self._firsts.are_first[events]
-            first = Ragged(items.offsets, events).where(keep).take(of_query).values
-        edges = Ragged(items.offsets, found).where(keep).take(of_query)
-        query, found = edges.row_of(), edges.values
-        if self.rule == "past":
-            before = first < asked.until[query]
-            query, found = query[before], found[before]
-        if asked.owner is None:
-            other = found != target[query]
-            query, found = query[other], found[other]
-        return np.stack([query, found])
+        items = gather(timeline.item, offsets[distinct], offsets[distinct + 1])
+        liked = candidate[items.values]
+        keep = (liked >= 0) & (liked < n_candidates)
+        edges = Ragged(items.offsets, liked).where(keep).take(of_query)
+        query, liked = edges.row_of(), edges.values
+        if queries.owner is None:
+            other = liked != target[query]
+            query, liked = query[other], liked[other]
+        return np.stack([query, liked])
 
-    def holds(self, asked: Asked, query: np.ndarray, item: np.ndarray) -> np.ndarray:
+    def holds(self, queries: BatchQueries, query: np.ndarray, item: np.ndarray) -> np.ndarray:
         """(S,) bool, whether the user of each query is known to like the item."""
-        if self.rule == "none" or not len(query):
-            return np.zeros(len(query), bool)
-        users = asked.query_users[query]
-        until = asked.until[query]
-        if self.rule == "all":
-            until = np.asarray(self.timeline.user_offsets)[users + 1]
-        return self._firsts.before(users, item, until)
+        if not len(query):
+            return np.zeros(0, bool)
+        users = queries.query_users[query]
+        ends = np.asarray(self.timeline.user_offsets)[users + 1]
+        return self._first_seen.before(users, item, ends)
 
     @cached_property
-    def _firsts(self) -> Firsts:
+    def _first_seen(self) -> Firsts:
         return Firsts(self.timeline)
 
 
-def is_target(asked: Asked, targets: np.ndarray, own: OwnNegatives, n_items: int) -> np.ndarray:
-    """(S,) bool, whether an own negative is what its very query went on to choose.
+def is_target(
+    queries: BatchQueries, targets: np.ndarray, negatives: PerQueryNegatives, n_items: int
+) -> np.ndarray:
+    """(S,) bool, whether a per-query negative is what its very query went on to choose.
 
     Args:
-        asked: the queries.
+        queries: the queries.
         targets: (B,) item row of each example.
-        own: S edges.
+        negatives: S edges.
         n_items: item rows are smaller.
     """
-    if asked.owner is None:
-        return targets[own.query] == own.item
-    chosen = asked.owner * n_items + targets
-    return np.isin(own.query * n_items + own.item, chosen)
+    if queries.owner is None:
+        return targets[negatives.query] == negatives.item
+    chosen = queries.owner * n_items + targets
+    return np.isin(negatives.query * n_items + negatives.item, chosen)
 
 
-def skips_of(
-    asked: Asked,
-    skips: Ragged,
-    weight: np.ndarray,
-    timeline: Timeline,
-    *,
-    strength: float = 1.0,
-    correction: float = 0.0,
-) -> OwnNegatives:
-    """What was passed over in the requests of the examples.
-
-    Where a score says how often an item is chosen at all, it holds how often it is shown, and in a
-    list, which it has got into already, item i is chosen with odds e^s_i / shown_i: see
-    `skip_correction` of `Batches`.
+def skips_of(queries: BatchQueries, skips: Ragged, weight: np.ndarray) -> PerQueryNegatives:
+    """Skipped impressions in the requests of the examples.
 
     Args:
-        asked: the queries.
+        queries: of the batch.
         skips: skipped item rows of each event of the training side.
         weight: of each value of `skips`.
-        timeline: the training side.
-        strength: multiplies every weight.
-        correction: in [0, 1], how far weights are corrected for how often items are shown.
     """
-    start = np.asarray(skips.offsets)[asked.events]
-    end = np.asarray(skips.offsets)[asked.events + 1]
-    passed = gather(skips.values, start, end)
-    example = passed.row_of()
-    weights = gather(weight, start, end).values * strength
-    if correction:
-        events = asked.events[example]
-        times = np.asarray(timeline.time)[events]
-        chosen, other = (
-            timeline.shown_before(rows.astype(np.int64), times, SHOWN_WITHIN)
-            for rows in (timeline.item[events], passed.values)
-        )
-        weights = weights * ((chosen + 1.0) / (other + 1.0)) ** correction
-    return OwnNegatives.of(asked.query_of(example), passed.values, weights, Source.SKIPPED)
-
-
-def past_of(asked: Asked, timeline: Timeline, most: int, weight: float) -> OwnNegatives:
-    """What each query's user had strictly before it, each item once.
-
-    Where nobody has the same twice, a score that does not know what its user had gives its first
-    places away: what is nearest to a history is the history.
-
-    Args:
-        asked: the queries.
-        timeline: the training side.
-        most: newest events looked at.
-        weight: how many items each stands for.
-    """
-    first = np.asarray(timeline.user_offsets)[asked.query_users]
-    had = gather(timeline.item, np.maximum(first, asked.until - most), asked.until)
-    pairs = np.unique(had.row_of() * timeline.n_items + had.values)
-    query, item = np.divmod(pairs, timeline.n_items)
-    return OwnNegatives.of(query, item, np.full(len(pairs), weight), Source.PAST)
+    start = np.asarray(skips.offsets)[queries.events]
+    end = np.asarray(skips.offsets)[queries.events + 1]
+    skipped = gather(skips.values, start, end)
+    weights = gather(weight, start, end).values
+    query = queries.query_of(skipped.row_of())
+    return PerQueryNegatives.of(query, skipped.values, weights, Source.SKIPPED)

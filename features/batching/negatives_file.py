@@ -1,4 +1,4 @@
-"""Negatives of each user from a file: what somebody knows that these users do not want.
+"""Negatives file: items that users are known not to want.
 
 Legend: T pairs of the file, U user rows.
 """
@@ -19,17 +19,17 @@ from recsys.tables import Side
 if TYPE_CHECKING:
     from recsys.features.prepared.dataset import Dataset
 
-KEY = "training.given"
+KEY = "training.negatives.file"
 
 
-class Given(NamedTuple):
+class NegativesFile(NamedTuple):
     """Negatives of each user, and what was done with the pairs of the file: counts by name."""
 
     negatives: UserNegatives
     notes: dict[str, int]
 
 
-def given_negatives(path: str | Path, dataset: Dataset, until: Side = Side.TRAIN) -> Given:
+def read_negatives(path: str | Path, dataset: Dataset, until: Side = Side.TRAIN) -> NegativesFile:
     """Read pairs of user and item, in external ids, that are to be pushed apart.
 
     Left out, and counted, are ids that the dataset does not know, items that were not yet there at
@@ -67,7 +67,7 @@ def given_negatives(path: str | Path, dataset: Dataset, until: Side = Side.TRAIN
         np.bincount(place.reshape(-1), weight[kept], len(distinct)).astype(np.float32),
     )
     notes["negatives"] = len(distinct)
-    return Given(negatives, notes)
+    return NegativesFile(negatives, notes)
 
 
 def _columns(path: str | Path, dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

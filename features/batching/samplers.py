@@ -1,7 +1,7 @@
-"""How an epoch is divided into batches: at random, or into windows of time.
+"""Samplers: an epoch divided into batches at random, or into windows of time.
 
-A plan deals in units, which are events or whole users, and draws each once an epoch. Over several
-ranks the plan is of global batches, the same on every rank from the same generator; each rank
+A sampler deals in units, which are events or whole users, each once an epoch. Over several ranks
+it deals global batches, the same on every rank from the same generator; each rank
 takes an equal part of each, and what does not divide is left out.
 """
 
@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from recsys.features.batching.slices import Part
+from recsys.features.batching.slices import BatchSlice
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class Share:
         return units[self.rank * each : (self.rank + 1) * each]
 
 
-class Plan(Protocol):
+class Sampler(Protocol):
     """Divides every epoch into the same number of batches, as a trainer needs."""
 
     def __len__(self) -> int:
         """Batches of an epoch."""
         ...
 
-    def epoch(self, rng: np.random.Generator) -> Sequence[Part]:
-        """The parts of one epoch, in order; each is made when it is asked for."""
+    def epoch(self, rng: np.random.Generator) -> Sequence[BatchSlice]:
+        """The slices of one epoch, in order; each is made when it is asked for."""
         ...
 
 
@@ -55,7 +55,7 @@ class Shuffled:
     """Units in random order, cut into batches; the last may be smaller.
 
     Args:
-        units: (n,) what is drawn, or the number of units when they are 0 … n-1.
+        units: (n,) what is dealt out, or the number of units when they are 0 … n-1.
         size: units of a batch, on each rank.
         share: the part of this process.
     """
@@ -68,7 +68,7 @@ class Shuffled:
         whole, rest = divmod(self.total, self.size)
         return whole + (rest >= self.share.world)
 
-    def epoch(self, rng: np.random.Generator) -> Sequence[Part]:
+    def epoch(self, rng: np.random.Generator) -> Sequence[BatchSlice]:
         order = rng.permutation(self.total)
         if not isinstance(self.units, int):
             order = self.units[order]
@@ -83,10 +83,8 @@ class Windows:
     Args:
         time: (E,) microseconds of each event, in any order.
         size: most events of a window, on each rank.
-        span: a window ends when the next event is more than so many microseconds after its first;
-            None: however long it takes.
         share: the part of this process.
-        around: events on either side of a window, in windows, from which draw probabilities are
+        reach: events on either side of a window, in windows, from which sampling probabilities are
             estimated.
         units: (n,) events that are dealt out; None: all.
     """
@@ -95,25 +93,15 @@ class Windows:
         self,
         time: np.ndarray,
         size: int,
-        span: int | None = None,
         share: Share = Share(),
-        around: int = 4,
+        reach: int = 4,
         units: np.ndarray | None = None,
     ) -> None:
         if units is None:
             units = np.arange(len(time))
         self.by_time = units[np.argsort(np.asarray(time)[units], kind="stable")]
         self.time = np.asarray(time)[self.by_time]
-        self.size, self.span, self.share, self.around = size * share.world, span, share, around
-        self._next = np.empty(0, np.int64)
-        if span is not None:
-            last = np.searchsorted(self.time, self.time + span, side="right")
-            self._next = np.minimum(last, np.arange(len(last)) + self.size)
-            fewest = len(self._chain(0))
-            # From wherever the first window ends, so many or one more are needed.
-            self._length = min(fewest + (fewest > 1), max(1, self.total // share.world))
-        else:
-            self._length = self._unbounded()
+        self.size, self.share, self.reach = size * share.world, share, reach
 
     @property
     def total(self) -> int:
@@ -121,9 +109,8 @@ class Windows:
         return len(self.time)
 
     def __len__(self) -> int:
-        return self._length if self.total >= self.share.world else 0
-
-    def _unbounded(self) -> int:
+        if self.total < self.share.world:
+            return 0
         whole, rest = divmod(self.total, self.size)
         if self.total <= self.size or self.size == 1:
             return whole + (rest > 0)
@@ -131,22 +118,9 @@ class Windows:
         # ones leave, and of two possible numbers the one that lets the edges move further is taken.
         return whole + 1 + (2 * rest > self.size)
 
-    def _chain(self, start: int) -> list[int]:
-        """First events of the longest windows that follow each other from `start` on."""
-        starts = []
-        while start < self.total:
-            starts.append(start)
-            start = int(self._next[start])
-        return starts
-
-    def epoch(self, rng: np.random.Generator) -> Sequence[Part]:
+    def epoch(self, rng: np.random.Generator) -> Sequence[BatchSlice]:
         total, size = self.total, self.size
-        if self.span is not None:
-            starts = [0]
-            if len(self) > 1:
-                starts += self._chain(int(rng.integers(1, int(self._next[0]), endpoint=True)))
-            edges = np.array([*starts, total])
-        elif total > size > 1:
+        if total > size > 1:
             inner = len(self) - 2
             outer = total - inner * size
             first = int(rng.integers(max(1, outer - size), min(size, outer - 1), endpoint=True))
@@ -169,9 +143,7 @@ def _settled(
     """
     if len(low) == wanted and least == 1:
         return low, high
-    windows = [
-        (int(a), int(b)) for a, b in zip(low, high, strict=True) if b - a >= least
-    ][:wanted]  # fmt: skip
+    windows = [(int(a), int(b)) for a, b in zip(low, high, strict=True) if b - a >= least][:wanted]
     while windows and len(windows) < wanted:
         at = int(np.argmax([b - a for a, b in windows]))
         a, b = windows[at]
@@ -182,15 +154,15 @@ def _settled(
             windows.append((a, b))
     if not windows:
         raise ValueError(
-            f"No window of time holds an event for each of the {least} ranks. Take a longer "
-            "window_span."
+            f"No window of time holds an event for each of the {least} ranks. Take a larger "
+            "batch_size."
         )
     edges = np.array(windows, np.int64)
     return edges[:, 0], edges[:, 1]
 
 
-class _Slices(Sequence[Part]):
-    """Parts as slices of an order, cut when they are asked for."""
+class _Slices(Sequence[BatchSlice]):
+    """Slices of an order, cut when they are asked for."""
 
     def __init__(
         self,
@@ -206,17 +178,17 @@ class _Slices(Sequence[Part]):
     def __len__(self) -> int:
         return len(self.low)
 
-    def __getitem__(self, number: int) -> Part:  # type: ignore[override]
+    def __getitem__(self, number: int) -> BatchSlice:  # type: ignore[override]
         if not 0 <= number < len(self):
             raise IndexError(f"there are {len(self)} batches, none at {number}.")
         low, high = int(self.low[number]), int(self.high[number])
-        drawn = self.share.of(self.order[low:high])
+        units = self.share.of(self.order[low:high])
         if self.windows is None:
-            return Part(drawn)
-        # The moment is that of the whole window, so that all ranks share it.
-        reach = self.windows.around * self.windows.size
-        return Part(
-            drawn,
-            around=self.order[max(0, low - reach) : high + reach],
-            moment=int(self.windows.time[low]),
+            return BatchSlice(units)
+        # The time is that of the whole window, so that all ranks share it.
+        reach = self.windows.reach * self.windows.size
+        return BatchSlice(
+            units,
+            nearby=self.order[max(0, low - reach) : high + reach],
+            as_of=int(self.windows.time[low]),
         )

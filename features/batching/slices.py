@@ -1,6 +1,6 @@
-"""From a part of a plan, events or whole users, to the queries and examples that stand in it.
+"""From a slice of events or whole users to the queries and examples of a batch.
 
-Legend: n drawn units, U users, Q queries, B examples, E training events, H history entries in all.
+Legend: n units, U users, Q queries, B examples, E training events, H history entries in all.
 "Before" is strict: what happens at the time of an example is not in its history.
 """
 
@@ -10,31 +10,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recsys.features.prepared.passed import PASSED
 from recsys.features.prepared.timeline import Timeline
-from recsys.ragged import Ragged, slots
+from recsys.ragged import slots
 from recsys.tables import SECOND
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a plan deals out for one batch.
+class BatchSlice:
+    """Units that a sampler deals out for one batch.
 
     Args:
-        drawn: (n,) events, or user rows where the plan deals in whole users.
-        around: events near in time, from which the draw probability of each candidate is estimated;
-            None: the whole training side.
-        moment: microseconds as of which item statistics stand; None: the part has no moment.
+        units: (n,) events, or user rows where the sampler deals in whole users.
+        nearby: events near in time, from which the sampling probability of each candidate is
+            estimated; None: the whole training side.
+        as_of: microseconds as of which item statistics stand; None: there are none.
     """
 
-    drawn: np.ndarray
-    around: np.ndarray | None = None
-    moment: int | None = None
+    units: np.ndarray
+    nearby: np.ndarray | None = None
+    as_of: int | None = None
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The queries of a batch and what they went on to choose, as places in the training events.
+class BatchQueries:
+    """The queries of a batch and what they went on to choose, as positions in the training events.
 
     Args:
         users: (U,) int64 user rows.
@@ -45,7 +44,7 @@ class Asked:
         owner: (B,) int64 query of each example, ascending; None: example b is query b.
         at: (Q,) int64 entry of `history` right after which each query stands; None: after the
             last of each user.
-        asker: (Q,) int64 place in `users` of each query; None: query q is of user q.
+        user_of_query: (Q,) int64 position in `users` of each query; None: query q is of user q.
         first: (Q,) int64 event that gives each query its context; None: it has none.
     """
 
@@ -56,13 +55,13 @@ class Asked:
     until: np.ndarray
     owner: np.ndarray | None = None
     at: np.ndarray | None = None
-    asker: np.ndarray | None = None
+    user_of_query: np.ndarray | None = None
     first: np.ndarray | None = None
 
     @property
     def query_users(self) -> np.ndarray:
         """(Q,) user row of each query."""
-        return self.users if self.asker is None else self.users[self.asker]
+        return self.users if self.user_of_query is None else self.users[self.user_of_query]
 
     def query_of(self, examples: np.ndarray) -> np.ndarray:
         """The query of each of the given examples."""
@@ -81,13 +80,13 @@ def strictly_before(timeline: Timeline) -> np.ndarray:
     return (first - starts).astype(np.int32)
 
 
-class ByEvent:
-    """Each drawn event is an example and a query, with the newest events before it as history.
+class EventQueries:
+    """Each event is an example and a query, with the newest events before it as history.
 
     Args:
         timeline: the training side.
         max_history: newest entries kept.
-        learned: (n,) events that can be drawn, the others are history only; None: all.
+        learned: (n,) events that can be examples, the others are history only; None: all.
     """
 
     whole_users = False
@@ -102,24 +101,24 @@ class ByEvent:
 
     @property
     def units(self) -> np.ndarray:
-        """Events that can be drawn."""
+        """Events that can be examples."""
         return np.arange(len(self._user)) if self.learned is None else self.learned
 
-    def length(self, drawn: np.ndarray) -> np.ndarray:
+    def length(self, units: np.ndarray) -> np.ndarray:
         """(n,) history entries of each."""
-        return np.minimum(self._past[drawn], self.max_history)
+        return np.minimum(self._past[units], self.max_history)
 
-    def ask(self, drawn: np.ndarray, _rng: np.random.Generator) -> Asked:
-        """The queries of the drawn events."""
-        users = self._user[drawn].astype(np.int64)
-        until = self._offsets[users] + self._past[drawn]
-        lengths = self.length(drawn).astype(np.int64)
+    def queries(self, units: np.ndarray, _rng: np.random.Generator) -> BatchQueries:
+        """The queries of the given events."""
+        users = self._user[units].astype(np.int64)
+        until = self._offsets[users] + self._past[units]
+        lengths = self.length(units).astype(np.int64)
         history = slots(until - lengths, lengths)
-        return Asked(users, history, lengths, drawn, until, first=drawn)
+        return BatchQueries(users, history, lengths, units, until, first=units)
 
 
-class ByUser:
-    """Each drawn user asks once for all of its items, and has a random part of them as history.
+class UserQueries:
+    """Each user asks once for all of its items, and has a random part of them as history.
 
     For logs whose order means nothing. Where more is kept than fits, a random choice fits.
 
@@ -140,16 +139,16 @@ class ByUser:
         """Users with an event."""
         return np.flatnonzero(np.diff(self._offsets) > 0)
 
-    def length(self, drawn: np.ndarray) -> np.ndarray:
+    def length(self, units: np.ndarray) -> np.ndarray:
         """(n,) most history entries of each."""
-        return np.minimum(self._offsets[drawn + 1] - self._offsets[drawn], self.max_history)
+        return np.minimum(self._offsets[units + 1] - self._offsets[units], self.max_history)
 
-    def ask(self, drawn: np.ndarray, rng: np.random.Generator) -> Asked:
-        """The queries of the drawn users."""
-        start, end = self._offsets[drawn], self._offsets[drawn + 1]
+    def queries(self, units: np.ndarray, rng: np.random.Generator) -> BatchQueries:
+        """The queries of the given users."""
+        start, end = self._offsets[units], self._offsets[units + 1]
         counts = end - start
         events = slots(start, counts)
-        owner = np.repeat(np.arange(len(drawn)), counts)
+        owner = np.repeat(np.arange(len(units)), counts)
         luck = rng.random(len(events))
         kept = luck >= self.dropout
         if len(counts) and int(counts.max()) > self.max_history:
@@ -157,79 +156,12 @@ class ByUser:
             order = np.argsort(owner - luck, kind="stable")
             rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
             kept[order[rank >= self.max_history]] = False
-        lengths = np.bincount(owner[kept], minlength=len(drawn)).astype(np.int64)
-        return Asked(drawn.astype(np.int64), events[kept], lengths, events, end, owner)
+        lengths = np.bincount(owner[kept], minlength=len(units)).astype(np.int64)
+        return BatchQueries(units.astype(np.int64), events[kept], lengths, events, end, owner)
 
 
-class Ahead:
-    """Each drawn user asks once, at one of its own moments drawn at random, for what came next.
-
-    A draw is as cheap as one of `ByUser`, and its history is what stood before, in order.
-
-    Args:
-        timeline: the training side.
-        max_history: newest entries kept.
-        ahead: at most so many events from the moment on are the examples.
-        within: moments are drawn from the last such share of a user's events.
-    """
-
-    whole_users = True
-
-    def __init__(
-        self, timeline: Timeline, max_history: int, ahead: int, within: float = 1.0
-    ) -> None:
-        self.max_history, self.ahead = max_history, ahead
-        self._offsets = np.asarray(timeline.user_offsets)
-        past = strictly_before(timeline)
-        starts = np.repeat(self._offsets[:-1], np.diff(self._offsets))
-        # (E,) the first event of each event's moment; ascending over all users.
-        self._moment = starts + past
-        # (U,) events that are not drawn: those of each user's first moment, and what is too old.
-        counts = np.diff(self._offsets)
-        first = np.bincount(timeline.user[past == 0], minlength=timeline.n_users)
-        late = np.floor(counts * (1 - within)).astype(np.int64)
-        self._first = np.where(
-            first < counts, np.maximum(first, np.minimum(late, counts - 1)), first
-        )
-
-    @property
-    def units(self) -> np.ndarray:
-        """Users with an event that has a past."""
-        return np.flatnonzero(np.diff(self._offsets) > self._first)
-
-    def length(self, drawn: np.ndarray) -> np.ndarray:
-        """(n,) most history entries of each."""
-        last = self._moment[self._offsets[drawn + 1] - 1]
-        return np.minimum(last - self._offsets[drawn], self.max_history)
-
-    def ask(self, drawn: np.ndarray, rng: np.random.Generator) -> Asked:
-        """The queries of the drawn users."""
-        start, end = self._offsets[drawn], self._offsets[drawn + 1]
-        eligible = start + self._first[drawn]
-        chosen = eligible + (rng.random(len(drawn)) * (end - eligible)).astype(np.int64)
-        until = self._moment[chosen]
-        lengths = np.minimum(until - start, self.max_history)
-        counts = np.minimum(end - until, self.ahead)
-        return Asked(
-            drawn.astype(np.int64), slots(until - lengths, lengths), lengths.astype(np.int64),
-            slots(until, counts), until,
-            owner=np.repeat(np.arange(len(drawn)), counts), first=until,
-        )  # fmt: skip
-
-    def chances(self) -> np.ndarray:
-        """(E,) probability that each event is an example when its user is drawn."""
-        events = np.arange(len(self._moment))
-        users = np.repeat(np.arange(len(self._first)), np.diff(self._offsets))
-        eligible = (self._offsets[:-1] + self._first)[users]
-        # Chosen ones whose moment began in (event - ahead, event] bring the event in.
-        after = np.searchsorted(self._moment, events, "right")
-        before = np.searchsorted(self._moment, events - self.ahead, "right")
-        brought = np.maximum(after - np.maximum(before, eligible), 0)
-        return brought / np.maximum(self._offsets[1:][users] - eligible, 1)
-
-
-class BySequence:
-    """Each drawn user asks at every position of its last events, once for each moment.
+class SequenceQueries:
+    """Each user asks at every position of its last events, once for each moment.
 
     The first of the events has no past and is only history; those of one moment share a query,
     which stands after the last event strictly before them.
@@ -252,25 +184,25 @@ class BySequence:
         users = np.flatnonzero(np.diff(self._offsets) > 0)
         return users[self.length(users) > 0]
 
-    def _window(self, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _window(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """First event, event after the last, and number of entries that stand in a history."""
-        end = self._offsets[drawn + 1]
-        start = np.maximum(self._offsets[drawn], end - self.max_history - 1)
+        end = self._offsets[units + 1]
+        start = np.maximum(self._offsets[units], end - self.max_history - 1)
         # What shares the last moment is never before anything.
-        entries = self._offsets[drawn] + self._past[end - 1] - start
+        entries = self._offsets[units] + self._past[end - 1] - start
         return start, end, np.maximum(entries, 0)
 
-    def length(self, drawn: np.ndarray) -> np.ndarray:
+    def length(self, units: np.ndarray) -> np.ndarray:
         """(n,) history entries of each."""
-        return self._window(drawn)[2]
+        return self._window(units)[2]
 
-    def ask(self, drawn: np.ndarray, _rng: np.random.Generator) -> Asked:
-        """The queries of the drawn users."""
-        start, end, lengths = self._window(drawn)
+    def queries(self, units: np.ndarray, _rng: np.random.Generator) -> BatchQueries:
+        """The queries of the given users."""
+        start, end, lengths = self._window(units)
         counts = end - start
         events = slots(start, counts)
-        row = np.repeat(np.arange(len(drawn)), counts)
-        until = self._offsets[drawn][row] + self._past[events]
+        row = np.repeat(np.arange(len(units)), counts)
+        until = self._offsets[units][row] + self._past[events]
         entry = until - start[row]  # so many of the window's events are before each event
         examples = np.flatnonzero(entry > 0)
         events, row, until, entry = (part[examples] for part in (events, row, until, entry))
@@ -278,41 +210,35 @@ class BySequence:
         fresh = np.ones(len(at), bool)
         fresh[1:] = at[1:] != at[:-1]
         query = np.flatnonzero(fresh)
-        return Asked(
-            drawn.astype(np.int64), slots(start, lengths), lengths.astype(np.int64), events,
+        return BatchQueries(
+            units.astype(np.int64), slots(start, lengths), lengths.astype(np.int64), events,
             until[query],
             owner=None if fresh.all() else np.cumsum(fresh) - 1,
-            at=at[query], asker=row[query], first=events[query],
+            at=at[query], user_of_query=row[query], first=events[query],
         )  # fmt: skip
 
 
-Reading = ByEvent | ByUser | Ahead | BySequence
+QueryKind = EventQueries | UserQueries | SequenceQueries
+"""How units, events or whole users, become queries."""
 
 
-def events_after(asked: Asked, timeline: Timeline, most: int) -> np.ndarray:
+def events_after(queries: BatchQueries, timeline: Timeline, most: int) -> np.ndarray:
     """(Q,) int64 how many of its user's events come after a query's first example, up to `most`."""
-    assert asked.first is not None  # Batches has seen to it
-    end = np.asarray(timeline.user_offsets)[asked.query_users + 1]
-    return np.minimum(end - 1 - asked.first, most).astype(np.int64)
+    assert queries.first is not None  # Batches has seen to it
+    end = np.asarray(timeline.user_offsets)[queries.query_users + 1]
+    return np.minimum(end - 1 - queries.first, most).astype(np.int64)
 
 
-def passed_before(asked: Asked, timeline: Timeline) -> Ragged:
-    """Q ragged item rows that each query's user was shown and passed over before its moment."""
-    assert asked.first is not None and timeline.passed is not None  # Batches has seen to it
-    moments = np.asarray(timeline.time)[asked.first]
-    return timeline.passed.before(asked.query_users, moments, PASSED)
-
-
-def elapsed_seconds(asked: Asked, timeline: Timeline) -> np.ndarray:
+def elapsed_seconds(queries: BatchQueries, timeline: Timeline) -> np.ndarray:
     """(H,) float32 seconds from each history entry to its query.
 
     With queries at every position: to the user's next event, which for the last entry is the first
     that is asked for. A user that asks once for all its items asks at its newest.
     """
     time = np.asarray(timeline.time)
-    if asked.at is not None:
-        then = time[asked.history + 1]
+    if queries.at is not None:
+        then = time[queries.history + 1]
     else:
-        last = asked.until - 1 if asked.first is None else asked.first
-        then = np.repeat(time[last], asked.lengths)
-    return ((then - time[asked.history]) / SECOND).astype(np.float32)
+        last = queries.until - 1 if queries.first is None else queries.first
+        then = np.repeat(time[last], queries.lengths)
+    return ((then - time[queries.history]) / SECOND).astype(np.float32)

@@ -9,16 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from recsys.ragged import Ragged, gather
 from recsys.split import duration
 from recsys.tables import SECOND
-
-if TYPE_CHECKING:
-    from recsys.features.prepared.passed import PassedOver
 
 WINDOWS = {
     text: duration(text) for text in ("10m", "30m", "1h", "3h", "6h", "12h", "1d", "2d", "7d")
@@ -69,8 +65,7 @@ class Timeline:
             nothing of publication has always been there; its age counts from its first event.
         shown: item row → sorted times of its exposures, when the log has them.
         timed: whether `time` is a clock.
-        strength: (E,) float32 weight of each event, NaN where it is not known; None: all alike.
-        passed: what each user was shown and passed over; None: nobody reads it.
+        event_weight: (E,) float32 weight of each event, NaN where it is not known; None: all alike.
     """
 
     user_offsets: np.ndarray
@@ -80,8 +75,7 @@ class Timeline:
     exists_from: np.ndarray
     shown: Ragged | None
     timed: bool
-    strength: np.ndarray | None = None
-    passed: PassedOver | None = None
+    event_weight: np.ndarray | None = None
 
     @staticmethod
     def build(
@@ -95,7 +89,7 @@ class Timeline:
         shown_item: np.ndarray | None = None,
         shown_time: np.ndarray | None = None,
         timed: bool = True,
-        strength: np.ndarray | None = None,
+        event_weight: np.ndarray | None = None,
     ) -> Timeline:
         """Sort events in any order into a timeline; ties keep the given order."""
         order = np.lexsort((time, user))
@@ -111,7 +105,7 @@ class Timeline:
             first_seen if exists_from is None else exists_from,
             shown,
             timed,
-            None if strength is None else strength[order],
+            None if event_weight is None else event_weight[order],
         )
 
     @property
@@ -176,15 +170,17 @@ class Timeline:
 
         Returns:
             (H,) float64 seconds from each entry to its query, None without a clock or a moment;
-            (H,) strength of each entry, None where all are alike.
+            (H,) event_weight of each entry, None where all are alike.
         """
         start, end = self._span(users, times, last)
         elapsed = None
         if self.timed and (times is not None or moment is not None):
             asked = np.full(len(start), moment) if times is None else times
             elapsed = elapsed_of(gather(self.time, start, end), asked)
-        strength = None if self.strength is None else gather(self.strength, start, end).values
-        return elapsed, strength
+        event_weight = (
+            None if self.event_weight is None else gather(self.event_weight, start, end).values
+        )
+        return elapsed, event_weight
 
     def alive(self, moment: int | None) -> np.ndarray:
         """(N,) bool, the items that exist at the moment; row 0 never does."""
@@ -253,17 +249,6 @@ class Timeline:
                 counts.append(np.bincount(what[start:end], minlength=self.n_items)[rows])
         return counts
 
-    def shown_before(self, rows: np.ndarray, moments: np.ndarray, window: int) -> np.ndarray:
-        """(Q,) how often each row was shown strictly before its moment, within the window.
-
-        Raises:
-            ValueError: the timeline holds no exposures.
-        """
-        if self.shown is None:
-            raise ValueError("This timeline holds no exposures.")
-        before = count_before(self.shown, rows, moments)
-        return before - count_before(self.shown, rows, moments - window)
-
     @staticmethod
     def _count(times: Ragged, rows: np.ndarray, moment: int, window: int | None) -> np.ndarray:
         before = count_before(times, rows, np.full(len(rows), moment, np.int64))
@@ -279,7 +264,7 @@ class Timeline:
             user_offsets=kept[np.asarray(self.user_offsets)],
             item=np.asarray(self.item)[keep],
             time=np.asarray(self.time)[keep],
-            strength=None if self.strength is None else np.asarray(self.strength)[keep],
+            event_weight=None if self.event_weight is None else np.asarray(self.event_weight)[keep],
         )
 
     def extended(
@@ -293,26 +278,24 @@ class Timeline:
         exists_from: np.ndarray,
         shown_item: np.ndarray | None = None,
         shown_time: np.ndarray | None = None,
-        strength: np.ndarray | None = None,
-        passed: PassedOver | None = None,
+        event_weight: np.ndarray | None = None,
     ) -> Timeline:
         """This timeline and later events in one; both may know new users and new items.
 
-        Strengths of later events count where those of this timeline differ among each other, and
-        what was passed over later where this timeline carries what was before.
+        Weights of later events count where those of this timeline differ among each other.
         """
-        if self.strength is not None:
-            later = np.full(len(item), np.nan) if strength is None else strength
-            strength = np.concatenate([self.strength, later]).astype(np.float32)
+        if self.event_weight is not None:
+            later = np.full(len(item), np.nan) if event_weight is None else event_weight
+            event_weight = np.concatenate([self.event_weight, later]).astype(np.float32)
         else:
-            strength = None
+            event_weight = None
         old_shown = self.shown if self.shown is not None else Ragged.empty(self.n_items)
         if shown_item is not None and shown_time is not None:
             shown_item = np.concatenate([old_shown.row_of(), shown_item])
             shown_time = np.concatenate([old_shown.values, shown_time])
         elif self.shown is not None:
             shown_item, shown_time = old_shown.row_of(), old_shown.values
-        extended = Timeline.build(
+        return Timeline.build(
             np.concatenate([self.user, user]),
             np.concatenate([self.item, item]),
             np.concatenate([self.time, time]),
@@ -322,11 +305,8 @@ class Timeline:
             shown_item=shown_item,
             shown_time=shown_time,
             timed=self.timed,
-            strength=strength,
+            event_weight=event_weight,
         )
-        if self.passed is None:
-            return extended
-        return replace(extended, passed=self.passed.joined(passed, n_users))
 
 
 def elapsed_of(history: Ragged, moments: np.ndarray) -> np.ndarray:

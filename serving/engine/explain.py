@@ -55,7 +55,7 @@ class Explainer:
 
         Returns:
             One object an item: "parts": name → score less the score without it, for "id",
-            "lookalikes" (of an item without an id; of others they are a part of "id"), "text",
+            "text_neighbours" (of an item without an id; of others they are a part of "id"), "text",
             "vector", "statistics" and each number and category that the item has.
         """
         out: list[dict[str, Any]] = [{"parts": {}} for _ in rows]
@@ -108,9 +108,9 @@ class Explainer:
             known = torch.where(rows < spec.ids, rows, 0)
             own, nobody = inputs.ids(known).float(), inputs.ids(torch.zeros_like(known)).float()
             yield "id", own - nobody, known > 0
-        if spec.lookalikes:
+        if spec.text_neighbours:
             started = inputs.place_of_start(rows)
-            yield "lookalikes", inputs.starts(started).float(), started > 0
+            yield "text_neighbours", inputs.starts(started).float(), started > 0
         for name, layer in (("text", "text"), ("vector", "vector")):
             buffer = getattr(table, name)
             if getattr(spec, name) and buffer is not None:

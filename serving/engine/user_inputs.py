@@ -20,7 +20,6 @@ import torch
 from recsys.errors import QueryError, nearest
 from recsys.features.batching.batch import UserSide
 from recsys.features.prepared.columns import ContextColumn
-from recsys.features.prepared.passed import PASSED
 from recsys.serving.engine.loaded_model import LoadedModel
 from recsys.serving.live.updates import LiveView
 from recsys.tables import SECOND
@@ -40,7 +39,6 @@ class UserInput:
         elapsed: (h,) float32 seconds from each entry to now, NaN where not known; None: no entry
             has a time.
         strength: (h,) float32, NaN where not known; None: no entry has one.
-        passed: item rows that were shown and passed over.
         context: code of each context column.
         seen: item rows had before, however far back.
         seen_live: places of live items had before.
@@ -51,7 +49,6 @@ class UserInput:
     entries: np.ndarray
     elapsed: np.ndarray | None
     strength: np.ndarray | None
-    passed: np.ndarray
     context: tuple[int, ...]
     seen: np.ndarray
     seen_live: tuple[int, ...]
@@ -87,10 +84,10 @@ class UserInputs:
         self._model = served.bundle.model.eval()
         rules = self._model.rules
         self._size = self._bundle.items.size  # N
-        self._newest = rules.max_history if rules.history != "none" else 0
-        self.timed = self._bundle.timeline.timed and "recency" in rules.history_inputs
+        self._newest = rules.history.length if rules.history.kind != "none" else 0
+        self.timed = self._bundle.timeline.timed and "recency" in rules.history.inputs
         self._weighed = (
-            self._bundle.timeline.strength is not None and "strength" in rules.history_inputs
+            self._bundle.timeline.event_weight is not None and "weight" in rules.history.inputs
         )
         self.row_of = served.user_ids.row_of
         self._contexts = {column.name: _coder(column) for column in self._bundle.contexts}
@@ -140,21 +137,16 @@ class UserInputs:
             times = _tail(np.concatenate([_tail(timeline.time[start:end], newest), since]), newest)
             # A clock a little ahead of ours is no reason to know nothing.
             elapsed = np.maximum((moment - times) / SECOND, 0).astype(np.float32)
-        if self._weighed and timeline.strength is not None:
-            known = _tail(timeline.strength[start:end], newest)
+        if self._weighed and timeline.event_weight is not None:
+            known = _tail(timeline.event_weight[start:end], newest)
             said = np.array([strength for _, _, strength in posted], np.float32)
             strength = _tail(np.concatenate([known, said]), newest).astype(np.float32)
-        passed = NO_ROWS
-        if timeline.passed is not None:
-            passed = np.asarray(timeline.passed.items[row][-PASSED:], np.int64)
         told = 0 < row < self._served.recommender.told_apart
-        told |= len(passed) > 0 and self._model.rules.passed_over
         return UserInput(
             user=row,
             entries=_tail(np.concatenate([_tail(rows, newest), fresh]), newest),
             elapsed=elapsed,
             strength=strength,
-            passed=passed,
             context=self.context_of(context),
             seen=np.concatenate([rows, fresh[fresh < self._size]]) if posted else rows,
             seen_live=tuple(code - self._size for code, _, _ in posted if code >= self._size),
@@ -193,7 +185,6 @@ class UserInputs:
             entries=_tail(entries, self._newest),
             elapsed=None,
             strength=None,
-            passed=NO_ROWS,
             context=self.context_of(context),
             seen=seen,
             seen_live=seen_live,
@@ -233,17 +224,10 @@ class UserInputs:
     # ------------------------------------------------------------------ what they ask by
 
     def encode(self, askers: Sequence[UserInput], view: LiveView) -> np.ndarray:
-        """(Q, D) float32 user vectors, or (Q, K, D) with several interests."""
+        """(Q, D) float32 user vectors."""
         model = self._model
         entries = np.concatenate([a.entries for a in askers])
         lengths = [len(a.entries) for a in askers]
-        passed = passed_lengths = None
-        read = entries
-        if model.rules.passed_over:
-            values = np.concatenate([a.passed for a in askers])
-            passed = torch.arange(len(entries), len(entries) + len(values))
-            passed_lengths = torch.tensor([len(a.passed) for a in askers])
-            read = np.concatenate([entries, values])
         with torch.inference_mode():
             side = UserSide(
                 users=torch.tensor([a.user for a in askers]),
@@ -251,11 +235,9 @@ class UserInputs:
                 lengths=torch.tensor(lengths),
                 context=torch.tensor([a.context for a in askers], dtype=torch.int64),
                 elapsed=_beside([a.elapsed for a in askers], lengths),
-                strength=_beside([a.strength for a in askers], lengths),
-                passed=passed,
-                passed_lengths=passed_lengths,
+                event_weight=_beside([a.strength for a in askers], lengths),
             )
-            return model.encode_users(side, self.embed(read, view)).float().numpy()
+            return model.encode_users(side, self.embed(entries, view)).float().numpy()
 
     def embed(self, codes: np.ndarray, view: LiveView) -> torch.Tensor:
         """(H, E) what histories read of entries."""

@@ -20,7 +20,6 @@ from recsys.serving.bundle import Bundle
 from recsys.towers.build import padded
 from recsys.towers.embedding import FeatureTable, narrowed
 from recsys.towers.encode import ROWS_AT_ONCE
-from recsys.towers.ensemble import unit_vectors
 from recsys.towers.two_tower import TwoTower, added
 
 
@@ -57,7 +56,7 @@ def encode_described(bundle: Bundle, items: Sequence[Described], known: np.ndarr
     table = feature_table(bundle, items)
     statistics = _statistics(bundle, items, known)
     vectors = np.empty((total, model.vector_dimension), np.float32)
-    entries = np.empty((total, model.rules.dimension + model.carried), np.float32)
+    entries = np.empty((total, model.vector_dimension), np.float32)
     # `FeatureEmbedding` takes the id vector of a row below `spec.ids` from what it is given.
     step = min(ROWS_AT_ONCE, max(1, model.item_spec.ids - 1))
     if model.item_spec.ids <= 1:
@@ -137,20 +136,16 @@ def _encode(
     ids = _picked(inputs.ids, known) if model.item_spec.ids else None
     embedded = inputs(rows, table, statistics, None, ids=ids)
     new = ((known == 0) | (known >= model.item_spec.ids)).nonzero().squeeze(1)
-    if model.item_spec.lookalikes and table.text is not None and len(new):
+    if model.item_spec.text_neighbours and table.text is not None and len(new):
         # What has an id says with it what it has of its like.
         embedded[new] = added(embedded[new], inputs.start_of(table.text[new + 1], model.items))
     vectors = model.item_tower(embedded)
-    own, weight = model.user_tower.history_ids, model.user_tower.history_weight
+    own = model.user_tower.history_ids
     # As `TwoTower.embed_history`, which takes rows of the model's own table.
-    if own is not None and model.rules.history_table == "own":
+    if own is not None and model.rules.history.table == "own":
         return vectors, inputs(rows, table, statistics, None, ids=_picked(own, known))
     if own is not None:
         return vectors, added(embedded, _picked(own, known)(rows))
-    if weight is not None:
-        return vectors, unit_vectors(embedded, model.rules.members) * _picked(weight, known)(
-            rows
-        ).exp()
     return vectors, embedded
 
 

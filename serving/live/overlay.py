@@ -124,7 +124,7 @@ class Overlay:
         self._posted: dict[str, tuple[Posted, ...]] = {}
         self._room = (
             np.empty((16, model.vector_dimension), np.float32),
-            np.empty((16, model.rules.dimension + model.carried), np.float32),
+            np.empty((16, model.vector_dimension), np.float32),
             np.empty((16, 2), np.int64),
             np.empty(16, np.int64),
         )

@@ -142,8 +142,6 @@ def _recall(served: LoadedModel, rules: GateRules, measured: dict[str, float]) -
     random = np.random.default_rng(rules.seed)
     places = np.sort(random.choice(size, sample, replace=False))  # (Q,)
     queries = bundle.vectors[bundle.rows[places]]  # (Q, D)
-    if bundle.model.rules.score == "cosine_bias":
-        queries[:, -1] = 0.0  # as Recommender.similar asks
     itself = Ragged(np.arange(sample + 1), places)
     k = min(rules.k, max(1, size - 1))
     _, best = _exact(served).search(queries, k, exclude=itself)
