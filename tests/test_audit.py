@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recsys.features.batching.batch import Batch, UserSide
-from recsys.towers.audit import ABOVE, EDGES, OWN, SOURCES, Audit, Draws, audit
+from recsys.towers.audit import ABOVE, EDGES, PER_QUERY, SOURCES, Audit, Draws, audit
 
 INF = float("inf")
 
@@ -22,8 +22,8 @@ INF = float("inf")
 def batch_of(
     rows: int, n: int, target: list[int], *, encoded: int | None = None,
     owner: list[int] | None = None, queries: int | None = None, queued: int = 0,
-    log_inclusion: Tensor | None = None, known: Any = ((), ()), own: Any = ((), ()),
-    own_log_weight: Any = (), own_source: Any = (), weight: Any = None,
+    log_inclusion: Tensor | None = None, positive_mask: Any = ((), ()), per_query: Any = ((), ()),
+    per_query_log_weight: Any = (), per_query_source: Any = (), weight: Any = None,
 ) -> Batch:  # fmt: skip
     queries = queries or len(target)
     return Batch(
@@ -35,10 +35,10 @@ def batch_of(
         target=torch.tensor(target), owner=None if owner is None else torch.tensor(owner),
         queued=torch.arange(100, 100 + queued),
         log_inclusion=torch.zeros(n + queued) if log_inclusion is None else log_inclusion,
-        known=torch.tensor(known, dtype=torch.int64).reshape(2, -1),
-        own=torch.tensor(own, dtype=torch.int64).reshape(2, -1),
-        own_log_weight=torch.tensor(own_log_weight, dtype=torch.float32),
-        own_source=torch.tensor(own_source, dtype=torch.uint8),
+        positive_mask=torch.tensor(positive_mask, dtype=torch.int64).reshape(2, -1),
+        per_query=torch.tensor(per_query, dtype=torch.int64).reshape(2, -1),
+        per_query_log_weight=torch.tensor(per_query_log_weight, dtype=torch.float32),
+        per_query_source=torch.tensor(per_query_source, dtype=torch.uint8),
         weight=torch.ones(len(target)) if weight is None else weight,
         statistics=torch.zeros(rows, 0),
     )  # fmt: skip
@@ -61,21 +61,21 @@ def scene(seed: int, queries: int, examples: int) -> tuple[Tensor, Tensor, Tenso
     )
     batch = batch_of(
         n + extra, n, target.tolist(), owner=owner.tolist(), queries=queries, queued=queued,
-        log_inclusion=-torch.rand(n + queued, generator=g) * 4, known=known.tolist(),
-        own=own.tolist(), own_log_weight=torch.randn(13, generator=g).tolist(),
-        own_source=(torch.arange(13) % 3).tolist(), weight=torch.rand(examples, generator=g),
+        log_inclusion=-torch.rand(n + queued, generator=g) * 4, positive_mask=known.tolist(),
+        per_query=own.tolist(), per_query_log_weight=torch.randn(13, generator=g).tolist(),
+        per_query_source=(torch.arange(13) % 3).tolist(), weight=torch.rand(examples, generator=g),
     )  # fmt: skip
     return users, items, memory, batch
 
 
 def naive(
-    users: Tensor, items: Tensor, memory: Tensor, batch: Batch, tau: float, share: float | None
+    users: Tensor, items: Tensor, memory: Tensor, batch: Batch, tau: float, share: float
 ) -> dict[str, Any]:
     """One negative at a time."""
     n, owner = batch.n_candidates, batch.owner
     assert owner is not None
     columns = torch.cat([items[:n], memory]).double()
-    known = set(zip(*batch.known.tolist(), strict=True))
+    known = set(zip(*batch.positive_mask.tolist(), strict=True))
     aims = set(batch.target.tolist())
     push = dict.fromkeys(SOURCES, 0.0)
     bins = {source: [0] * (len(EDGES) + 1) for source in SOURCES}
@@ -98,19 +98,21 @@ def naive(
                 continue
             source = "queue" if c >= n else "in_batch" if c in aims else "uniform"
             terms.append((source, logit, mass))
-        for e in range(batch.own.shape[1]):
-            if int(batch.own[0, e]) == q:
-                logit = float(u @ items[batch.own[1, e]].double()) / tau
-                source = OWN[int(batch.own_source[e])]
-                terms.append((source, logit, math.exp(logit + float(batch.own_log_weight[e]))))
-        apart = [t for t in terms if t[0] == "skipped"] if share is not None else []
+        for e in range(batch.per_query.shape[1]):
+            if int(batch.per_query[0, e]) == q:
+                logit = float(u @ items[batch.per_query[1, e]].double()) / tau
+                source = PER_QUERY[int(batch.per_query_source[e])]
+                terms.append(
+                    (source, logit, math.exp(logit + float(batch.per_query_log_weight[e])))
+                )
+        apart = [t for t in terms if t[0] == "skipped"]
         among = [t for t in terms if t not in apart]
         total = math.exp(positive) + sum(t[2] for t in among)
         behind = math.exp(positive) + sum(t[2] for t in apart)
         for source, _, mass in among:
             push[source] += float(batch.weight[b]) * mass / total
         for source, _, mass in apart:
-            push[source] += float(batch.weight[b]) * (share or 0.0) * mass / behind
+            push[source] += float(batch.weight[b]) * share * mass / behind
         for source, logit, _ in terms:
             bins[source][sum(logit - positive > edge for edge in EDGES)] += 1
         lost += liked / (liked + total)
@@ -139,16 +141,16 @@ def test_two_users_and_a_uniform_draw_by_hand() -> None:
 def test_a_known_item_pushes_nothing_and_its_probability_is_told() -> None:
     users, items = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     # The first user knows the uniform item; an edge to its own target counts as nothing.
-    found = audit(users, items, batch_of(3, 3, [0, 1], known=((0, 0), (2, 0))), 1.0)
+    found = audit(users, items, batch_of(3, 3, [0, 1], positive_mask=((0, 0), (2, 0))), 1.0)
     e = math.e
     assert found.known == 0.5
     assert found.known_mass == pytest.approx(e / (2 * e + 1) / 2)
     assert found.push == pytest.approx((1 / (e + 1) + (e + 1) / (2 * e + 1)) / 2)
 
 
-@pytest.mark.parametrize("share", [None, 0.3])
+@pytest.mark.parametrize("share", [0.0, 0.3])
 @pytest.mark.parametrize(("queries", "examples"), [(5, 5), (7, 19)])
-def test_everything_equals_a_slow_twin(queries: int, examples: int, share: float | None) -> None:
+def test_everything_equals_a_slow_twin(queries: int, examples: int, share: float) -> None:
     users, items, memory, batch = scene(queries, queries, examples)
     found = audit(users, items, batch, 0.7, queued=memory, skip_share=share)
     wanted = naive(users, items, memory, batch, 0.7, share)
@@ -172,8 +174,8 @@ def test_the_shares_are_those_of_the_gradient_of_the_softmax() -> None:
     """Autograd on the loss itself: |∂loss/∂logit| of the columns of each source."""
     users, items, memory, batch = scene(1, 6, 6)
     batch = replace(
-        batch, own=batch.own[:, :0], own_log_weight=batch.own_log_weight[:0],
-        own_source=batch.own_source[:0], weight=torch.ones(6),
+        batch, per_query=batch.per_query[:, :0], per_query_log_weight=batch.per_query_log_weight[:0],
+        per_query_source=batch.per_query_source[:0], weight=torch.ones(6),
     )  # fmt: skip
     assert batch.owner is not None
     columns = torch.cat([items[:11], memory])
@@ -181,7 +183,7 @@ def test_the_shares_are_those_of_the_gradient_of_the_softmax() -> None:
     corrected = logits - batch.log_inclusion
     corrected = corrected.scatter(1, batch.target[:, None], logits.gather(1, batch.target[:, None]))
     mask = torch.zeros_like(logits, dtype=torch.bool)
-    mask[batch.known[0], batch.known[1]] = True
+    mask[batch.positive_mask[0], batch.positive_mask[1]] = True
     mask[torch.arange(6), batch.target] = False
     loss = torch.nn.functional.cross_entropy(
         corrected.masked_fill(mask, -INF), batch.target, reduction="sum"
@@ -206,17 +208,6 @@ def test_a_column_of_no_weight_is_no_negative() -> None:
     left_out = audit(users, items, batch, 0.5)
     assert without.gradient == pytest.approx(left_out.gradient)
     assert without.catalogue == pytest.approx(left_out.catalogue)
-
-
-def test_the_interest_nearest_to_the_item_stands_for_the_example() -> None:
-    users, items, memory, batch = scene(4, 5, 5)
-    batch = replace(batch, target=torch.arange(5), owner=None)
-    towards = torch.stack([users, items[:5] * 3], 1)  # the second one always wins
-    assert (towards[:, 1] * items[:5]).sum(1).gt((users * items[:5]).sum(1)).all()
-    several = audit(towards, items, batch, 0.5, queued=memory)
-    assert several.gradient == pytest.approx(
-        audit(towards[:, 1], items, batch, 0.5, queued=memory).gradient
-    )
 
 
 def test_extreme_logits_stay_finite() -> None:

@@ -40,8 +40,9 @@ def test_what_is_kept_and_validated_is_the_average_of_what_was_learned(
     every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "AVERAGE_EVERY", every)
-    rules = rules_of(average=0.8, warmup_steps=2)
-    module, data = parts(rules, members=2)
+    monkeypatch.setattr(training, "WARMUP_STEPS", 2)
+    rules = rules_of(average=0.8)
+    module, data = parts(rules, ensemble=2)
     watches = Watches()
     running = run(module, data, 2, Average(rules), watches)
     steps, size = watches.steps, running.num_training_batches
@@ -58,7 +59,7 @@ def test_what_is_kept_and_validated_is_the_average_of_what_was_learned(
         torch.testing.assert_close(watches.validated[0][name], averages[size - 1][name])
     moved = "model.item_tower.inputs.ids.weight"
     assert (weights(module)[moved] - steps[-1][moved]).abs().max() > 1e-3
-    untouched, data = parts(rules_of(warmup_steps=2), members=2)
+    untouched, data = parts(rules_of(), ensemble=2)
     run(untouched, data, 2, plain := Watches())
     assert all(
         torch.equal(one[k], other[k])
@@ -69,7 +70,8 @@ def test_what_is_kept_and_validated_is_the_average_of_what_was_learned(
 
 def test_an_average_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "AVERAGE_EVERY", 1)
-    rules = rules_of(average=0.9, warmup_steps=2)
+    monkeypatch.setattr(training, "WARMUP_STEPS", 2)
+    rules = rules_of(average=0.9)
 
     def learn(*callbacks: Any, **options: Any) -> Any:
         module, data = parts(rules)
@@ -99,9 +101,12 @@ def test_texts_are_dropped_from_in_training_only() -> None:
     torch.testing.assert_close(learned[kept], layer.text.weight.T[kept] / 0.7)
 
 
-def test_a_run_shorter_than_its_warm_up_keeps_what_it_learned() -> None:
+def test_a_run_shorter_than_its_warm_up_keeps_what_it_learned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(training, "WARMUP_STEPS", 100)
     kept = []
-    rules = rules_of(average=0.998, warmup_steps=100)
+    rules = rules_of(average=0.998)
     for callbacks in ([], [Average(rules)]):
         module, data = parts(rules)
         run(module, data, 1, *callbacks)

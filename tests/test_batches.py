@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from recsys.features.batching.batch import Batch, Queries, query_side
 from recsys.features.batching.batches import Batches, TrainingEvents
 from recsys.features.batching.distinct import Distinct
-from recsys.features.batching.slices import Part
+from recsys.features.batching.slices import BatchSlice
 from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
 
@@ -47,7 +47,7 @@ def world(events: int = 60, seed: int = 0, moments: int = 40) -> TrainingEvents:
     )
 
 
-def expect(events: TrainingEvents, chosen: np.ndarray, known: str, max_history: int) -> list[dict]:
+def expect(events: TrainingEvents, chosen: np.ndarray, max_history: int) -> list[dict]:
     """What must stand in a batch, example by example, by loops over lists."""
     timeline = events.timeline
     log = list(
@@ -57,7 +57,7 @@ def expect(events: TrainingEvents, chosen: np.ndarray, known: str, max_history: 
     for event in chosen.tolist():
         user, item, time = log[event]
         past = [i for u, i, t in log if u == user and t < time]
-        liked = {"all": {i for u, i, _ in log if u == user}, "past": set(past), "none": set()}
+        liked = {i for u, i, _ in log if u == user}
         skips = zip(
             events.skips[event].tolist(),
             events.skip_weight[
@@ -70,7 +70,7 @@ def expect(events: TrainingEvents, chosen: np.ndarray, known: str, max_history: 
                 "user": user,
                 "target": item,
                 "history": past[-max_history:],
-                "known": liked[known] - {item},
+                "known": liked - {item},
                 "skips": [(i, w) for i, w in skips if i > 0 and w > 0 and i != item],
                 "weight": float(events.weight[event]),
                 "context": events.context[event].tolist(),
@@ -85,9 +85,13 @@ def read(batch: Batch) -> list[dict]:
     ends = batch.user.lengths.cumsum(0).tolist()
     history = [rows[place] for place in batch.user.history.tolist()]
     skips = list(
-        zip(*batch.own.tolist(), batch.own_log_weight.double().exp().tolist(), strict=True)
+        zip(
+            *batch.per_query.tolist(),
+            batch.per_query_log_weight.double().exp().tolist(),
+            strict=True,
+        )
     )
-    known = list(zip(*batch.known.tolist(), strict=True))
+    known = list(zip(*batch.positive_mask.tolist(), strict=True))
     return [
         {
             "user": int(batch.user.users[b]),
@@ -113,21 +117,18 @@ def tensors(batch: Batch) -> list[torch.Tensor]:
     return [part for part in parts if isinstance(part, torch.Tensor)]
 
 
-@pytest.mark.parametrize("known", ["all", "past", "none"])
 @pytest.mark.parametrize("uniform", [0, 3])
 @given(seed=SEED, size=st.integers(1, 23))
 @settings(max_examples=25)
-def test_a_batch_holds_what_loops_over_lists_say(
-    known: str, uniform: int, seed: int, size: int
-) -> None:
+def test_a_batch_holds_what_loops_over_lists_say(uniform: int, seed: int, size: int) -> None:
     events = world(events=31, seed=seed)
     rng = np.random.default_rng(seed)
     chosen = rng.choice(31, size, replace=False)
-    batches = Batches(events, max_history=4, uniform_negatives=uniform, known=known, seed=seed)
-    batch = batches.make(Part(chosen), np.random.default_rng(seed))
+    batches = Batches(events, max_history=4, uniform_negatives=uniform, seed=seed)
+    batch = batches.make(BatchSlice(chosen), np.random.default_rng(seed))
     drawn = np.random.default_rng(seed).choice(events.candidates, uniform) if uniform else []
     rows, n, m = batch.rows.tolist(), batch.n_candidates, batch.n_encoded
-    wanted = expect(events, chosen, known, max_history=4)
+    wanted = expect(events, chosen, max_history=4)
 
     assert len(set(rows)) == len(rows)
     assert set(rows[:n]) == {row["target"] for row in wanted} | set(map(int, drawn))
@@ -150,7 +151,7 @@ def test_a_batch_made_twice_is_the_same_batch() -> None:
     """The scratch table is left as it was found."""
     batches = Batches(world(), uniform_negatives=5)
     first, again = (
-        batches.make(Part(np.arange(3, 20)), np.random.default_rng(1)) for _ in range(2)
+        batches.make(BatchSlice(np.arange(3, 20)), np.random.default_rng(1)) for _ in range(2)
     )
     assert same(first, again)
 
@@ -159,19 +160,9 @@ def test_a_batch_made_twice_is_the_same_batch() -> None:
 @settings(max_examples=20)
 def test_the_target_is_never_masked_and_never_its_own_skip(seed: int) -> None:
     events = world(events=50, seed=seed)
-    for batch in Batches(events, batch_size=16, known="all", seed=seed):
-        assert (batch.known[1] != batch.target[batch.known[0]]).all()
-        assert (batch.own[1] != batch.target[batch.own[0]]).all()
-
-
-def test_the_weight_of_skips_is_multiplied_and_0_leaves_them_out() -> None:
-    events, chosen, rng = world(), np.arange(30), np.random.default_rng(0)
-    full = Batches(events).make(Part(chosen), rng)
-    half = Batches(events, skip_weight=0.5).make(Part(chosen), rng)
-    none = Batches(events, skip_weight=0).make(Part(chosen), rng)
-    torch.testing.assert_close(half.own_log_weight, full.own_log_weight + math.log(0.5))
-    assert none.own.shape == (2, 0)
-    assert none.n_encoded == none.n_candidates
+    for batch in Batches(events, batch_size=16, seed=seed):
+        assert (batch.positive_mask[1] != batch.target[batch.positive_mask[0]]).all()
+        assert (batch.per_query[1] != batch.target[batch.per_query[0]]).all()
 
 
 @pytest.mark.parametrize("uniform", [0, 6])
@@ -185,12 +176,12 @@ def test_inclusion_is_the_frequency_with_which_a_candidate_is_drawn(uniform: int
         n_users=N_USERS, first_seen=np.zeros(N_ITEMS, np.int64),
     )  # fmt: skip
     events = TrainingEvents(timeline, None, None, None, None, np.arange(1, N_ITEMS))
-    batches = Batches(events, uniform_negatives=uniform, known="none")
+    batches = Batches(events, uniform_negatives=uniform)
     own = int(timeline.item[0])
     frequency, said = np.zeros(N_ITEMS), np.full(N_ITEMS, np.nan)
     for _ in range(draws):
         chosen = np.append(0, 1 + rng.choice(total - 1, size - 1, replace=False))
-        batch = batches.make(Part(chosen), rng)
+        batch = batches.make(BatchSlice(chosen), rng)
         rows = batch.rows[: batch.n_candidates].numpy()
         frequency[rows] += 1 / draws
         said[rows] = batch.log_inclusion.exp().numpy()
@@ -206,16 +197,16 @@ def test_a_candidate_near_in_time_is_likelier_than_the_whole_log_says() -> None:
         np.ones(100, np.int64), item, np.arange(100), n_users=2, first_seen=np.zeros(3, np.int64)
     )
     events = TrainingEvents(timeline, None, None, None, None, np.array([1, 2]))
-    batches = Batches(events, batch_size=3, plan="in_time")
-    batch = batches.make(Part(np.arange(3), np.arange(50)), np.random.default_rng(0))
+    batches = Batches(events, batch_size=3, sampler="in_time")
+    batch = batches.make(BatchSlice(np.arange(3), np.arange(50)), np.random.default_rng(0))
     assert batch.log_inclusion.exp().tolist() == pytest.approx([1.0])
-    whole = batches.make(Part(np.arange(3)), np.random.default_rng(0))
+    whole = batches.make(BatchSlice(np.arange(3)), np.random.default_rng(0))
     assert whole.log_inclusion.exp().tolist() == pytest.approx([1 - 0.5**2])
 
 
 def test_statistics_are_those_of_the_first_moment_of_the_batch() -> None:
     events = world()
-    batches = Batches(events, batch_size=7, plan="in_time", statistics=True, uniform_negatives=4)
+    batches = Batches(events, batch_size=7, sampler="in_time", statistics=True, uniform_negatives=4)
     times = {
         t: events.timeline.statistics(np.arange(N_ITEMS), t) for t in set(events.timeline.time)
     }
@@ -228,7 +219,7 @@ def test_statistics_are_those_of_the_first_moment_of_the_batch() -> None:
         assert min(fits) <= by_time.max()
     chosen = np.argsort(events.timeline.time, kind="stable")[20:27]
     moment = int(by_time[20])
-    batch = batches.make(Part(chosen, None, moment), np.random.default_rng(0))
+    batch = batches.make(BatchSlice(chosen, None, moment), np.random.default_rng(0))
     assert np.array_equal(batch.statistics, times[by_time[20]][batch.rows])
     drawn_only = set(batch.rows[: batch.n_candidates].tolist()) - set(
         events.timeline.item[chosen].tolist()
@@ -242,9 +233,9 @@ def test_every_event_comes_once_an_epoch_in_as_many_batches_as_the_length_says(
     total: int, size: int, plan: str, seed: int
 ) -> None:
     events = world(events=total, seed=seed, moments=2**20)
-    batches = Batches(events, batch_size=size, plan=plan, seed=seed, skip_weight=0)
+    batches = Batches(events, batch_size=size, sampler=plan, seed=seed, skips=False)
     for epoch in range(3):
-        parts = [part.drawn for part in batches._plan.epoch(np.random.default_rng(epoch))]
+        parts = [part.units for part in batches._sampler.epoch(np.random.default_rng(epoch))]
         assert len(parts) == len(batches)
         assert sorted(np.concatenate(parts).tolist()) == list(range(total))
         assert all(1 <= len(chosen) <= size for chosen in parts)
@@ -255,9 +246,9 @@ def test_every_event_comes_once_an_epoch_in_as_many_batches_as_the_length_says(
 
 
 def test_windows_fall_differently_in_each_epoch() -> None:
-    batches = Batches(world(64), batch_size=16, plan="in_time")
+    batches = Batches(world(64), batch_size=16, sampler="in_time")
     firsts = {
-        min(len(part.drawn) for part in batches._plan.epoch(np.random.default_rng(seed)))
+        min(len(part.units) for part in batches._sampler.epoch(np.random.default_rng(seed)))
         for seed in range(20)
     }
     assert len(firsts) > 3
@@ -267,7 +258,7 @@ def test_windows_fall_differently_in_each_epoch() -> None:
 @pytest.mark.parametrize("stop", [0, 1, 3])
 def test_going_on_in_mid_epoch_gives_the_same_remaining_batches(stop: int, plan: str) -> None:
     def new() -> Batches:
-        return Batches(world(), batch_size=9, uniform_negatives=3, plan=plan, seed=4)
+        return Batches(world(), batch_size=9, uniform_negatives=3, sampler=plan, seed=4)
 
     whole = new()
     list(whole)

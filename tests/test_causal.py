@@ -35,8 +35,6 @@ def by_hand(model: CausalTransformer, x: Tensor) -> Tensor:
     length, heads = len(x), model.layers[0].heads
     d = D // heads
     x = x / x.norm(dim=1, keepdim=True) * D**0.5
-    if model.place is not None:
-        x = x + model.place.weight[:length]
     norm = torch.nn.functional.layer_norm
     for layer in model.layers:
         q, k, v = (
@@ -46,16 +44,8 @@ def by_hand(model: CausalTransformer, x: Tensor) -> Tensor:
         for h in range(heads):
             for i in range(length):
                 left, right = q[i, h], k[: i + 1, h]  # (d,), (i + 1, d)
-                if model.distance is not None:
-                    back = (i - torch.arange(i + 1)).clamp(max=model.distance.shape[1] - 1)
-                    scores = right @ left + model.distance[h, back] * d**0.5
-                elif model.place is None:
-                    apart = (i - torch.arange(i + 1))[:, None] * model.frequencies.double()
-                    pairs = [torch.complex(*t.split(d // 2, -1)) for t in (left, right)]
-                    turned = pairs[0] * torch.polar(torch.ones_like(apart), apart)
-                    scores = (turned * pairs[1].conj()).real.sum(1)
-                else:
-                    scores = right @ left
+                back = (i - torch.arange(i + 1)).clamp(max=model.distance.shape[1] - 1)
+                scores = right @ left + model.distance[h, back] * d**0.5
                 weight = (scores / d**0.5).softmax(0)
                 heard[i, h * d : (h + 1) * d] = (weight[:, None] * v[: i + 1, h]).sum(0)
         x = x + layer.out(heard)
@@ -64,13 +54,10 @@ def by_hand(model: CausalTransformer, x: Tensor) -> Tensor:
     return model.last(model.norm(x))
 
 
-@pytest.mark.parametrize("place", ["distance", "rotary", "learned"])
 @given(LENGTHS, SEED)
 @settings(max_examples=12, deadline=None)
-def test_packed_entries_give_what_a_loop_over_users_gives(
-    place: str, lengths: list[int], seed: int
-) -> None:
-    model, asked = transformer(seed, place=place), side(lengths, seed)
+def test_packed_entries_give_what_a_loop_over_users_gives(lengths: list[int], seed: int) -> None:
+    model, asked = transformer(seed), side(lengths, seed)
     items = torch.randn(N_ITEMS, D, dtype=torch.float64, requires_grad=True)
     users = [by_hand(model, items[rows]) for rows in entries_of(asked)]
     slow = {
@@ -94,9 +81,8 @@ def test_packed_entries_give_what_a_loop_over_users_gives(
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("place", ["distance", "rotary", "learned"])
-def test_a_later_entry_changes_no_earlier_answer(place: str) -> None:
-    model, asked = transformer(place=place), side([20, 3, 9])
+def test_a_later_entry_changes_no_earlier_answer() -> None:
+    model, asked = transformer(), side([20, 3, 9])
     asked = replace(asked, at=torch.arange(32))
     items = torch.randn(32, D, dtype=torch.float64)
     asked = replace(asked, history=torch.arange(32))
@@ -121,31 +107,24 @@ def test_no_entry_reads_that_of_another_user() -> None:
 
 def test_an_answer_in_the_middle_is_that_of_a_history_that_ends_there() -> None:
     """What is learned at every position is what is asked when serving, times included."""
-    model = transformer(inputs=("recency", "strength"))
+    model = transformer(inputs=("recency", "weight"))
     rng = np.random.default_rng(0)
     times = np.sort(rng.integers(0, 10**6, 12)).astype(float)
-    items, strength = torch.randn(N_ITEMS, D, dtype=torch.float64), torch.rand(11).double() * 9
+    items, weight = torch.randn(N_ITEMS, D, dtype=torch.float64), torch.rand(11).double() * 9
     asked = side([11], 5)
     gaps = torch.tensor(np.diff(times))
-    everywhere = model(items, replace(asked, at=torch.arange(11), elapsed=gaps, strength=strength))
+    everywhere = model(
+        items, replace(asked, at=torch.arange(11), elapsed=gaps, event_weight=weight)
+    )
     for end in range(1, 12):
         one = replace(
             asked,
             history=asked.history[:end],
             lengths=torch.tensor([end]),
             elapsed=torch.tensor(times[end] - times[:end]),
-            strength=strength[:end],
+            event_weight=weight[:end],
         )
         torch.testing.assert_close(model(items, one)[0], everywhere[end - 1])
-
-
-def test_with_rotary_places_where_a_long_history_is_cut_moves_no_place() -> None:
-    model = transformer(layers=1)
-    items, asked = torch.randn(N_ITEMS, D, dtype=torch.float64), side([12])
-    # The same entry at the front twelve times over says nothing new wherever it starts.
-    same = replace(asked, history=torch.full((12,), 4))
-    short = replace(side([7]), history=torch.full((7,), 4))
-    torch.testing.assert_close(model(items, same), model(items, short))
 
 
 def test_the_transformer_starts_as_the_last_item() -> None:

@@ -12,11 +12,10 @@ from pydantic import ValidationError
 from recsys.errors import ConfigError
 from recsys.features.batching.batches import TrainingEvents
 from recsys.features.prepared.timeline import Timeline
-from recsys.towers.data import InteractionData, plan_of
-from recsys.towers.rules import TrainingRules
-from recsys.towers.two_tower import TowerRules
+from recsys.towers.data import InteractionData, sampler_of
+from recsys.towers.rules import TowerRules, TrainingRules
 
-CAUSAL = TowerRules(history="transformer", max_history=2)
+CAUSAL = TowerRules(history={"kind": "transformer", "length": 2})
 
 
 def events(*times: int, timed: bool = True, shown: bool = False) -> TrainingEvents:
@@ -43,8 +42,7 @@ def data(of: TrainingEvents, towers: TowerRules | None = None, **rules: Any) -> 
     [
         ("sequences", CAUSAL, (5, 5, 5), 'newest 3, which training.batches = "sequences" needs'),
         ("auto", CAUSAL, (5, 5, 5), 'training.batches = "sequences" needs'),
-        ("sequences", CAUSAL, (1, 5, 5, 5), "two moments among its newest 3"),
-        ("ahead", None, (5, 5, 5), 'two moments, which training.batches = "ahead" needs'),
+        ("sequences", CAUSAL, (1, 5, 5, 5), "two times among its newest 3"),
         ("random", None, (), "the training side has no positive event"),
         ("by_user", None, (), "the training side has no positive event"),
     ],
@@ -56,7 +54,7 @@ def test_batches_without_an_example_are_refused(
         data(events(*times), towers, batches=plan)
 
 
-@pytest.mark.parametrize(("plan", "towers"), [("sequences", CAUSAL), ("ahead", None)])
+@pytest.mark.parametrize(("plan", "towers"), [("sequences", CAUSAL)])
 def test_two_moments_are_enough(plan: str, towers: TowerRules | None) -> None:
     assert len(data(events(4, 5, 5), towers, batches=plan).batches) == 1
     assert len(data(events(5, 5), towers, batches="random").batches) == 2
@@ -65,7 +63,7 @@ def test_two_moments_are_enough(plan: str, towers: TowerRules | None) -> None:
 # ----------------------------------------------------------------- what does not go together
 
 
-@pytest.mark.parametrize("name", ["since", "half_life", "window_span"])
+@pytest.mark.parametrize("name", ["since"])
 @pytest.mark.parametrize("span", ["0s", "0d0h", "0.0000001s"])
 def test_a_span_of_no_time_is_refused(name: str, span: str) -> None:
     with pytest.raises(ValidationError, match="is no time at all"):
@@ -76,7 +74,7 @@ def test_a_span_of_no_time_is_refused(name: str, span: str) -> None:
 @pytest.mark.parametrize(
     ("plan", "towers", "named"),
     [
-        ("by_user", None, "by_user"), ("ahead", None, "ahead"),
+        ("by_user", None, "by_user"),
         ("sequences", CAUSAL, "sequences"), ("auto", CAUSAL, "sequences"),
     ],
 )  # fmt: skip
@@ -88,15 +86,13 @@ def test_whole_users_cannot_be_taken_since_a_time(
         data(learned, towers, batches=plan, since="5d")
     for other in ("random", "in_time"):
         rules = TrainingRules(batches=other, since="5d")
-        assert plan_of(rules, towers or TowerRules(), False) == other
+        assert sampler_of(rules, towers or TowerRules(), False) == other
 
 
 @pytest.mark.parametrize(
     ("rules", "wanted"),
     [
         ({"since": "5d"}, 'training.since = "5d" is a span of time'),
-        ({"half_life": "5d"}, 'training.half_life = "5d" is a span of time'),
-        ({"window_span": "5d"}, 'training.window_span = "5d" is a span of time'),
         ({"batches": "in_time"}, 'training.batches = "in_time" makes windows of time'),
     ],
 )
@@ -104,10 +100,3 @@ def test_what_counts_time_needs_a_clock(rules: dict[str, Any], wanted: str) -> N
     with pytest.raises(ConfigError, match=rf"{wanted}.*no clock.*\[data\.columns\]"):
         data(events(4, 5, timed=False), **rules)
     assert len(data(events(4, 5), **rules).batches) > 0
-
-
-def test_what_counts_showings_needs_impression_lists() -> None:
-    for log in (events(4, 5), events(4, 5, timed=False, shown=True)):
-        with pytest.raises(ConfigError, match=r"skip_correction = 0\.5.*no impression lists"):
-            data(log, skip_correction=0.5)
-    assert data(events(4, 5, shown=True), skip_correction=0.5).batches.skip_correction == 0.5

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from recsys.towers import diagnosis
 from recsys.towers.diagnosis import Measured, Part, diagnose
 from recsys.towers.embedding import FeatureSpec, FeatureTable
-from recsys.towers.two_tower import TowerRules, TwoTower
+from recsys.towers.rules import TowerRules
+from recsys.towers.two_tower import TwoTower
 
 
 def rows(seed: int, n: int, d: int) -> np.ndarray:

@@ -32,7 +32,8 @@ from recsys.serving.index import IndexRules
 from recsys.serving.recommender import Recommender
 from recsys.towers.embedding import FeatureTable
 from recsys.towers.encode import encode_items
-from recsys.towers.two_tower import TowerRules, TwoTower
+from recsys.towers.rules import TowerRules
+from recsys.towers.two_tower import TwoTower
 from recsys.vocab import Vocab
 
 TASTES, EACH, PEOPLE, CHOICES = 6, 20, 150, 8

@@ -21,9 +21,9 @@ from recsys.features.batching.examples import (
 )
 from recsys.features.prepared.timeline import Timeline
 from recsys.tables import Side
-from recsys.towers.build import moments_of, validation_side
+from recsys.towers import data as data_module
+from recsys.towers.data import Validation, moments_of, validation_side
 from recsys.towers.rules import TrainingRules
-from recsys.towers.validation import Validation
 
 N_USERS, N_ITEMS = 4, 7
 EVENT = st.tuples(st.integers(1, N_USERS - 1), st.integers(1, N_ITEMS - 1), st.integers(0, 12))
@@ -249,8 +249,9 @@ def test_validation_without_a_clock_has_no_moments() -> None:
     assert found.moments is None and found.queries.times is None
 
 
-def test_a_sample_of_validation_queries_is_seeded() -> None:
-    rules = TrainingRules(validation_queries=1)
+def test_a_sample_of_validation_queries_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_module, "VALIDATION_QUERIES", 1)
+    rules = TrainingRules()
     options = {
         "each_event": True, "refresh": 2, "max_history": 5, "drop_seen": False, "statistics": True,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Histories: packed against a loop, what may not be seen, interests, times and strengths."""
+"""Histories: pooled against a loop, what may not be seen, times and event weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from history_cases import LENGTHS, N_ITEMS, SEED, D, entries_of, side, stirred
+from history_cases import LENGTHS, N_ITEMS, SEED, D, entries_of, side
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from recsys.errors import ConfigError
 from recsys.features.batching.batch import Queries, UserSide
@@ -26,15 +25,13 @@ from recsys.towers.embedding import FeatureTable
 from recsys.towers.encode import encode_items, encode_users
 from recsys.towers.history import (
     EntryInputs,
-    History,
-    MultiInterest,
-    choose_interest,
+    PooledHistory,
     elapsed_buckets,
     seconds_to_next,
-    strength_buckets,
+    weight_buckets,
 )
-from recsys.towers.history import segment_softmax as softmax_of_segments
-from recsys.towers.two_tower import TowerRules, TwoTower
+from recsys.towers.rules import TowerRules
+from recsys.towers.two_tower import TwoTower
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,23 +42,25 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# ------------------------------------------------------------------ pooling and interests
+# ------------------------------------------------------------------ pooling
 
 
 def test_a_history_that_is_pooled_answers_only_after_its_last_entry() -> None:
     asked = replace(side([3]), at=torch.tensor([0, 2]))
-    for pool in (History(D, "mean", 5), History(D, "attention", 5), MultiInterest(D, 2, 5)):
+    for pool in (
+        PooledHistory(D, 5, decay=0.0),
+        PooledHistory(D, 5),
+    ):
         with pytest.raises(ValueError, match="at every position"):
             pool(torch.randn(N_ITEMS, D), asked)
 
 
-@pytest.mark.parametrize("norm", [0.0, 0.5, 1.0])
-def test_a_decaying_mean_by_hand(norm: float) -> None:
-    pool, items = History(D, "mean", 5, norm=norm, decay=1.25), torch.randn(N_ITEMS, D)
+def test_a_decaying_mean_by_hand() -> None:
+    pool, items = PooledHistory(D, 5, decay=1.25), torch.randn(N_ITEMS, D)
     asked = side([3, 0, 1])
     first, _, last = entries_of(asked)
     weight = torch.tensor([3.0, 2.0, 1.0]) ** -1.25
-    wanted = (items[first] * weight[:, None]).sum(0) / weight.sum() ** norm
+    wanted = (items[first] * weight[:, None]).sum(0) / weight.sum()
     got = pool(items, asked)
     torch.testing.assert_close(got[0], wanted)
     torch.testing.assert_close(got[1], pool.empty)
@@ -70,19 +69,10 @@ def test_a_decaying_mean_by_hand(norm: float) -> None:
     assert torch.isfinite(pool.empty.grad).all()
 
 
-@pytest.mark.parametrize("norm", [0.0, 0.5, 1.0])
-def test_the_norm_of_a_mean_by_hand(norm: float) -> None:
-    pool, items = History(D, "mean", 5, norm=norm), torch.randn(N_ITEMS, D)
-    asked = side([4, 0, 1])
-    first = items[asked.history[:4]].sum(0) / 4**norm
-    wanted = torch.stack([first, pool.empty, items[asked.history[4]]])
-    torch.testing.assert_close(pool(items, asked), wanted)
-
-
 def test_a_mean_reads_a_history_as_long_as_is_wanted() -> None:
     queries = Queries(np.zeros(1, np.int64), Ragged(np.array([0, 5000]), np.arange(5000) % 9))
     for most in (1000, 10**9):
-        model = towers(history="mean", max_history=most, dropout=0.0)
+        model = towers(history={"kind": "mean", "length": most}, dropout=0.0)
         read = queries.history.values[-most:]
         with torch.inference_mode():
             pooled = model.embed_items(torch.from_numpy(read)).mean(0)
@@ -95,62 +85,6 @@ def test_a_mean_reads_a_history_as_long_as_is_wanted() -> None:
         )
 
 
-@given(LENGTHS, st.integers(1, 4), st.integers(1, 30), SEED)
-@settings(max_examples=20, deadline=None)
-def test_interests_are_pooled_as_by_a_loop(
-    lengths: list[int], interests: int, most: int, seed: int
-) -> None:
-    pool, asked = stirred(MultiInterest(D, interests, most), seed).float(), side(lengths, seed)
-    items = torch.randn(N_ITEMS, D, requires_grad=True)
-    out = []
-    for rows in entries_of(asked):
-        place = torch.arange(len(rows)).flip(0).clamp(max=most - 1)
-        weight = (pool.content(items[rows]) + pool.place[place]).softmax(0)
-        out.append(weight.T @ items[rows] if len(rows) else pool.empty)
-    found, wanted = pool(items, asked), torch.stack(out)
-    assert found.shape == (len(lengths), interests, D)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    mix = torch.randn_like(found)
-    learned = [items, pool.place, pool.empty]
-    for ours, theirs in zip(
-        torch.autograd.grad((found * mix).sum(), learned, allow_unused=True),
-        torch.autograd.grad((wanted * mix).sum(), learned, allow_unused=True),
-        strict=True,
-    ):
-        if ours is not None and theirs is not None:
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-
-
-def test_the_first_interest_starts_with_what_came_last_and_each_further_one_farther_back() -> None:
-    pool, asked = MultiInterest(N_ITEMS, 3, 9), side([5])
-    asked = replace(asked, history=torch.arange(5))
-    with torch.no_grad():
-        pool.content[2].weight.zero_()  # places alone
-    weight = pool(torch.eye(N_ITEMS), asked)[0, :, :5]  # (K, entries)
-    assert (weight.diff(dim=1) > 0).all()
-    assert (weight[:, -1].diff() < 0).all()
-
-
-def test_two_dimensional_softmax_is_one_softmax_a_column() -> None:
-    score, segment = torch.randn(9, 3), torch.tensor([2, 0, 0, 2, 1, 0, 2, 2, 1])
-    found = softmax_of_segments(score, segment, 4)
-    for column in range(3):
-        alone = softmax_of_segments(score[:, column], segment, 4)
-        torch.testing.assert_close(found[:, column], alone)
-
-
-def test_the_interest_nearest_to_the_examples_own_item_is_chosen_and_learns_alone() -> None:
-    users = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.0, -1.0]]])
-    users.requires_grad_()
-    items = torch.tensor([[0.1, 0.9], [0.9, 0.1], [-0.2, -0.9]])
-    chosen = choose_interest(users, items, torch.tensor([0, 0, 1]))
-    assert chosen.tolist() == [[0, 1], [1, 0], [0, -1]]
-    assert choose_interest(users, items[[0, 2]]).tolist() == [[0, 1], [0, -1]]
-    chosen[[0, 2]].sum().backward()
-    assert users.grad is not None
-    assert users.grad.abs().sum(2).tolist() == [[0, 2], [0, 2]]
-
-
 # ------------------------------------------------------------------ times and strengths
 
 
@@ -158,8 +92,8 @@ def test_buckets_by_hand() -> None:
     nan = math.nan
     seconds = torch.tensor([nan, -1.0, 0.0, 0.9, 1.0, 3.0, 3600.0, 1e30], dtype=torch.float64)
     assert elapsed_buckets(seconds).tolist() == [0, 0, 1, 1, 2, 3, 12, 33]
-    strength = torch.tensor([nan, -1.0, 0.0, 1.0, 2.0, 3.0, 60.0, 1e30])
-    assert strength_buckets(strength).tolist() == [0, 0, 1, 4, 5, 7, 17, 65]
+    weight = torch.tensor([nan, -1.0, 0.0, 1.0, 2.0, 3.0, 60.0, 1e30])
+    assert weight_buckets(weight).tolist() == [0, 0, 1, 4, 5, 7, 17, 65]
 
 
 @given(LENGTHS, SEED)
@@ -177,36 +111,35 @@ def test_seconds_to_the_next_entry_add_up_to_those_to_the_query(
 @pytest.mark.parametrize(
     "pool",
     [
-        History(D, "mean", 9, inputs=("recency", "strength")),
-        History(D, "attention", 9, inputs=("recency", "strength")),
-        MultiInterest(D, 2, 9, inputs=("recency", "strength")),
-        CausalTransformer(D, 9, inputs=("recency", "strength")),
+        PooledHistory(D, 9, decay=0.0, inputs=("recency", "weight")),
+        PooledHistory(D, 9, inputs=("recency", "weight")),
+        CausalTransformer(D, 9, inputs=("recency", "weight")),
     ],
-    ids=["mean", "attention", "multi_interest", "transformer"],
+    ids=["mean", "attention", "transformer"],
 )
 def test_times_and_strengths_are_added_to_the_entries(pool: torch.nn.Module) -> None:
     pool.eval()
     asked, items = side([3, 2]), torch.randn(N_ITEMS, D)
     elapsed = torch.tensor([900.0, 60.0, 5.0, 70.0, math.nan])
-    strength = torch.tensor([1.0, math.nan, 2.0, 3.0, 1.0])
-    told = replace(asked, elapsed=elapsed, strength=strength)
+    weight = torch.tensor([1.0, math.nan, 2.0, 3.0, 1.0])
+    told = replace(asked, elapsed=elapsed, event_weight=weight)
     used = elapsed
     if isinstance(pool, CausalTransformer):
         used = torch.tensor([840.0, 55.0, 5.0, math.nan, math.nan])
     entries = (
         items[asked.history]
         + pool.inputs.recency.weight[elapsed_buckets(used)]
-        + pool.inputs.strength.weight[strength_buckets(strength)]
+        + pool.inputs.weight.weight[weight_buckets(weight)]
     )
     plain = replace(asked, history=torch.arange(5))
     torch.testing.assert_close(pool(items, told), pool(entries, plain))
     # What is not known adds nothing, and learns nothing.
     unknown = torch.full((5,), math.nan)
-    hidden = replace(asked, elapsed=unknown, strength=unknown)
+    hidden = replace(asked, elapsed=unknown, event_weight=unknown)
     torch.testing.assert_close(pool(items, hidden), pool(items, asked))
     assert not torch.equal(pool(items, told), pool(items, asked))
     pool(items, hidden).sum().backward()
-    for table in (pool.inputs.recency, pool.inputs.strength):
+    for table in (pool.inputs.recency, pool.inputs.weight):
         assert table.weight.grad is None or not table.weight.grad[0].any()
 
 
@@ -231,7 +164,7 @@ def test_in_training_all_times_of_some_users_are_hidden() -> None:
 def towers(seed: int = 0, **rules: object) -> TwoTower:
     torch.manual_seed(seed)
     items, users = FeatureTable(N_ITEMS, text=torch.randn(N_ITEMS, 3)), FeatureTable(5)
-    settled = TowerRules(**{"dimension": D, "max_history": 6, "hidden": 8, **rules})
+    settled = TowerRules(**{"dimension": D, "history": {"length": 6}, "hidden": 8, **rules})
     model = TwoTower(settled, items, users, items.spec(7, {}), users.spec(4, {}), (3,))
     with torch.no_grad():
         for weight in model.parameters():
@@ -245,23 +178,8 @@ QUERIES = Queries(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("score", ["cosine", "dot", "projection", "cosine_bias"])
-def test_users_with_interests_have_one_vector_each(score: str) -> None:
-    model = towers(history="multi_interest", interests=3, score=score)
-    found = encode_users(model, QUERIES)
-    assert found.shape == (3, 3, model.vector_dimension) == (3, *model.user_shape)
-    if score != "dot":
-        np.testing.assert_allclose(np.linalg.norm(found[..., :D], axis=-1), 1, atol=1e-5)
-    if score == "cosine_bias":
-        assert (found[..., D] == 1).all()
-    newest = replace(QUERIES, history=QUERIES.history.last(6))
-    np.testing.assert_allclose(encode_users(model, newest), found, atol=1e-6)
-    other = replace(QUERIES, context=np.zeros((3, 1), np.int64))
-    assert np.abs(encode_users(model, other) - found).max(axis=(1, 2))[[0, 2]].min() > 1e-3
-
-
 def test_at_every_position_the_tower_knows_whose_query_it_is() -> None:
-    model = towers(history="transformer", max_history=9)
+    model = towers(history={"kind": "transformer", "length": 9})
     lists = [[1, 2, 3], [4], [5, 6, 7, 8]]
     users = torch.tensor([3, 1, 2])
     flat = torch.tensor([i for row in lists for i in row])
@@ -281,7 +199,7 @@ def test_at_every_position_the_tower_knows_whose_query_it_is() -> None:
 
 
 def test_a_table_of_their_own_is_what_histories_read_and_items_do_not() -> None:
-    model = towers(history="mean", history_table="own")
+    model = towers(history={"kind": "mean", "table": "own", "length": 6})
     items, users = encode_items(model, np.arange(N_ITEMS)), encode_users(model, QUERIES)
     own = model.user_tower.history_ids
     assert own is not None and own.sparse and own.weight.shape == (7, D)
@@ -301,21 +219,21 @@ def test_a_table_of_their_own_is_what_histories_read_and_items_do_not() -> None:
     rows = torch.arange(N_ITEMS)
     embedded = model.embed_items(rows)
     assert not torch.equal(model.embed_history(rows, embedded=embedded), embedded)
-    shared = towers(history="mean")
+    shared = towers(history={"kind": "mean"})
     embedded = shared.embed_items(rows)
     assert shared.embed_history(rows, embedded=embedded) is embedded
 
 
 def test_rules_that_do_not_go_together_are_refused() -> None:
-    with pytest.raises(ValueError, match="change history_heads or dimension"):
-        TowerRules(dimension=12, history="transformer", history_heads=4)
-    with pytest.raises(ValueError, match="item_id is false"):
-        TowerRules(history_table="own", item_id=False)
+    with pytest.raises(ValueError, match=r"change history\.heads or dimension"):
+        TowerRules(dimension=12, history={"kind": "transformer", "heads": 4})
+    with pytest.raises(ValueError, match=r"id_dropout = 1 leaves them out"):
+        TowerRules(history={"table": "own"}, id_dropout=1)
 
 
-@pytest.mark.parametrize("history", ["transformer", "multi_interest"])
+@pytest.mark.parametrize("history", ["transformer", "attention"])
 def test_half_precision_works(history: str) -> None:
-    model = towers(history=history, dropout=0.1, history_inputs=("recency",)).train()
+    model = towers(history={"kind": history, "inputs": ("recency",)}, dropout=0.1).train()
     asked = replace(side([3, 0, 9]), elapsed=torch.rand(12), context=torch.ones(3, 1).long())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         users = model.encode_users(asked, model.embed_items(torch.arange(N_ITEMS)))
@@ -325,15 +243,15 @@ def test_half_precision_works(history: str) -> None:
 
 
 def test_histories_that_are_all_empty_need_no_item() -> None:
-    for pool in (CausalTransformer(D, 4), MultiInterest(D, 2, 4)):
+    for pool in (CausalTransformer(D, 4), PooledHistory(D, 4)):
         out = pool(torch.zeros(0, D), side([0, 0]))
         assert torch.equal(out, pool.empty.expand(2, *pool.empty.shape))
 
 
 def test_times_are_refused_where_the_log_has_no_clock() -> None:
     untimed = SimpleNamespace(manifest={"timed": False})
-    with pytest.raises(ConfigError, match="history_inputs names recency"):
-        build_model(untimed, TowerRules(history_inputs=("recency",)), item_text=None, seed=0)
+    with pytest.raises(ConfigError, match=r"history\.inputs names recency"):
+        build_model(untimed, TowerRules(history={"inputs": ("recency",)}), item_text=None, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -341,8 +259,6 @@ def test_times_are_refused_where_the_log_has_no_clock() -> None:
     [
         ("sequences", "transformer"),
         ("random", "attention"),
-        ("random", "multi_interest"),
-        ("sequences", "transformer looking back"),
     ],
 )
 def test_what_is_learned_from_is_what_is_asked_when_serving(plan: str, history: str) -> None:
@@ -353,17 +269,15 @@ def test_what_is_learned_from_is_what_is_asked_when_serving(plan: str, history: 
     time = 10**15 + rng.integers(0, 12, len(user)) * 400_000_000  # some at the same moment
     timeline = Timeline.build(
         user, item, time, n_users=5, first_seen=np.zeros(N_ITEMS, np.int64),
-        strength=rng.integers(1, 4, len(user)).astype(np.float32),
+        event_weight=rng.integers(1, 4, len(user)).astype(np.float32),
     )  # fmt: skip
-    events = TrainingEvents(timeline, timeline.strength, None, None, None, np.arange(1, N_ITEMS))
-    history, look_back, _ = history.partition(" looking back")
-    model = towers(
-        history=history, max_history=20, history_inputs=("recency", "strength"),
-        look_back=bool(look_back),
-    )  # fmt: skip
-    if model.user_tower.look_back is not None:
-        torch.nn.init.normal_(model.user_tower.look_back.says.weight)
-    batches = Batches(events, plan=plan, batch_size=99, max_history=20, elapsed=True, strength=True)
+    events = TrainingEvents(
+        timeline, timeline.event_weight, None, None, None, np.arange(1, N_ITEMS)
+    )
+    model = towers(history={"kind": history, "length": 20, "inputs": ("recency", "weight")})
+    batches = Batches(
+        events, sampler=plan, batch_size=99, max_history=20, elapsed=True, event_weight=True
+    )
     seen = 0
     for batch in batches:
         vectors = model.encode_users(batch.user, model.embed_history(batch.rows)).detach()
@@ -378,7 +292,7 @@ def test_what_is_learned_from_is_what_is_asked_when_serving(plan: str, history: 
             for u, i in zip(users, targets, strict=True)
         ]
         asked = asking(timeline, users, timeline.time[event], last=20)
-        assert asked.elapsed is not None and asked.strength is not None
+        assert asked.elapsed is not None and asked.event_weight is not None
         np.testing.assert_allclose(
             vectors[query].numpy(), encode_users(model, asked), rtol=1e-4, atol=1e-5
         )

@@ -10,10 +10,11 @@ from recsys.features.batching.batch import Queries
 from recsys.features.batching.batches import Batches, TrainingEvents
 from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
+from recsys.towers.data import ShownLists
 from recsys.towers.embedding import FeatureSpec, FeatureTable
 from recsys.towers.encode import encode_items, encode_users
-from recsys.towers.two_tower import TowerRules, TwoTower
-from recsys.towers.validation import ShownLists
+from recsys.towers.rules import TowerRules
+from recsys.towers.two_tower import TwoTower
 
 SIZE, N_ITEMS, N_USERS = 40, 41, 6
 
@@ -31,7 +32,7 @@ def test_older_events_are_history_and_no_examples(plan: str) -> None:
     past = timeline()
     learned = np.flatnonzero(np.asarray(past.time) >= 25_000)
     events = TrainingEvents(past, None, None, None, None, np.arange(1, N_ITEMS), learned)
-    batches = list(Batches(events, plan=plan, batch_size=4, known="none"))  # type: ignore[arg-type]
+    batches = list(Batches(events, sampler=plan, batch_size=4))  # type: ignore[arg-type]
     targets = [row for one in batches for row in one.rows[one.target].tolist()]
     assert sorted(targets) == list(range(26, N_ITEMS)) and events.size == 15
     read = {row for one in batches for row in one.rows[one.user.history].tolist()}
@@ -46,7 +47,7 @@ def test_older_events_are_history_and_no_examples(plan: str) -> None:
 def test_whole_users_cannot_be_cut_by_time() -> None:
     events = TrainingEvents(timeline(), None, None, None, None, np.arange(1, 5), np.arange(3))
     with pytest.raises(ValueError, match="whole users"):
-        Batches(events, plan="by_user")
+        Batches(events, sampler="by_user")
 
 
 def test_lists_are_judged_by_pairs_of_clicked_and_passed() -> None:

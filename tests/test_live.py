@@ -27,7 +27,8 @@ from recsys.serving.live.persistent_map import PersistentMap
 from recsys.serving.live.updates import Event, LiveUpdates, LiveView, Overlay
 from recsys.tables import SECOND
 from recsys.towers.encode import encode_items
-from recsys.towers.two_tower import TowerRules, TwoTower
+from recsys.towers.rules import TowerRules
+from recsys.towers.two_tower import TwoTower
 
 
 @pytest.fixture(scope="module")

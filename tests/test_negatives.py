@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from recsys.features.batching.batch import Batch, Source
 from recsys.features.batching.batches import Batches, TrainingEvents
-from recsys.features.batching.logq import Drawn
+from recsys.features.batching.logq import Sampled
 from recsys.features.batching.negatives import UserNegatives
-from recsys.features.batching.slices import Part
+from recsys.features.batching.slices import BatchSlice
 from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
 
@@ -71,7 +71,7 @@ def own_of(batch: Batch) -> list[tuple[int, int, float, Source]]:
     return [
         (query, rows[place], round(weight, 5), Source(source))
         for query, place, weight, source in zip(
-            *batch.own.tolist(), batch.own_log_weight.exp().tolist(), batch.own_source.tolist(),
+            *batch.per_query.tolist(), batch.per_query_log_weight.exp().tolist(), batch.per_query_source.tolist(),
             strict=True,
         )
     ]  # fmt: skip
@@ -94,13 +94,15 @@ def test_own_negatives_are_those_of_the_tables_that_are_neither_liked_nor_chosen
 ) -> None:
     rng = np.random.default_rng(seed)
     events, mined, given_ = world(seed=seed), table(rng), table(rng)
-    batches = Batches(events, plan=plan, batch_size=size, seed=seed, given=given_, skip_weight=0)
+    batches = Batches(
+        events, sampler=plan, batch_size=size, seed=seed, user_negatives=given_, skips=False
+    )
     batches.mined = mined
     for batch in batches:
         users, liked = pasts(events, batch, batches)
         wanted = [
             (query, int(item), float(weight), source)
-            for source, negatives in ((Source.MINED, mined), (Source.GIVEN, given_))
+            for source, negatives in ((Source.MINED, mined), (Source.FILE, given_))
             for query, user in enumerate(users)
             for item, weight in zip(
                 Ragged(negatives.offsets, negatives.items)[user],
@@ -119,7 +121,7 @@ def test_the_skips_of_whole_users_are_those_of_all_their_examples(plan: Any) -> 
     events = world(seed=4)
     assert events.skips is not None
     skipped, n = 0, 0
-    for batch in Batches(events, plan=plan, batch_size=3):
+    for batch in Batches(events, sampler=plan, batch_size=3):
         chosen = targets_of(batch)
         for query, item, _, source in own_of(batch):
             assert source == Source.SKIPPED
@@ -139,93 +141,6 @@ def test_the_skips_of_whole_users_are_those_of_all_their_examples(plan: Any) -> 
         ):  # fmt: skip
             skipped += item > 0 and weight > 0 and item not in timeline.item[mine]
     assert n == skipped > 0
-
-
-def test_items_of_the_past_only_are_kept_out_when_the_rule_says_past() -> None:
-    """User 1 has items 1, 2, 3 in turn; all three are in its table of negatives."""
-    timeline = Timeline.build(
-        np.ones(3, np.int64), np.array([1, 2, 3], np.int32), np.arange(3), n_users=2,
-        first_seen=np.zeros(6, np.int64),
-    )  # fmt: skip
-    events = TrainingEvents(timeline, None, None, None, None, np.arange(1, 6))
-    negatives = UserNegatives(np.array([0, 0, 4]), np.array([1, 2, 3, 5]), np.ones(4, np.float32))
-    for known, wanted in (
-        ("past", [(0, 2), (0, 3), (0, 5), (1, 3), (1, 5), (2, 5)]),
-        ("all", [(0, 5), (1, 5), (2, 5)]),
-        ("none", [(q, i) for q in range(3) for i in (1, 2, 3, 5) if i != q + 1]),
-    ):
-        batches = Batches(events, known=known, given=negatives)
-        batch = batches.make(Part(np.arange(3)), np.random.default_rng(0))
-        assert [edge[:2] for edge in own_of(batch)] == wanted
-
-
-def test_the_past_of_a_heavy_user_is_known_once_an_item_not_once_an_event() -> None:
-    n, item = 60, np.arange(60, dtype=np.int32) % 4 + 1
-    timeline = Timeline.build(
-        np.ones(n, np.int64), item, np.arange(n), n_users=2, first_seen=np.zeros(6, np.int64)
-    )
-    events = TrainingEvents(timeline, None, None, None, None, np.arange(1, 6))
-    batch = Batches(events, known="past").make(Part(np.arange(n)), np.random.default_rng(0))
-    rows = batch.rows.numpy()
-    found = [(query, int(rows[column])) for query, column in batch.known.T.tolist()]
-    assert len(found) == len(set(found))
-    assert set(found) == {(q, int(i)) for q in range(n) for i in item[:q] if i != item[q]}
-
-
-@pytest.mark.parametrize("known", ["none", "past", "all"])
-@pytest.mark.parametrize("plan", ["random", "sequences"])
-def test_what_a_user_had_is_its_own_negative_but_for_what_it_has_again(
-    known: str, plan: Any
-) -> None:
-    """User 1 has 1, 2, 1, then 3 and 2 at once, then 4; two events are looked back at."""
-    timeline = Timeline.build(
-        np.ones(6, np.int64), np.array([1, 2, 1, 3, 2, 4], np.int32),
-        np.array([0, 1, 2, 3, 3, 4]) * 1_000_000, n_users=2, first_seen=np.zeros(6, np.int64),
-    )  # fmt: skip
-    events = TrainingEvents(timeline, None, None, None, None, np.arange(1, 6))
-    batches = Batches(events, plan=plan, known=known, max_history=2, past_weight=30)
-    batch = batches.make(
-        Part(np.arange(6) if plan == "random" else np.array([1])), np.random.default_rng(0)
-    )
-    moments = {1: {1}, 2: {1, 2}, 3: {1, 2}, 4: {2, 3}}  # time → what was had in two events before
-    # A sequence is the newest three events, asked at one moment; otherwise each event asks.
-    asking = [(4, {4})] if plan == "sequences" else []
-    if plan == "random":
-        asking = [(0, {1}), (1, {2}), (2, {1}), (3, {3}), (3, {2}), (4, {4})]
-    assert own_of(batch) == [
-        (query, item, 30, Source.PAST)
-        for query, (time, chosen) in enumerate(asking)
-        for item in sorted(moments.get(time, set()) - chosen)
-    ]
-
-
-@pytest.mark.parametrize("plan", ["random", "in_time", "ahead", "sequences"])
-@given(seed=SEED, most=st.integers(1, 9))
-@settings(max_examples=12)
-def test_own_negatives_of_the_past_are_those_that_loops_find(
-    plan: Any, seed: int, most: int
-) -> None:
-    events = world(seed=seed)
-    batches = Batches(
-        events, plan=plan, batch_size=4, seed=seed, max_history=most, skip_weight=0,
-        past_weight=2.5,
-    )  # fmt: skip
-    timeline, parts = events.timeline, batches._plan.epoch(np.random.default_rng([seed, 0]))
-    for number, (batch, part) in enumerate(zip(batches, parts, strict=True)):
-        asked = batches.reading.ask(batches._sorted(part).drawn, batches._generator(number))
-        chosen, wanted = targets_of(batch), []
-        for query, user in enumerate(asked.query_users):
-            first = query if asked.owner is None else asked.owner.tolist().index(query)
-            time = timeline.time[asked.events[first]]
-            mine = zip(timeline.user, timeline.time, timeline.item, strict=True)
-            before = [int(item) for who, when, item in mine if who == user and when < time][-most:]
-            wanted += [(query, i, 2.5, Source.PAST) for i in sorted(set(before) - chosen[query])]
-        assert own_of(batch) == wanted
-
-
-def test_whole_users_that_ask_at_once_have_no_past() -> None:
-    with pytest.raises(ValueError, match="leave past_weight at 0"):
-        Batches(world(), plan="by_user", past_weight=1)
 
 
 def test_a_query_draws_so_many_of_its_users_negatives_each_as_likely() -> None:
@@ -262,8 +177,8 @@ def test_the_queue_holds_what_the_last_batches_drew_and_this_one_did_not(
 
     def new(queue: int = queue, **options: Any) -> list[Batch]:
         batches = Batches(
-            events, plan=plan, batch_size=size, uniform_negatives=uniform, queue=queue, seed=seed,
-            skip_weight=0, **options,
+            events, sampler=plan, batch_size=size, uniform_negatives=uniform, queue=queue, seed=seed,
+            skips=False, **options,
         )  # fmt: skip
         return list(batches)
 
@@ -283,7 +198,7 @@ def test_the_queue_holds_what_the_last_batches_drew_and_this_one_did_not(
         assert torch.equal(late[number].queued, batch.queued[: 0 if number < 2 else None])
         columns = batch.rows[: batch.n_candidates].tolist() + items
         _, liked = pasts(events, batch, None)
-        found = {(q, columns[c]) for q, c in zip(*batch.known.tolist(), strict=True)}
+        found = {(q, columns[c]) for q, c in zip(*batch.positive_mask.tolist(), strict=True)}
         own = targets_of(batch)
         wanted = {(q, i) for q, mine in enumerate(liked) for i in mine & set(columns) - own[q]}
         assert {(q, i) for q, i in found if i not in own[q]} == wanted
@@ -291,25 +206,23 @@ def test_the_queue_holds_what_the_last_batches_drew_and_this_one_did_not(
 
 def test_queued_items_that_are_not_born_yet_are_no_columns() -> None:
     events = world(80, seed=1, born=True)
-    batches = Batches(events, plan="in_time", batch_size=8, queue=9, uniform_negatives=5)
+    batches = Batches(events, sampler="in_time", batch_size=8, queue=9, uniform_negatives=5)
     times = []
     for batch, part in zip(
-        batches, batches._plan.epoch(np.random.default_rng([0, 0])), strict=True
+        batches, batches._sampler.epoch(np.random.default_rng([0, 0])), strict=True
     ):
-        assert (events.timeline.exists_from[batch.queued] <= part.moment).all()
-        times.append(part.moment)
+        assert (events.timeline.exists_from[batch.queued] <= part.as_of).all()
+        times.append(part.as_of)
     assert times != sorted(times)
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("stop", [1, 3])
-def test_going_on_in_mid_epoch_gives_the_same_queue_and_streaming_counts(
-    plan: Any, stop: int
-) -> None:
+def test_going_on_in_mid_epoch_gives_the_same_queue(plan: Any, stop: int) -> None:
     def new() -> Batches:
         return Batches(
-            world(), plan=plan, batch_size=9 if plan in ("random", "in_time") else 1,
-            uniform_negatives=3, queue=2, counts="streaming", seed=4, given=table(rng), per_query=2,
+            world(), sampler=plan, batch_size=9 if plan in ("random", "in_time") else 1,
+            uniform_negatives=3, queue=2, seed=4, user_negatives=table(rng), per_query=2,
         )  # fmt: skip
 
     rng = np.random.default_rng(0)
@@ -329,7 +242,14 @@ def test_going_on_in_mid_epoch_gives_the_same_queue_and_streaming_counts(
     assert len(remaining) == len(wanted) > 0
     assert any(len(batch.queued) for batch in wanted)
     for left, right in zip(remaining, wanted, strict=True):
-        for name in ("rows", "queued", "log_inclusion", "known", "own", "own_log_weight"):
+        for name in (
+            "rows",
+            "queued",
+            "log_inclusion",
+            "positive_mask",
+            "per_query",
+            "per_query_log_weight",
+        ):
             assert torch.equal(getattr(left, name), getattr(right, name)), name
         assert torch.equal(left.user.history, right.user.history)
 
@@ -339,11 +259,11 @@ def test_with_all_negatives_every_item_that_exists_is_a_candidate_uncorrected(pl
     events = world(seed=2, born=plan == "in_time")
     some = np.arange(2, N_ITEMS, 2)
     fewer = TrainingEvents(events.timeline, None, None, None, None, some)
-    batches = Batches(fewer, plan=plan, batch_size=5, negatives="all")
-    parts = batches._plan.epoch(np.random.default_rng([0, 0]))
+    batches = Batches(fewer, sampler=plan, batch_size=5, negatives="all")
+    parts = batches._sampler.epoch(np.random.default_rng([0, 0]))
     for batch, part in zip(batches, parts, strict=True):
         exists = [
-            i for i in some if part.moment is None or events.timeline.exists_from[i] <= part.moment
+            i for i in some if part.as_of is None or events.timeline.exists_from[i] <= part.as_of
         ]
         candidates = batch.rows[: batch.n_candidates].tolist()
         assert set(candidates) == {*exists, *batch.rows[batch.target].tolist()}
@@ -351,7 +271,7 @@ def test_with_all_negatives_every_item_that_exists_is_a_candidate_uncorrected(pl
         assert batch.log_inclusion.tolist() == [0] * len(candidates)
         _, liked = pasts(events, batch, batches)
         own = targets_of(batch)
-        found = {(q, candidates[c]) for q, c in zip(*batch.known.tolist(), strict=True)}
+        found = {(q, candidates[c]) for q, c in zip(*batch.positive_mask.tolist(), strict=True)}
         wanted = {(q, i) for q, mine in enumerate(liked) for i in mine & set(candidates) - own[q]}
         assert {(q, i) for q, i in found if i not in own[q]} == wanted
 
@@ -371,10 +291,8 @@ def test_inclusion_is_the_frequency_with_which_the_draws_of_others_hold_a_column
         user, item, np.arange(len(user)), n_users=users + 1, first_seen=np.zeros(n_items, np.int64)
     )
     events = TrainingEvents(timeline, None, None, None, None, np.arange(1, n_items))
-    batches = Batches(
-        events, plan=plan, max_history=3, uniform_negatives=uniform, queue=queue, known="none"
-    )
-    units = np.arange(len(user)) if plan == "random" else batches.reading.units
+    batches = Batches(events, sampler=plan, max_history=3, uniform_negatives=uniform, queue=queue)
+    units = np.arange(len(user)) if plan == "random" else batches.query_kind.units
     mine = set(item.tolist()) if plan != "random" else {int(item[0])}
     if plan != "random":
         mine = set(item[user == units[0]].tolist())
@@ -383,10 +301,10 @@ def test_inclusion_is_the_frequency_with_which_the_draws_of_others_hold_a_column
         others = rng.choice(units[1:], (1 + queue) * size - 1, replace=False)
         recent = []
         for part in others[size - 1 :].reshape(-1, size):
-            asked = batches.reading.ask(part, rng)
+            asked = batches.query_kind.queries(part, rng)
             drawn = [timeline.item[asked.events], rng.choice(events.candidates, uniform)]
-            recent.append(Drawn(np.concatenate(drawn).astype(np.int64), len(part)))
-        batch = batches.make(Part(np.append(units[0], others[: size - 1])), rng, recent)
+            recent.append(Sampled(np.concatenate(drawn).astype(np.int64), len(part)))
+        batch = batches.make(BatchSlice(np.append(units[0], others[: size - 1])), rng, recent)
         columns = np.concatenate([batch.rows[: batch.n_candidates], batch.queued])
         frequency[columns] += 1 / times
         said[columns] = batch.log_inclusion.exp().numpy()

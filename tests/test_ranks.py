@@ -15,10 +15,8 @@ from test_training import RULES, checkerboard, towers, trainer
 from torch import Tensor
 
 from recsys.towers.data import InteractionData
-from recsys.towers.mining import MiningRules
-from recsys.towers.rules import TrainingRules
+from recsys.towers.rules import MiningRules, TowerRules, TrainingRules
 from recsys.towers.training import TwoTowerModule
-from recsys.towers.two_tower import TowerRules
 
 lightning = pytest.importorskip("pytorch_lightning")
 

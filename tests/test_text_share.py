@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from recsys.errors import ConfigError
 from recsys.towers import diagnosis
 from recsys.towers.build import build_model
-from recsys.towers.rules import TrainingRules
+from recsys.towers.rules import TowerRules, TrainingRules
 from recsys.towers.training import TwoTowerModule
-from recsys.towers.two_tower import TEXT_DECAY, TowerRules, TwoTower
+from recsys.towers.two_tower import TEXT_DECAY, TwoTower
 from tests.test_towers import DIMENSION, N_ITEMS, settle, side, towers
 
 HISTORIES = [[1, 2, 3], [], [8], [4, 4], [5]]
@@ -24,9 +24,8 @@ ROWS = torch.arange(N_ITEMS)
 TEXT = 4
 KINDS = [
     {"history": "attention"},
-    {"history": "mean", "history_table": "offset"},
-    {"history": "transformer", "history_table": "own", "dimension": 6, "history_heads": 1},
-    {"history": "attention", "look_back": True, "passed_over": True},
+    {"history": {"kind": "mean", "table": "offset"}},
+    {"history": {"kind": "transformer", "table": "own"}, "dimension": 6},
 ]
 
 
@@ -55,7 +54,6 @@ def test_a_score_is_what_was_learned_and_the_likeness_of_texts_by_their_shares(
     users, items = vectors(model)
     learned_users, learned_items = vectors(plain)
     assert model.vector_dimension == items.shape[1] == users.shape[1] == DIMENSION + TEXT
-    assert model.user_shape == (DIMENSION + TEXT,)
     np.testing.assert_allclose(np.linalg.norm(items, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(users, axis=1), 1, atol=1e-5)
     assert model.items.text is not None
@@ -78,18 +76,18 @@ def test_a_score_is_what_was_learned_and_the_likeness_of_texts_by_their_shares(
 
 def test_learning_is_what_it_is_without_the_share() -> None:
     found = []
-    for model in pair(0.3, history="attention"):
+    for model in pair(0.3, history={"kind": "attention"}):
         model.train()
         torch.manual_seed(3)
         embedded = model.embed_items(ROWS)
         users = model.encode_users(side(HISTORIES), model.embed_history(ROWS, embedded=embedded))
         found.append((users @ model.item_tower(embedded).T).detach())
-        assert model.learned_dimension == users.shape[1] == DIMENSION
+        assert users.shape[1] == DIMENSION
     assert torch.equal(*found)
 
 
 def test_a_text_that_is_hidden_for_a_diagnosis_is_hidden_in_the_share_too() -> None:
-    model, _ = pair(0.3, history="attention")
+    model, _ = pair(0.3, history={"kind": "attention"})
     users, items = vectors(model)
     with diagnosis.hidden(model, "text"):
         hidden_users, hidden_items = vectors(model)
@@ -103,9 +101,8 @@ def test_a_text_that_is_hidden_for_a_diagnosis_is_hidden_in_the_share_too() -> N
 
 @pytest.mark.parametrize(
     "rules",
-    [{"score": "dot"}, {"history": "none"}, {"history": "multi_interest"},
-     {"history_table": "weighted"}],
-)  # fmt: skip
+    [{"score": "dot"}, {"history": "none"}],
+)
 def test_what_has_no_cosine_with_one_history_has_no_share(rules: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="text_share is a share of a cosine"):
         TowerRules(text_share=0.2, **rules)
@@ -135,11 +132,11 @@ def test_a_bundle_answers_by_the_share(
 
 
 def test_a_queue_remembers_what_is_learned_without_texts() -> None:
-    model, _ = pair(0.3, history="attention")
-    module = TwoTowerModule(model, TrainingRules(queue=2)).train()
-    assert module.remembered is not None
+    model, _ = pair(0.3, history={"kind": "attention"})
+    module = TwoTowerModule(model, TrainingRules(negatives={"queue": 2})).train()
+    assert module.memory_bank is not None
     learned = model.item_tower(model.embed_items(ROWS)).detach()
-    module.remembered.write(ROWS, learned)
-    found, usable = module.remembered.read(ROWS)
+    module.memory_bank.write(ROWS, learned)
+    found, usable = module.memory_bank.read(ROWS)
     torch.testing.assert_close(found[usable], learned[usable])
     assert usable.any()

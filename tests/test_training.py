@@ -17,13 +17,13 @@ from recsys.features.batching.batch import Batch, Queries
 from recsys.features.batching.batches import Batches, TrainingEvents
 from recsys.features.prepared.timeline import STATISTICS, Timeline
 from recsys.ragged import Ragged
-from recsys.towers.data import InteractionData
+from recsys.towers import training
+from recsys.towers.data import InteractionData, Validation
 from recsys.towers.embedding import FeatureSpec, FeatureTable
 from recsys.towers.encode import encode_items, encode_users
-from recsys.towers.rules import TrainingRules, metric_at
+from recsys.towers.rules import SampledNegatives, TowerRules, TrainingRules, metric_at
 from recsys.towers.training import Temperature, TwoTowerModule
-from recsys.towers.two_tower import TowerRules, TwoTower
-from recsys.towers.validation import Validation
+from recsys.towers.two_tower import TwoTower
 
 lightning = pytest.importorskip("pytorch_lightning")
 TASTES, EACH, PEOPLE = 2, 6, 40
@@ -64,17 +64,20 @@ def checkerboard(seed: int = 0, timed: bool = False) -> tuple[TrainingEvents, Va
 
 def towers(seed: int = 0, statistics: int = 0, **rules: Any) -> TwoTower:
     items = FeatureTable(N_ITEMS)
-    settled = TowerRules(**{"dimension": 8, "hidden": 8, "max_history": 5, **rules})
+    settled = TowerRules(**{"dimension": 8, "hidden": 8, "history": {"length": 5}, **rules})
     torch.manual_seed(seed)
     return TwoTower(
         settled, items, FeatureTable(PEOPLE + 1), items.spec(N_ITEMS, {}, statistics), FeatureSpec()
     )
 
 
-SHORT = TowerRules(max_history=5)
-RULES = TrainingRules(
-    batch_size=32, monitor="recall_at_1", learning_rate=0.02, warmup_steps=3, temperature=0.1
-)
+SHORT = TowerRules(history={"length": 5})
+RULES = TrainingRules(batch_size=32, monitor="recall_at_1", learning_rate=0.02, temperature=0.1)
+
+
+@pytest.fixture(autouse=True)
+def _short_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "WARMUP_STEPS", 3)
 
 
 class Steps(lightning.Callback):
@@ -134,7 +137,9 @@ def test_every_epoch_trains_on_all_batches_and_is_validated_once() -> None:
         size = rules.batch_size
         length = len(
             Batches(
-                events, batch_size=size, plan="in_time" if rules.batches == "in_time" else "random"
+                events,
+                batch_size=size,
+                sampler="in_time" if rules.batches == "in_time" else "random",
             )
         )
         wanted = [[*((epoch, i) for i in range(length)), "validated"] for epoch in range(3)]
@@ -205,7 +210,7 @@ def test_the_trainers_own_clipping_comes_before_the_rules() -> None:
     for value, most in ((None, 0.25), (0.125, 0.125)):
         module = TwoTowerModule(towers(), RULES.model_copy(update={"gradient_clip": 0.25}))
         optimizer = module.configure_optimizers()["optimizer"]
-        module.loss(next(iter(Batches(events, batch_size=32)))).mul(100).backward()
+        module.batch_loss(next(iter(Batches(events, batch_size=32)))).mul(100).backward()
         module.configure_gradient_clipping(optimizer, value)
         parts = [p.grad.to_dense().norm() for p in module.parameters() if p.grad is not None]
         assert torch.stack(parts).norm().item() == pytest.approx(most, rel=1e-4)
@@ -218,71 +223,51 @@ def batch_with_skips() -> Batch:
         events.timeline, np.linspace(1, 2, events.size, dtype=np.float32), skips,
         np.full(len(skips.values), 0.5, np.float32), None, events.candidates,
     )  # fmt: skip
-    return next(iter(Batches(full, batch_size=32, known="past", uniform_negatives=2)))
+    return next(iter(Batches(full, batch_size=32, uniform_negatives=2)))
 
 
 def by_hand(
-    users: torch.Tensor, items: torch.Tensor, batch: Batch, logq: float, share: float | None
+    users: torch.Tensor, items: torch.Tensor, batch: Batch, logq: float, share: float
 ) -> torch.Tensor:
-    """The loss, one example and one negative at a time; skips apart when they have a share."""
+    """The loss, one example and one negative at a time."""
     total = torch.zeros(())
     for b, target in enumerate(batch.target.tolist()):
         positive = users[b] @ items[target] / 0.1
-        known = batch.known[1][batch.known[0] == b].tolist()
+        known = batch.positive_mask[1][batch.positive_mask[0] == b].tolist()
         drawn = [
             (users[b] @ items[n] / 0.1 - batch.log_inclusion[n] * logq).exp()
             for n in range(batch.n_candidates)
             if n != target and n not in known
         ]
-        mine = batch.own[0] == b
+        mine = batch.per_query[0] == b
         passed = [
             (users[b] @ items[row] / 0.1 + weight).exp()
-            for row, weight in zip(batch.own[1][mine], batch.own_log_weight[mine], strict=True)
+            for row, weight in zip(
+                batch.per_query[1][mine], batch.per_query_log_weight[mine], strict=True
+            )
         ]
-        first = drawn if share is not None else drawn + passed
-        loss = (positive.exp() + sum(first)).log() - positive
-        if share is not None:
-            loss = loss + share * ((positive.exp() + sum(passed)).log() - positive)
+        loss = (positive.exp() + sum(drawn)).log() - positive
+        loss = loss + share * ((positive.exp() + sum(passed)).log() - positive)
         total = total + batch.weight[b] * loss
-    assert batch.usual_weight == pytest.approx(1.5)  # weights run evenly from 1 to 2
-    return total / len(batch) / batch.usual_weight
+    assert batch.mean_weight == pytest.approx(1.5)  # weights run evenly from 1 to 2
+    return total / len(batch) / batch.mean_weight
 
 
 @pytest.mark.parametrize("logq", [1.0, 0.4, 0.0])
-@pytest.mark.parametrize(("skips", "share"), [("apart", 0.7), ("in_softmax", None)])
-def test_the_loss_of_a_batch_is_that_of_its_vectors_and_edges(
-    logq: float, skips: str, share: float | None
-) -> None:
+def test_the_loss_of_a_batch_is_that_of_its_vectors_and_edges(logq: float) -> None:
     model, batch = towers(), batch_with_skips()
-    rules = RULES.model_copy(update={"logq": logq, "skips": skips, "skip_weight": 0.7})
+    rules = RULES.model_copy(update={"negatives": SampledNegatives(logq=logq), "skip_weight": 0.7})
     module = TwoTowerModule(model, rules).eval()
     embedded = model.embed_items(batch.rows)
     users = model.encode_users(batch.user, embedded)
-    wanted = by_hand(users, model.item_tower(embedded), batch, logq, share)
-    assert batch.own.shape[1] and batch.known.shape[1]
-    torch.testing.assert_close(module.loss(batch), wanted)
-
-
-@pytest.mark.parametrize("skips", ["apart", "in_softmax"])
-def test_what_was_had_stands_among_the_negatives_however_skips_do(skips: str) -> None:
-    events, _ = checkerboard()
-    weighed = TrainingEvents(
-        events.timeline, np.linspace(1, 2, events.size, dtype=np.float32), None, None, None,
-        events.candidates,
-    )  # fmt: skip
-    batch = next(iter(Batches(weighed, batch_size=32, known="past", past_weight=3)))
-    model = towers()
-    module = TwoTowerModule(model, RULES.model_copy(update={"skips": skips})).eval()
-    embedded = model.embed_items(batch.rows)
-    users = model.encode_users(batch.user, embedded)
-    wanted = by_hand(users, model.item_tower(embedded), batch, True, None)
-    assert batch.own.shape[1] and batch.own_log_weight.exp().eq(3).all()
-    torch.testing.assert_close(module.loss(batch), wanted)
+    wanted = by_hand(users, model.item_tower(embedded), batch, logq, 0.7)
+    assert batch.per_query.shape[1] and batch.positive_mask.shape[1]
+    torch.testing.assert_close(module.batch_loss(batch), wanted)
 
 
 def test_only_id_rows_of_the_batch_get_a_gradient() -> None:
     module, batch = TwoTowerModule(towers(), RULES), batch_with_skips()
-    module.loss(batch).backward()
+    module.batch_loss(batch).backward()
     gradient = module.model.item_tower.inputs.ids.weight.grad
     assert gradient.is_sparse
     assert set(gradient.coalesce().indices()[0].tolist()) <= {0, *batch.rows.tolist()}
@@ -309,7 +294,7 @@ def test_validation_equals_ranking_everything_by_hand() -> None:
         checkerboard()[0],
         validation,
         rules,
-        towers=TowerRules(max_history=5),
+        towers=SHORT,
         statistics=True,
         seed=0,
     )
@@ -344,10 +329,8 @@ def test_blocks_share_a_moment_and_cover_every_query_once() -> None:
     ]  # fmt: skip
 
 
-def test_decay_is_for_matrices_and_tables_have_their_own_rate() -> None:
-    rules = RULES.model_copy(
-        update={"table_learning_rate": 0.5, "weight_decay": 0.3, "learn_temperature": True}
-    )
+def test_decay_is_for_matrices() -> None:
+    rules = RULES.model_copy(update={"weight_decay": 0.3, "temperature": "learned"})
     module = TwoTowerModule(towers(), rules)
     made = module.configure_optimizers()
     groups = made["optimizer"].param_groups
@@ -355,7 +338,7 @@ def test_decay_is_for_matrices_and_tables_have_their_own_rate() -> None:
     by_weight = {id(p): group for group in groups for p in group["params"]}
     assert len(by_weight) == len(list(module.parameters()))
     # The first of three warming steps and one: a quarter of each rate.
-    assert by_weight[id(table)]["lr"] == pytest.approx(0.5 / 4)
+    assert by_weight[id(table)]["lr"] == pytest.approx(0.02 / 4)
     assert by_weight[id(table)]["weight_decay"] == 0
     for name, weight in module.named_parameters():
         if weight is not table:
@@ -364,12 +347,13 @@ def test_decay_is_for_matrices_and_tables_have_their_own_rate() -> None:
     for _ in range(5):
         made["optimizer"].step()
         made["lr_scheduler"]["scheduler"].step()
-    assert by_weight[id(table)]["lr"] == pytest.approx(0.5)
+    assert by_weight[id(table)]["lr"] == pytest.approx(0.02)
 
 
 def test_a_learned_temperature_stays_within_bounds_and_comes_back() -> None:
     for start, bound, direction in ((0.011, 0.01, 1.0), (0.9, 1.0, -1.0)):
-        temperature = Temperature(start, learned=True)
+        temperature = Temperature("learned")
+        temperature.log.data.fill_(math.log(start))
         optimizer = torch.optim.SGD(temperature.parameters(), lr=30.0 if direction > 0 else 1.0)
         (direction * temperature()).backward()
         optimizer.step()
@@ -377,12 +361,12 @@ def test_a_learned_temperature_stays_within_bounds_and_comes_back() -> None:
         optimizer.zero_grad()
         temperature().backward()
         assert temperature.log.grad.item() == pytest.approx(bound)  # not cut off
-    assert Temperature(3.0, learned=False)().item() == pytest.approx(3.0)
-    assert not Temperature(3.0, learned=False).log.requires_grad
+    assert Temperature(3.0)().item() == pytest.approx(3.0)
+    assert not Temperature(3.0).log.requires_grad
 
 
 def test_the_learned_temperature_moves_and_the_fixed_one_does_not() -> None:
-    rules = RULES.model_copy(update={"learn_temperature": True})
+    rules = RULES.model_copy(update={"temperature": "learned"})
     moved, running = learn(1, rules=rules)
     assert moved.temperature().item() != pytest.approx(0.1, rel=1e-3)
     assert running.callback_metrics["train/temperature"] == pytest.approx(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from recsys.towers.logits import Scores
+from recsys.towers.logits import BatchLogits
 from recsys.towers.losses import softmax
 
 
@@ -60,7 +60,7 @@ def bias(items: int, batch: int, draws: int, positives: int = 40) -> dict[str, f
             "inclusion, distinct": once - included,
         }.items():
             users = logits.repeat(len(target), 1).requires_grad_()
-            scores = Scores(
+            scores = BatchLogits(
                 users=users,
                 items=torch.eye(items),  # so that the gradient by a user is that by its logits
                 target=target,

@@ -166,8 +166,8 @@ def _text_neighbours(
     if texts is None:
         raise ConfigError(
             f"towers.text_neighbours = {rules.text_neighbours} finds items by texts that stay as "
-            "they are, and these items have none, or they learn with the towers. Name text columns in "
-            '[data.catalog] and set text.train = "frozen", or set towers.text_neighbours to 0.'
+            "they are, and these items have none, or they learn with the towers. Name text columns "
+            'in [data.catalog] and set text.train = "frozen", or set towers.text_neighbours to 0.'
         )
     return TextNeighbours(texts, n_ids, rules.text_neighbours)
 

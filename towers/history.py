@@ -29,19 +29,17 @@ def segment_softmax(score: Tensor, segment: Tensor, n_segments: int) -> Tensor:
     """Softmax of each segment's scores.
 
     Args:
-        score: (H,), or (H, K) for K softmaxes beside each other.
+        score: (H,).
         segment: (H,) int64 in [0, n_segments).
 
     Returns:
-        Like `score`: positive, summing to 1 within each segment that has any.
+        (H,) positive, summing to 1 within each segment that has any.
     """
-    shape = (n_segments, *score.shape[1:])
-    top = torch.full(shape, -torch.inf, device=score.device, dtype=score.dtype)
-    index = segment.reshape(-1, *[1] * (score.ndim - 1)).expand_as(score)
-    top = top.scatter_reduce(0, index, score.detach(), "amax")
+    top = torch.full((n_segments,), -torch.inf, device=score.device, dtype=score.dtype)
+    top = top.scatter_reduce(0, segment, score.detach(), "amax")
     shifted = (score - top[segment]).exp()
-    total = torch.zeros(shape, device=score.device, dtype=shifted.dtype)
-    return shifted / total.index_add(0, segment, shifted)[segment]
+    total = shifted.new_zeros(n_segments).index_add(0, segment, shifted)
+    return shifted / total[segment]
 
 
 def elapsed_buckets(seconds: Tensor) -> Tensor:

@@ -114,7 +114,8 @@ REACH, DECAY = 15, 0.8
 """An item co-occurs with so many entries before it, each a fifth less than the one after it."""
 LENGTH = 0.25
 """Of id vectors that start from co-occurrence. Only directions are scored, and the shorter a
-vector, the further a step turns it. Beside text or given vectors they have length 1, as those have."""
+vector, the further a step turns it. Beside text or given vectors they have length 1, as those
+have."""
 
 
 def cooccurrence(timeline: Timeline, dimension: int, seed: int) -> np.ndarray:

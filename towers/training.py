@@ -85,7 +85,7 @@ class TwoTowerModule(lightning.LightningModule):
         self.temperature = Temperature(rules.temperature)
         self.memory_bank = None
         if rules.negatives.queue:
-            self.memory_bank = MemoryBank(model.items.n_rows, model.vector_dimension)
+            self.memory_bank = MemoryBank(model.items.n_rows, model.rules.dimension)
             # Ranks see other items each; DDP would write rank 0's memory over all of them.
             self._ddp_params_and_buffers_to_ignore = [
                 f"memory_bank.{name}" for name, _ in self.memory_bank.named_buffers()

@@ -207,7 +207,9 @@ class TwoTower(nn.Module):
 
     @property
     def vector_dimension(self) -> int:
-        """Of stored vectors: longer than `dimension` by the text's where `text_share` is set."""
+        """Of stored vectors: longer than `dimension` by the text's where `text_share` is set; in
+        training vectors have `dimension`.
+        """
         return self.rules.dimension + (self.item_spec.text if self.rules.text_share else 0)
 
     @property

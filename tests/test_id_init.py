@@ -1,4 +1,4 @@
-"""Start vectors: factors that give the interactions back, and tables that are set from them."""
+"""Initial id vectors: factors that give the interactions back, and tables that are set from them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from recsys.features.prepared.timeline import Timeline
 from recsys.serving import bundle as bundles
 from recsys.tables import Side
 from recsys.towers.embedding import FeatureSpec, FeatureTable
-from recsys.towers.id_init import LENGTH, company, spectral, start
-from recsys.towers.rules import TrainingRules
-from recsys.towers.two_tower import TowerRules, TwoTower
+from recsys.towers.id_init import LENGTH, cooccurrence, initialise, spectral
+from recsys.towers.rules import CooccurrenceInit, SpectralInit, TowerRules, TrainingRules
+from recsys.towers.two_tower import TwoTower
 
 PEOPLE, ITEMS = 30, 12
-SPECTRAL, COMPANY = TrainingRules(start="spectral"), TrainingRules(start="company")
+SPECTRAL, COOCCURRENCE = SpectralInit(), CooccurrenceInit()
 
 
 def two_tastes(seed: int = 0) -> Timeline:
@@ -89,17 +89,17 @@ def test_histories_have_length_one_on_average_and_unknown_rows_are_zero() -> Non
     assert np.linalg.norm(found.item[1 : ITEMS + 1], axis=1).mean() == pytest.approx(1, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["spectral", "company"])
+@pytest.mark.parametrize("kind", ["spectral", "cooccurrence"])
 def test_items_of_one_taste_are_near_and_others_are_not(kind: str) -> None:
     timeline = two_tastes()
-    vectors = spectral(timeline, 2, 0).item if kind == "spectral" else company(timeline, 2, 0)
+    vectors = spectral(timeline, 2, 0).item if kind == "spectral" else cooccurrence(timeline, 2, 0)
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
     cosine = vectors[1 : ITEMS + 1] @ vectors[1 : ITEMS + 1].T
     assert cosine[:6, :6].min() > 0.9 and cosine[6:, 6:].min() > 0.9
     assert abs(cosine[:6, 6:]).max() < 0.1
 
 
-def test_company_gives_the_normalised_co_occurrence_back() -> None:
+def test_the_factors_of_cooccurrence_give_the_normalised_co_occurrence_back() -> None:
     """Twin: all pairs of a user's entries by loops; positive eigenvalues only."""
     rng = np.random.default_rng(3)
     # Neighbours in number are neighbours in the log, so that how far apart two stand shows.
@@ -124,7 +124,7 @@ def test_company_gives_the_normalised_co_occurrence_back() -> None:
     length = np.linalg.norm(wanted, axis=1)
     there = near.any(1)
     wanted = (wanted @ wanted.T) / np.maximum(np.outer(length, length), 1e-9)
-    got = company(timeline, 3, seed=0)
+    got = cooccurrence(timeline, 3, seed=0)
     np.testing.assert_allclose((got @ got.T)[there][:, there], wanted[there][:, there], atol=2e-3)
     assert not got[~there].any()
 
@@ -137,10 +137,10 @@ def towers(**rules: object) -> TwoTower:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("table", ["shared", "weighted", "own"])
+@pytest.mark.parametrize("table", ["shared", "own"])
 def test_a_history_of_the_started_towers_is_the_sum_that_was_factored(table: str) -> None:
-    timeline, model = two_tastes(), towers(history_table=table).eval()
-    start(model, timeline, SPECTRAL, 0)
+    timeline, model = two_tastes(), towers(history={"kind": "mean", "table": table}).eval()
+    initialise(model, timeline, SPECTRAL, 0)
     rows = torch.arange(ITEMS + 1)
     entries = model.embed_history(rows).detach().numpy()
     np.testing.assert_allclose(entries[1:], spectral(timeline, 4, 0).history[1:-1], atol=1e-5)
@@ -149,7 +149,7 @@ def test_a_history_of_the_started_towers_is_the_sum_that_was_factored(table: str
 def test_rows_without_an_id_keep_what_they_had() -> None:
     timeline, model = two_tastes(), towers()
     before = model.item_tower.inputs.ids.weight[0].clone()
-    start(model, timeline, COMPANY, 0)
+    initialise(model, timeline, COOCCURRENCE, 0)
     assert torch.equal(model.item_tower.inputs.ids.weight[0], before)
     assert model.item_tower.inputs.ids.weight[1:].norm(dim=1).min() > 0.99 * LENGTH
 
@@ -157,48 +157,21 @@ def test_rows_without_an_id_keep_what_they_had() -> None:
 def test_without_item_ids_there_is_nothing_to_start() -> None:
     items = FeatureTable(ITEMS + 2, numbers=torch.ones(ITEMS + 2, 1))
     model = TwoTower(
-        TowerRules(dimension=4, item_id=False), items, FeatureTable(PEOPLE + 1),
+        TowerRules(dimension=4, id_dropout=1), items, FeatureTable(PEOPLE + 1),
         items.spec(0, {}), FeatureSpec(),
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="item_id is false"):
-        start(model, two_tastes(), SPECTRAL, 0)
-
-
-def test_in_windows_only_what_stands_together_goes_together() -> None:
-    """Twin: rows of R by loops, half overlapping; users change taste in the middle."""
-    rng = np.random.default_rng(5)
-    walks = np.stack([np.r_[rng.permutation(6), 6 + rng.permutation(6)] for _ in range(PEOPLE)])
-    timeline = Timeline.build(
-        np.repeat(np.arange(1, PEOPLE + 1), 12), (walks.reshape(-1) + 1).astype(np.int32),
-        np.tile(np.arange(12), PEOPLE), n_users=PEOPLE + 1,
-        first_seen=np.zeros(ITEMS + 2, np.int64), timed=False,
-    )  # fmt: skip
-    lines = []
-    for walk in walks:
-        for first in (0, 2):  # windows of 4, and others that begin half a window earlier
-            for edge in range(-first, 12, 4):
-                line = np.zeros(ITEMS + 2)
-                line[walk[max(0, edge) : edge + 4] + 1] = 1
-                lines.append(line)
-    seen = np.array(lines)
-    per_row, per_item = seen.sum(1, keepdims=True), np.maximum(seen.sum(0), 1)
-    _, _, vt = np.linalg.svd(seen / np.sqrt(per_row) / np.sqrt(per_item))
-    v = vt[:3].T
-    found = spectral(timeline, 3, seed=0, window=4)
-    # Lengths and angles; the factors themselves may be turned.
-    wanted = (v * np.sqrt(per_item)[:, None]) @ (v / np.sqrt(per_item)[:, None]).T
-    got = found.item @ found.history.T
-    scale = (got * wanted).sum() / (wanted**2).sum()
-    np.testing.assert_allclose(got, wanted * scale, atol=2e-3 * abs(wanted * scale).max())
-    whole = spectral(timeline, 3, seed=0)
-    assert abs(whole.item @ whole.history.T / scale - wanted).max() > 0.05
+    with pytest.raises(ConfigError, match=r"id_dropout = 1 leaves them out"):
+        initialise(model, two_tastes(), SPECTRAL, 0)
 
 
 @pytest.mark.parametrize("score", ["dot", "projection"])
-@pytest.mark.parametrize("table", ["weighted", "own", "offset"])
+@pytest.mark.parametrize("table", ["own", "offset"])
 def test_with_inner_products_the_towers_start_as_the_filter(table: str, score: str) -> None:
-    timeline, model = two_tastes(), towers(history_table=table, score=score).eval()
-    start(model, timeline, SPECTRAL, 0)
+    timeline, model = (
+        two_tastes(),
+        towers(history={"kind": "mean", "table": table}, score=score).eval(),
+    )
+    initialise(model, timeline, SPECTRAL, 0)
     rows, found = torch.arange(1, ITEMS + 1), spectral(timeline, 4, 0)
     items = model.item_tower(model.embed_items(rows)).detach().numpy()
     entries = model.embed_history(rows).detach().numpy()
@@ -209,18 +182,21 @@ def test_with_inner_products_the_towers_start_as_the_filter(table: str, score: s
 def test_a_start_alone_is_no_noise() -> None:
     with pytest.raises(ValueError, match="is noise"):
         TrainingRules(epochs=0)
-    assert TrainingRules(epochs=0, start="spectral").epochs == 0
+    assert TrainingRules(epochs=0, id_init=SPECTRAL).epochs == 0
 
 
 def test_without_epochs_the_towers_stay_as_they_start(
     build: Callable[..., Built], market_run: str, tmp_path: Path
 ) -> None:
     """Set from train and validation side together: nothing is left to be chosen."""
-    rules = '[training]\nepochs = 0\nstart = "spectral"\nstart_window = 4\n'
-    toml = market_run.replace("hidden = 8", 'hidden = 0\nhistory = "mean"\nhistory_table = "own"')
+    rules = (
+        '[towers.history]\nkind = "mean"\ntable = "own"\n'
+        '[training]\nepochs = 0\n[training.id_init]\nkind = "spectral"\n'
+    )
+    toml = market_run.replace("hidden = 8", "hidden = 0")
     built = build(toml + rules, tmp_path, trained=True)
     loaded = bundles.load(built.bundle)
-    found = spectral(timeline_until(built.dataset, Side.VALID), 8, built.config.seed, window=4)
+    found = spectral(timeline_until(built.dataset, Side.VALID), 8, built.config.seed)
     tower = loaded.model.user_tower
     assert tower.history_ids is not None
     rows = len(tower.history_ids.weight)

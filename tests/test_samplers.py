@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from recsys.features.batching.batch import Batch, Queries, query_side
 from recsys.features.batching.batches import Batches, TrainingEvents
 from recsys.features.batching.samplers import Share, Shuffled, Windows
-from recsys.features.batching.slices import ByUser, Part
+from recsys.features.batching.slices import UserQueries
 from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
 
@@ -60,7 +60,7 @@ def read(batch: Batch) -> list[dict[str, Any]]:
     stand = ends if side.at is None else [at + 1 for at in side.at.tolist()]
     asker = [sum(end < s for end in ends) for s in stand] if side.at is not None else range(n)
     owner = range(len(batch)) if batch.owner is None else batch.owner.tolist()
-    known = list(zip(*batch.known.tolist(), strict=True))
+    known = list(zip(*batch.positive_mask.tolist(), strict=True))
     columns = rows[: batch.n_candidates] + batch.queued.tolist()
     found = []
     for example, query in enumerate(owner):
@@ -72,7 +72,9 @@ def read(batch: Batch) -> list[dict[str, Any]]:
                 "target": rows[batch.target[example]],
                 "history": [rows[place] for place in side.history[span].tolist()],
                 "elapsed": None if side.elapsed is None else side.elapsed[span].tolist(),
-                "strength": None if side.strength is None else side.strength[span].tolist(),
+                "event_weight": None
+                if side.event_weight is None
+                else side.event_weight[span].tolist(),
                 "known": {columns[c] for q, c in known if q == query},
                 "context": side.context[query].tolist(),
                 "weight": float(batch.weight[example]),
@@ -85,16 +87,15 @@ def in_order(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(examples, key=lambda e: (e["user"], e["target"], e["weight"]))
 
 
-@pytest.mark.parametrize("known", ["all", "past", "none"])
 @given(seed=SEED, total=st.integers(8, 50), most=st.integers(1, 6), size=st.integers(1, 7))
 @settings(max_examples=25)
 def test_sequences_ask_at_every_position_for_what_comes_next(
-    known: str, seed: int, total: int, most: int, size: int
+    seed: int, total: int, most: int, size: int
 ) -> None:
     events = world(total, seed)
     batches = Batches(
-        events, plan="sequences", batch_size=size, max_history=most, known=known, seed=seed,
-        elapsed=True, strength=True,
+        events, sampler="sequences", batch_size=size, max_history=most, seed=seed,
+        elapsed=True, event_weight=True,
     )  # fmt: skip
     wanted = []
     for user, log in log_of(events).items():
@@ -104,14 +105,13 @@ def test_sequences_ask_at_every_position_for_what_comes_next(
             if before:
                 times = [entry[1] for entry in before] + [time]
                 everything = {i for i, *_ in log}
-                past = {i for i, t, *_ in log if t < time}
                 said = next(entry[3] for entry in window if entry[1] == time)
                 wanted.append(
                     {
                         "user": user, "target": item, "history": [i for i, *_ in before],
                         "elapsed": [later - t for t, later in pairwise(times)],
-                        "strength": [w for _, _, w, _ in before], "weight": weight,
-                        "known": {"all": everything, "past": past, "none": set()}[known],
+                        "event_weight": [w for _, _, w, _ in before], "weight": weight,
+                        "known": everything,
                         "context": said,
                     }
                 )  # fmt: skip
@@ -128,7 +128,7 @@ def test_sequences_ask_at_every_position_for_what_comes_next(
             found.append(example)
             match = [
                 w for w in wanted
-                if all(w[k] == example[k] for k in w if k not in ("known", "elapsed", "strength"))
+                if all(w[k] == example[k] for k in w if k not in ("known", "elapsed", "event_weight"))
             ]  # fmt: skip
             assert any(w["known"] & items - {w["target"]} == example["known"] for w in match)
     for example in wanted + found:
@@ -144,7 +144,7 @@ def test_a_causal_side_reads_each_entry_once() -> None:
     )  # fmt: skip
     weight = np.arange(1, 6, dtype=np.float32)
     events = TrainingEvents(timeline, weight, None, None, None, np.arange(1, 6))
-    (batch,) = Batches(events, plan="sequences", max_history=9, elapsed=True, strength=True)
+    (batch,) = Batches(events, sampler="sequences", max_history=9, elapsed=True, event_weight=True)
     rows = batch.rows
     assert rows[batch.user.history].tolist() == [3, 1, 4, 1]
     assert rows[batch.target].tolist() == [1, 4, 1, 5]
@@ -153,8 +153,8 @@ def test_a_causal_side_reads_each_entry_once() -> None:
     assert batch.owner is None
     assert batch.user.elapsed is not None
     assert batch.user.elapsed.tolist() == [1, 3, 5, 7]
-    assert batch.user.strength is not None
-    assert batch.user.strength.tolist() == [1, 2, 3, 4]
+    assert batch.user.event_weight is not None
+    assert batch.user.event_weight.tolist() == [1, 2, 3, 4]
 
 
 @given(seed=SEED, total=st.integers(1, 50), most=st.integers(1, 9), size=st.integers(1, 7))
@@ -165,8 +165,8 @@ def test_by_user_every_item_is_asked_for_and_a_part_of_them_is_history(
     events = world(total, seed)
     log = log_of(events)
     batches = Batches(
-        events, plan="by_user", batch_size=size, max_history=most, history_dropout=0.3, seed=seed,
-        elapsed=True, strength=True,
+        events, sampler="by_user", batch_size=size, max_history=most, history_dropout=0.3, seed=seed,
+        elapsed=True, event_weight=True,
     )  # fmt: skip
     asked: dict[int, list[int]] = {}
     for batch in batches:
@@ -177,7 +177,7 @@ def test_by_user_every_item_is_asked_for_and_a_part_of_them_is_history(
             asked.setdefault(example["user"], []).append(example["target"])
             entries = [(i, w) for i, _, w, _ in mine]
             kept = iter(entries)
-            history = list(zip(example["history"], example["strength"], strict=True))
+            history = list(zip(example["history"], example["event_weight"], strict=True))
             assert all(entry in kept for entry in history), "kept in the user's order"
             assert len(history) <= most
             last = mine[-1][1]
@@ -197,10 +197,10 @@ def test_each_entry_is_kept_with_the_same_probability_and_a_random_choice_fits()
     )  # fmt: skip
     rng, times = np.random.default_rng(0), 4000
     for most, wanted in ((50, [0.75] * 9), (2, None)):
-        reading = ByUser(timeline, most, dropout=0.25)
+        reading = UserQueries(timeline, most, dropout=0.25)
         kept, lengths = np.zeros(9), np.zeros(2)
         for _ in range(times):
-            asked = reading.ask(np.array([1, 2]), rng)
+            asked = reading.queries(np.array([1, 2]), rng)
             kept[asked.history] += 1 / times
             lengths += asked.lengths / times
             assert asked.lengths.max() <= most
@@ -208,67 +208,12 @@ def test_each_entry_is_kept_with_the_same_probability_and_a_random_choice_fits()
             wanted = [lengths[0] / 6] * 6 + [lengths[1] / 3] * 3
             assert 1.9 < lengths[0] <= 2
         assert np.abs(kept - wanted).max() < 0.03
-    assert ByUser(timeline, 50, 0.0).ask(np.array([2, 1]), rng).lengths.tolist() == [3, 6]
-
-
-def chain(time: list[int], size: int, span: int) -> int:
-    """Fewest windows, by walking."""
-    windows = start = 0
-    while start < len(time):
-        end = start
-        while end < len(time) and end - start < size and time[end] - time[start] <= span:
-            end += 1
-        windows, start = windows + 1, end
-    return windows
-
-
-@given(
-    st.lists(st.integers(0, 60), min_size=1, max_size=40), st.integers(1, 9), st.integers(0, 20),
-    SEED,
-)  # fmt: skip
-@settings(max_examples=100)
-def test_windows_span_at_most_so_long_and_are_as_many_in_every_epoch(
-    times: list[int], size: int, span: int, seed: int
-) -> None:
-    time = np.array(times)
-    plan = Windows(time, size, span)
-    ordered = np.sort(time)
-    assert len(plan) <= chain(ordered.tolist(), size, span) + 1
-    for epoch in range(4):
-        parts = list(plan.epoch(np.random.default_rng([seed, epoch])))
-        assert len(parts) == len(plan)
-        assert sorted(np.concatenate([p.drawn for p in parts]).tolist()) == list(range(len(time)))
-        for part in parts:
-            assert 1 <= len(part.drawn) <= size
-            assert np.ptp(time[part.drawn]) <= span
-            assert part.moment == time[part.drawn].min()
-            assert set(part.drawn.tolist()) <= set(part.around.tolist())
-
-
-def test_windows_of_a_span_make_as_many_batches_as_the_length_says_in_every_epoch() -> None:
-    """Lightning asks for the length once, before the first epoch."""
-    events = world(60, 1, moments=90)
-    batches = Batches(events, plan="in_time", batch_size=16, window_span=9 * SECOND)
-    assert len(batches) > 60 // 16 + 2
-    running = [list(batches) for _ in range(5)]
-    assert [len(epoch) for epoch in running] == [len(batches)] * 5
-    assert len({tuple(len(batch) for batch in epoch) for epoch in running}) > 1
-
-
-def test_windows_of_a_span_fall_differently_in_each_epoch() -> None:
-    plan = Windows(np.arange(100), 20, span=9)
-    firsts = {
-        min(int(p.drawn.max()) for p in plan.epoch(np.random.default_rng(seed)))
-        for seed in range(30)
-    }
-    assert len(firsts) > 5
-    with pytest.raises(ValueError, match="longer window_span"):
-        Windows(np.arange(0, 100, 10), 4, span=1, share=Share(0, 3)).epoch(np.random.default_rng(0))
+    assert UserQueries(timeline, 50, 0.0).queries(np.array([2, 1]), rng).lengths.tolist() == [3, 6]
 
 
 @given(
     st.integers(1, 80), st.integers(1, 6), st.integers(1, 4),
-    st.sampled_from(["shuffled", "users", "windows", "span"]), SEED,
+    st.sampled_from(["shuffled", "users", "windows"]), SEED,
 )  # fmt: skip
 @settings(max_examples=100)
 def test_ranks_have_disjoint_equal_parts_that_cover_the_epoch_up_to_the_remainder(
@@ -282,17 +227,17 @@ def test_ranks_have_disjoint_equal_parts_that_cover_the_epoch_up_to_the_remainde
         if kind == "users":
             return Shuffled(3 * np.arange(total), size, share)
         # Windows this wide hold an event for every rank.
-        return Windows(time, size, 100 if kind == "span" else None, share)
+        return Windows(time, size, share)
 
     plans = [plan(size, Share(rank, world)) for rank in range(world)]
     epochs = [list(p.epoch(np.random.default_rng(seed))) for p in plans] if len(plans[0]) else []
     assert {len(p) for p in plans} == {len(epoch) for epoch in epochs} or not epochs
     seen: list[int] = []
     for parts in zip(*epochs, strict=True):
-        assert len({len(part.drawn) for part in parts}) == 1
-        assert 1 <= len(parts[0].drawn) <= size
-        assert len({part.moment for part in parts}) == 1
-        seen += np.concatenate([part.drawn for part in parts]).tolist()
+        assert len({len(part.units) for part in parts}) == 1
+        assert 1 <= len(parts[0].units) <= size
+        assert len({part.as_of for part in parts}) == 1
+        seen += np.concatenate([part.units for part in parts]).tolist()
     if world == 1 or kind in ("shuffled", "users") or total >= 4 * world * size >= 8 * world:
         assert len(seen) == len(set(seen))
         left = max(1, len(epochs[0]) if epochs else 1) * (world - 1)
@@ -300,8 +245,8 @@ def test_ranks_have_disjoint_equal_parts_that_cover_the_epoch_up_to_the_remainde
     if kind == "shuffled":
         whole = plan(size * world, Share()).epoch(np.random.default_rng(seed))
         for number, parts in enumerate(zip(*epochs, strict=True)):
-            union = np.concatenate([part.drawn for part in parts])
-            assert union.tolist() == whole[number].drawn[: len(union)].tolist()
+            union = np.concatenate([part.units for part in parts])
+            assert union.tolist() == whole[number].units[: len(union)].tolist()
 
 
 def test_a_rank_that_is_none_of_the_world_is_refused() -> None:
@@ -315,7 +260,7 @@ def test_two_ranks_share_the_examples_and_draw_for_themselves(plan: Any) -> None
     one, two = (
         list(
             Batches(
-                events, plan=plan, batch_size=2, rank=rank, world=2, seed=5, uniform_negatives=4
+                events, sampler=plan, batch_size=2, rank=rank, world=2, seed=5, uniform_negatives=4
             )
         )
         for rank in range(2)
@@ -331,8 +276,8 @@ def test_two_ranks_share_the_examples_and_draw_for_themselves(plan: Any) -> None
 def test_an_unknown_plan_is_refused_and_so_is_what_does_not_go_together() -> None:
     events = world(20, 0)
     for options, said in (
-        ({"plan": "by_item"}, "'by_item' is no plan"),
-        ({"statistics": True}, 'need the plan "in_time"'),
+        ({"sampler": "by_item"}, "'by_item' is no sampler"),
+        ({"statistics": True}, 'need the sampler "in_time"'),
         ({"negatives": "all", "queue": 2}, "every item is a candidate"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -341,27 +286,16 @@ def test_an_unknown_plan_is_refused_and_so_is_what_does_not_go_together() -> Non
         np.ones(3, np.int64), np.ones(3, np.int32), np.arange(3), n_users=2,
         first_seen=np.zeros(2, np.int64), timed=False,
     )  # fmt: skip
-    for options in ({"elapsed": True}, {"half_life": 5}):
+    for options in ({"elapsed": True},):
         with pytest.raises(ValueError, match="no clock"):
             Batches(TrainingEvents(untimed, None, None, None, None, np.array([1])), **options)
-
-
-def test_a_weight_halves_with_each_half_life_before_the_newest_event() -> None:
-    timeline = Timeline.build(
-        np.ones(4, np.int64), np.arange(1, 5, dtype=np.int32), np.array([0, 10, 20, 25]),
-        n_users=2, first_seen=np.zeros(5, np.int64),
-    )  # fmt: skip
-    weight = np.array([8, 1, 1, 3], np.float32)
-    events = TrainingEvents(timeline, weight, None, None, None, np.arange(1, 5))
-    batch = Batches(events, half_life=5).make(Part(np.arange(4)), np.random.default_rng(0))
-    assert batch.weight.tolist() == [8 / 32, 1 / 8, 1 / 2, 3]
 
 
 @given(st.integers(1, 4), SEED)
 @settings(max_examples=20)
 def test_events_carry_the_time_and_strength_of_their_history(most: int, seed: int) -> None:
     events = world(40, seed)
-    batches = Batches(events, batch_size=9, max_history=most, elapsed=True, strength=True)
+    batches = Batches(events, batch_size=9, max_history=most, elapsed=True, event_weight=True)
     log = log_of(events)
     for batch in batches:
         for example in read(batch):
@@ -371,23 +305,23 @@ def test_events_carry_the_time_and_strength_of_their_history(most: int, seed: in
             )
             before = [(time - t, w) for _, t, w, _ in mine if t < time][-most:]
             assert example["elapsed"] == [t for t, _ in before]
-            assert example["strength"] == [w for _, w in before]
+            assert example["event_weight"] == [w for _, w in before]
 
 
 def test_queries_hand_on_the_time_and_strength_of_the_newest_entries() -> None:
     queries = Queries(
         np.array([1, 2, 3]), Ragged.from_lists([[5, 6, 7], [], [8]]),
-        elapsed=np.array([3.0, 2, 1, 9]), strength=np.array([1.0, 2, 3, 4]),
+        elapsed=np.array([3.0, 2, 1, 9]), event_weight=np.array([1.0, 2, 3, 4]),
     )  # fmt: skip
     taken = queries.take(np.array([2, 0]))
     assert taken.elapsed is not None
-    assert taken.strength is not None
+    assert taken.event_weight is not None
     assert taken.elapsed.tolist() == [9, 3, 2, 1]
-    assert taken.strength.tolist() == [4, 1, 2, 3]
+    assert taken.event_weight.tolist() == [4, 1, 2, 3]
     side, rows = query_side(taken, 2)
     assert side.elapsed is not None
-    assert side.strength is not None
+    assert side.event_weight is not None
     assert rows[side.history].tolist() == [8, 6, 7]
     assert side.elapsed.tolist() == [9, 2, 1]
-    assert side.strength.tolist() == [4, 2, 3]
-    assert side.elapsed.dtype == side.strength.dtype == torch.float32
+    assert side.event_weight.tolist() == [4, 2, 3]
+    assert side.elapsed.dtype == side.event_weight.dtype == torch.float32

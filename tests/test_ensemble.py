@@ -1,4 +1,4 @@
-"""Members of an ensemble: against towers that stand alone, and that each learns by itself."""
+"""Ensemble: against towers that stand alone; and the age of an example."""
 
 from __future__ import annotations
 
@@ -8,24 +8,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_plans import world
+from test_samplers import world
 from test_towers import N_ITEMS, side, towers
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from recsys.errors import ConfigError
 from recsys.features.batching.batches import Batches
-from recsys.towers.data import plan_of
-from recsys.towers.ensemble import Members, side_by_side, unit_vectors
-from recsys.towers.id_init import start
-from recsys.towers.logits import Scores
-from recsys.towers.losses import of_members, softmax
-from recsys.towers.rules import TrainingRules
-from recsys.towers.training import objective_of
-from recsys.towers.two_tower import TowerRules, TwoTower
+from recsys.towers.data import sampler_of
+from recsys.towers.ensemble import Ensemble, side_by_side, unit_vectors
+from recsys.towers.id_init import initialise
+from recsys.towers.rules import CooccurrenceInit, TowerRules, TrainingRules
+from recsys.towers.two_tower import TwoTower
 
 HISTORIES = [[3, 1, 4], [], [5], [2, 6, 7, 8], [1]]
-MEMBERS, WIDTH = 3, 4
+TOWERS, WIDTH = 3, 4
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,15 +50,15 @@ def stirred(model: nn.Module, seed: int = 1) -> nn.Module:
 def alone(several: TwoTower, number: int) -> TwoTower:
     """A tower by itself with what one member has: its part of what is wide, its own of the rest."""
     rules = several.rules.model_dump(exclude={"statistics"})
-    one = towers(**rules | {"dimension": WIDTH, "members": 1})
+    one = towers(**rules | {"dimension": WIDTH, "ensemble": 1})
     part = slice(number * WIDTH, (number + 1) * WIDTH)
     state, wide = one.state_dict(), several.state_dict()
     for name, weight in state.items():
-        own = name.replace("deep.", f"deep.each.{number}.")
-        own = own.replace("user_tower.history.", f"user_tower.history.each.{number}.")
+        own = name.replace("deep.", f"deep.towers.{number}.")
+        own = own.replace("user_tower.history.", f"user_tower.history.towers.{number}.")
         if own != name and own in wide:
             state[name] = wide[own]
-        elif weight.shape[0] == WIDTH and wide[name].shape[0] == WIDTH * MEMBERS:
+        elif weight.shape[0] == WIDTH and wide[name].shape[0] == WIDTH * TOWERS:
             state[name] = wide[name][part]  # a linear layer's rows
         else:
             state[name] = wide[name][:, part]  # a table's columns
@@ -74,18 +70,17 @@ def alone(several: TwoTower, number: int) -> TwoTower:
     "rules",
     [
         {"history": "attention"},
-        {"history": "mean", "history_decay": 0.5, "history_table": "offset"},
-        {"history": "transformer", "history_hidden": 5, "history_table": "own"},
+        {"history": {"kind": "mean", "decay": 0.5, "table": "offset"}},
+        {"history": {"kind": "transformer", "hidden": 5, "table": "own"}},
         {"history": "none", "hidden": 0},
     ],
-    ids=lambda rules: rules["history"],
 )
 def test_the_score_is_the_mean_of_the_cosines_of_towers_that_stand_alone(rules: dict) -> None:
-    several = stirred(towers(dimension=MEMBERS * WIDTH, members=MEMBERS, **rules))
+    several = stirred(towers(dimension=TOWERS * WIDTH, ensemble=TOWERS, **rules))
     users, items = vectors(several)
     torch.testing.assert_close(items.norm(dim=1), torch.ones(N_ITEMS))
     cosines = []
-    for number in range(MEMBERS):
+    for number in range(TOWERS):
         u, i = vectors(alone(several, number))
         cosines.append(u @ i.T)
     torch.testing.assert_close(users @ items.T, torch.stack(cosines).mean(0), atol=1e-5, rtol=1e-4)
@@ -94,7 +89,7 @@ def test_the_score_is_the_mean_of_the_cosines_of_towers_that_stand_alone(rules: 
 def test_vectors_start_as_long_in_each_part_as_they_would_alone() -> None:
     lengths = []
     for members in (1, 16):
-        inputs = towers(dimension=64 * members, members=members).item_tower.inputs
+        inputs = towers(dimension=64 * members, ensemble=members).item_tower.inputs
         lengths.append(
             [
                 vectors.unflatten(-1, (members, 64)).norm(dim=-1).mean().item()
@@ -104,10 +99,10 @@ def test_vectors_start_as_long_in_each_part_as_they_would_alone() -> None:
     assert lengths[1] == pytest.approx(lengths[0], rel=0.1)
 
 
-def test_one_member_is_the_module_itself() -> None:
+def test_an_ensemble_of_one_is_the_module_itself() -> None:
     layer = nn.Linear(2, 2)
     assert side_by_side(lambda: layer, 1) is layer
-    assert isinstance(side_by_side(lambda: nn.Linear(2, 2), 2), Members)
+    assert isinstance(side_by_side(lambda: nn.Linear(2, 2), 2), Ensemble)
 
 
 def test_unit_vectors_by_hand() -> None:
@@ -115,77 +110,31 @@ def test_unit_vectors_by_hand() -> None:
     torch.testing.assert_close(got, torch.tensor([[0.6, 0.8, 0.0, -1.0]]))
 
 
-def of_vectors(users: Tensor, items: Tensor, queued: Tensor | None = None) -> Scores:
-    more = 0 if queued is None else len(queued)
-    return Scores(
-        users=users, items=items, target=torch.arange(len(users)), temperature=0.1,
-        log_weight=torch.zeros(len(items) + more), queued=queued,
-    )  # fmt: skip
-
-
-def test_the_objective_is_the_mean_of_what_each_member_would_have_alone() -> None:
-    torch.manual_seed(0)
-    parts = [[F.normalize(torch.randn(n, 3), dim=1) for n in (4, 6, 2)] for _ in range(2)]
-    users, items, queued = (torch.cat(pair, 1) / 2**0.5 for pair in zip(*parts, strict=True))
-    got = of_members(of_vectors(users, items, queued), members=2, objective=softmax)
-    wanted = [softmax(of_vectors(*part)) for part in parts]
-    torch.testing.assert_close(got, (wanted[0] + wanted[1]) / 2)
-
-
-def test_members_that_learn_together_share_the_objective_of_their_mean_score() -> None:
-    torch.manual_seed(1)
-    parts = [[F.normalize(torch.randn(n, 3), dim=1) for n in (4, 6)] for _ in range(2)]
-    users, items = (torch.cat(pair, 1) / 2**0.5 for pair in zip(*parts, strict=True))
-    scores = of_vectors(users, items)
-    whole, apart = softmax(scores), of_members(scores, members=2, objective=softmax)
-    assert (whole - apart).abs().max() > 0.1
-    for together, wanted in ((1.0, whole), (0.25, 0.25 * whole + 0.75 * apart), (0.0, apart)):
-        found = objective_of(TrainingRules(together=together), "cosine", 2)(scores)
-        torch.testing.assert_close(found, wanted)
-
-
-def test_what_one_member_ranks_wrongly_teaches_that_member_alone() -> None:
-    """The first is right with certainty, the second wrong: as one tower both would learn."""
-    right = torch.eye(2)
-    users = torch.cat([right, right], 1).requires_grad_()
-    items = torch.cat([right, right.flip(0)], 1) / 2**0.5
-    rules = TrainingRules(temperature=0.05)
-    objective_of(rules, "cosine", 2)(of_vectors(users / 2**0.5, items)).sum().backward()
-    assert users.grad is not None
-    learned = users.grad.abs()
-    assert learned[:, :2].max() < 1e-3 < 1 < learned[:, 2:].max()
-
-
-def test_what_does_not_go_with_members_is_refused() -> None:
-    for rules, said in (
-        ({"dimension": 64, "members": 3}, "multiple of the members"),
-        ({"dimension": 4, "members": 4}, "at least twice"),
-        ({"members": 2, "score": "dot"}, 'score = "dot"'),
-        ({"members": 2, "look_back": True}, "look_back = true"),
-        ({"members": 2, "history": "multi_interest"}, 'history = "multi_interest"'),
-        ({"dimension": 24, "members": 3, "history": "transformer", "history_heads": 6}, "heads"),
+def test_what_does_not_go_with_an_ensemble_is_refused() -> None:
+    heads = {"kind": "transformer", "heads": 6}
+    for rules, message in (
+        ({"dimension": 64, "ensemble": 3}, "multiple of the ensemble"),
+        ({"dimension": 4, "ensemble": 4}, "at least twice"),
+        ({"ensemble": 2, "score": "dot"}, 'score = "dot"'),
+        ({"dimension": 24, "ensemble": 3, "history": heads}, "heads"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             TowerRules(**rules)
-    with pytest.raises(ConfigError, match="matryoshka"):
-        objective_of(TrainingRules(matryoshka=(16,)), "cosine", 2)
-    with pytest.raises(ConfigError, match="start all 2 members alike"):
-        start(
-            towers(dimension=8, members=2), world(20, 0).timeline, TrainingRules(start="company"), 0
-        )
+    with pytest.raises(ConfigError, match="start all 2 towers alike"):
+        initialise(towers(dimension=8, ensemble=2), world(20, 0).timeline, CooccurrenceInit(), 0)
 
 
 # --- the age of an example ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", ["random", "sequences", "ahead"])
+@pytest.mark.parametrize("plan", ["random", "sequences"])
 def test_an_example_is_told_how_many_events_of_its_user_came_after(plan: str) -> None:
     events = world(120, 3)
-    batches = Batches(events, plan=plan, batch_size=7, max_history=50, example_age=4)
+    batches = Batches(events, sampler=plan, batch_size=7, max_history=50, example_age=4)
     offsets, ages = events.timeline.user_offsets, []
-    for number, part in enumerate(batches._plan.epoch(np.random.default_rng(0))):
+    for number, part in enumerate(batches._sampler.epoch(np.random.default_rng(0))):
         batch = batches.make(part, np.random.default_rng(number))
-        asked = batches.reading.ask(part.drawn, np.random.default_rng(number))
+        asked = batches.query_kind.queries(part.units, np.random.default_rng(number))
         assert batch.user.age is not None and len(batch.user.age) == batch.n_queries
         for query, age in enumerate(batch.user.age.tolist()):
             first = int(asked.first[query])
@@ -233,6 +182,6 @@ def test_now_says_nothing_however_long_it_learns() -> None:
 
 def test_by_user_has_no_after() -> None:
     with pytest.raises(ConfigError, match="nothing comes after"):
-        plan_of(TrainingRules(batches="by_user"), TowerRules(example_age=2), False)
+        sampler_of(TrainingRules(batches="by_user"), TowerRules(example_age=2), False)
     with pytest.raises(ValueError, match="nothing comes after"):
-        Batches(world(20, 0), plan="by_user", example_age=2)
+        Batches(world(20, 0), sampler="by_user", example_age=2)

@@ -12,9 +12,9 @@ from torch import nn
 
 from recsys.features.batching.batch import Batch
 from recsys.features.batching.batches import Batches, TrainingEvents
-from recsys.features.batching.logq import Asking
+from recsys.features.batching.logq import QueryFrequency
 from recsys.features.prepared.timeline import Timeline
-from recsys.towers.logits import Scores
+from recsys.towers.logits import BatchLogits
 from recsys.towers.losses import softmax
 
 
@@ -56,7 +56,7 @@ def test_weighted_by_how_often_they_ask_the_others_of_a_batch_are_every_user_onc
 ) -> None:
     """Sum of the weights of all columns of other users: on average the number of other users."""
     events, size = busy(), 40 if plan in ("random", "in_time") else 9
-    batches = Batches(events, plan=plan, batch_size=size, symmetric=True, max_history=8)
+    batches = Batches(events, sampler=plan, batch_size=size, symmetric=True, max_history=8)
     total, count, uncorrected = 0.0, 0, Counter()
     for _ in range(60 if plan in ("by_user", "sequences") else 20):
         for batch in batches:
@@ -86,8 +86,8 @@ def test_expected_queries_of_a_user_by_hand() -> None:
         "sequences": [2 / 2, 1 / 2, 0],  # user 3 has nothing before its only event
     }
     for plan, share in wanted.items():
-        batches = Batches(events, plan=plan, batch_size=3, symmetric=True)
-        asking = Asking(timeline, batches.reading)
+        batches = Batches(events, sampler=plan, batch_size=3, symmetric=True)
+        asking = QueryFrequency(timeline, batches.query_kind)
         np.testing.assert_allclose(asking.share[users], share)
         (batch,) = list(batches)[:1]
         drawn = 3 if plan != "sequences" else 2
@@ -123,10 +123,10 @@ def test_the_correction_of_users_brings_item_to_user_nearer_to_all_users() -> No
         for batch in batches:
             for corrected in (True, False):
                 table = tables[corrected]
-                scores = Scores(
+                scores = BatchLogits(
                     users=users[batch.user.users], items=table[batch.rows[: batch.n_candidates]],
                     target=batch.target, temperature=0.5, log_weight=-batch.log_inclusion,
-                    known=batch.known,
+                    positive_mask=batch.positive_mask,
                     user_log_weight=-batch.user_log_inclusion if corrected else None,
                 )  # fmt: skip
                 (softmax(scores.transposed()).sum() / (rounds * events.size)).backward()

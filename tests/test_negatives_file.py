@@ -13,8 +13,9 @@ from recsys.errors import DataError
 from recsys.experiments.config import load
 from recsys.experiments.run import _learn
 from recsys.features.batching.examples import asking, timeline_until
-from recsys.features.batching.negatives_file import given_negatives
+from recsys.features.batching.negatives_file import read_negatives
 from recsys.tables import Side
+from recsys.towers import training
 from recsys.towers.build import build_model
 from recsys.towers.encode import encode_items, encode_users
 
@@ -65,7 +66,7 @@ def test_pairs_of_known_ids_that_the_user_never_chose_become_negatives(
                 counts["chosen by the user"] += 1
             elif weight:
                 wanted[user, item] = wanted.get((user, item), 0) + weight
-        negatives, notes = given_negatives(path, dataset, until)
+        negatives, notes = read_negatives(path, dataset, until)
         assert _found(negatives, dataset) == wanted and "i39" not in {i for _, i in wanted}
         assert notes == counts | {"negatives": len(wanted)} and all(notes.values())
         assert negatives.n_users == dataset.n_users and negatives.weights.dtype == np.float32
@@ -78,7 +79,7 @@ def test_without_weights_each_pair_counts_one_and_numbers_are_ids_too(
     item = next(f"i{i:02}" for i in range(36) if ("u03", f"i{i:02}") not in chosen)
     path = tmp_path / "given.csv"
     pl.DataFrame({"user": ["u03", "7"], "item": [item, "8"]}).write_csv(path)
-    negatives, notes = given_negatives(path, plain.dataset)
+    negatives, notes = read_negatives(path, plain.dataset)
     assert _found(negatives, plain.dataset) == {("u03", item): 1.0}
     assert notes["of unknown users"] == 1
 
@@ -99,11 +100,13 @@ def test_what_cannot_be_meant_names_the_file_and_the_way_out(
 ) -> None:
     path = tmp_path / "given.csv"
     pl.DataFrame(columns).write_csv(path)
-    with pytest.raises(DataError, match=r"given\.csv, which training\.given names") as raised:
-        given_negatives(path, plain.dataset)
+    with pytest.raises(
+        DataError, match=r"given\.csv, which training\.negatives\.file names"
+    ) as raised:
+        read_negatives(path, plain.dataset)
     assert complaint in str(raised.value)
     with pytest.raises(DataError, match=r"no file .*absent\.csv"):
-        given_negatives(tmp_path / "absent.csv", plain.dataset)
+        read_negatives(tmp_path / "absent.csv", plain.dataset)
 
 
 def test_a_run_with_a_bad_file_of_negatives_leaves_no_run_behind(
@@ -113,16 +116,21 @@ def test_a_run_with_a_bad_file_of_negatives_leaves_no_run_behind(
 
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(market_run + "[track]\nenabled = false\n")
-    config = load(recipe, [f"out={tmp_path}/runs", "training.given=absent.csv"])
+    config = load(recipe, [f"out={tmp_path}/runs", "training.negatives.file=absent.csv"])
     with pytest.raises(DataError, match=r"absent\.csv"):
         train(config)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["prepared"]
 
 
-def test_training_pushes_given_negatives_down(
-    plain: Any, market_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_training_pushes_read_negatives_down(
+    plain: Any,
+    market_run: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Half of the pairs that nobody chose are given, with some noise that has to be left out."""
+    monkeypatch.setattr(training, "WARMUP_STEPS", 3)
     dataset, rng = plain.dataset, np.random.default_rng(0)
     chosen = _chosen(dataset, Side.VALID)
     free = [
@@ -137,12 +145,11 @@ def test_training_pushes_given_negatives_down(
         weight=pl.lit(30)
     ).write_parquet(path)
     recipe.write_text(
-        market_run + "user_id = true\n[training]\ngiven_per_query = 4\nwarmup_steps = 3\n"
-        "batch_size = 64\nlearning_rate = 0.02\n"
+        market_run + "user_id = true\n[training]\nbatch_size = 64\nlearning_rate = 0.02\n"
     )
     others = [free[place] for place in sorted(set(range(len(free))) - set(picked.tolist()))]
     lead = []
-    for name, overrides in (("with", [f"training.given={path}"]), ("without", [])):
+    for name, overrides in (("with", [f"training.negatives.file={path}"]), ("without", [])):
         config = load(recipe, overrides)
         made = build_model(dataset, config.towers, item_text=None, seed=0)
         module, _ = _learn(

@@ -1,4 +1,4 @@
-"""Random batches of scores at odd sizes, and their negatives listed one by one."""
+"""Random batches of logits at odd sizes, and their negatives listed one by one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recsys.towers.logits import Scores
+from recsys.towers.logits import BatchLogits
 
 LEARNED = ("users", "items", "temperature", "queued")
 
@@ -40,7 +40,7 @@ SIZES = [
 
 
 def case(size: Size, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """Fields of `Scores`: known edges (some twice, some own targets), own negatives, weights."""
+    """Fields of `BatchLogits`: masked edges (some twice, some own targets), per-query negatives, weights."""
     rng = torch.Generator().manual_seed(seed + 1000 * size.queries + size.candidates)
     owner = None
     count = size.queries
@@ -74,10 +74,10 @@ def case(size: Size, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[
         "log_weight": -torch.rand(columns, generator=rng).clamp(0.05).log().to(dtype),
         "owner": owner,
         "queued": vectors(size.remembered) if size.remembered else None,
-        "known": known.T,
-        "own": torch.stack([rows, places]),
-        "own_log_weight": torch.rand(given, generator=rng).clamp(0.05).log().to(dtype),
-        "own_source": torch.randint(3, (given,), generator=rng).to(torch.uint8),
+        "positive_mask": known.T,
+        "per_query": torch.stack([rows, places]),
+        "per_query_log_weight": torch.rand(given, generator=rng).clamp(0.05).log().to(dtype),
+        "per_query_source": torch.randint(3, (given,), generator=rng).to(torch.uint8),
         "user_log_weight": torch.rand(size.queries, generator=rng).to(dtype),
     }
 
@@ -122,20 +122,23 @@ class Naive:
         return user.dot(self.fields["items"][self.fields["target"][example]])
 
     def is_negative(self, query: int, column: int) -> bool:
-        known = set(zip(*self.fields["known"].tolist(), strict=True))
+        known = set(zip(*self.fields["positive_mask"].tolist(), strict=True))
         targets = {int(self.fields["target"][b]) for b in self.examples(query)}
         return column not in targets and (query, column) not in known
 
-    def own(self, query: int, sources: tuple[int, ...] = (0, 1, 2)) -> list[tuple[Tensor, Tensor]]:
+    def per_query(
+        self, query: int, sources: tuple[int, ...] = (1, 2)
+    ) -> list[tuple[Tensor, Tensor]]:
         """Raw score and weight of the negatives given to a query."""
         fields = self.fields
         return [
             (
-                fields["users"][query].dot(fields["items"][fields["own"][1, s]]),
-                fields["own_log_weight"][s].exp(),
+                fields["users"][query].dot(fields["items"][fields["per_query"][1, s]]),
+                fields["per_query_log_weight"][s].exp(),
             )
-            for s in range(fields["own"].shape[1])
-            if int(fields["own"][0, s]) == query and int(fields["own_source"][s]) in sources
+            for s in range(fields["per_query"].shape[1])
+            if int(fields["per_query"][0, s]) == query
+            and int(fields["per_query_source"][s]) in sources
         ]
 
     def negatives(self, query: int) -> list[tuple[Tensor, Tensor]]:
@@ -148,7 +151,7 @@ class Naive:
             vector = fields["items"][column] if column < candidates else queued[column - candidates]
             if self.is_negative(query, column):
                 found.append((fields["users"][query].dot(vector), log_weight.exp()))
-        return found + self.own(query)
+        return found + self.per_query(query)
 
     def items_against_users(self, example: int) -> list[tuple[Tensor, Tensor]]:
         """Raw score and weight of the queries that an example's item was not meant for."""
@@ -161,5 +164,5 @@ class Naive:
         ]
 
 
-def scores(fields: dict[str, Any], **changes: Any) -> Scores:
-    return Scores(**{**fields, **changes})
+def logits(fields: dict[str, Any], **changes: Any) -> BatchLogits:
+    return BatchLogits(**{**fields, **changes})

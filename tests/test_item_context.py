@@ -26,12 +26,12 @@ from recsys.towers.item_context import (
     KNOTS_REACH,
     SHARPNESS,
     USUAL,
-    Lookalikes,
-    Surroundings,
+    ItemContext,
+    TextNeighbours,
     alike,
 )
+from recsys.towers.rules import TowerRules
 from recsys.towers.training import TwoTowerModule
-from recsys.towers.two_tower import TowerRules
 from tests.test_towers import SEED, settle
 
 D = 5
@@ -79,11 +79,11 @@ def test_of_many_neighbours_a_seeded_sample_stays() -> None:
     assert len(entries(one, 4)) == 1
 
 
-def surroundings(histories: list[list[int]], n: int, seed: int) -> tuple[Surroundings, Any]:
+def surroundings(histories: list[list[int]], n: int, seed: int) -> tuple[ItemContext, Any]:
     around = Around.of(timeline_of(histories, n), n, 10_000, seed=0)
     torch.manual_seed(seed)
     ids = torch.nn.Embedding(n, D)
-    return Surroundings(around, D, hidden=0.5), ids
+    return ItemContext(around, D, hidden=0.5), ids
 
 
 @given(SEED, st.integers(1, 12), st.integers(2, 9), st.integers(0, 4))
@@ -209,9 +209,9 @@ def test_likenesses_are_found_in_blocks_as_at_once(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(at_once[1], in_blocks[1])
 
 
-def test_lookalikes_are_the_mean_of_their_id_vectors() -> None:
+def test_text_neighbours_are_the_mean_of_their_id_vectors() -> None:
     texts = torch.tensor([[0, 0], [1, 0], [0, 1], [0.6, 0.8], [0.8, 0.6], [0, 0]])
-    model, ids = Lookalikes(texts, 4, 2), torch.nn.Embedding(4, D)
+    model, ids = TextNeighbours(texts, 4, 2), torch.nn.Embedding(4, D)
     near = np.exp(SHARPNESS * np.array([[0.0, 0.6], [0.0, 0.8], [0.6, 0.8], [0.8, 0.96]]))
     rows = [(2, 3), (1, 3), (1, 2), (1, 3)]  # of items 1, 2, 3 and 4; item 5 has no text
     said = model(torch.arange(6), ids)
@@ -222,34 +222,36 @@ def test_lookalikes_are_the_mean_of_their_id_vectors() -> None:
 
 
 def test_what_does_not_go_together_is_refused(tiny: Any) -> None:
-    for name in ("neighbours", "lookalikes"):
-        for other in ({"item_id": False}, {"history_table": "own"}):
+    for name in ("cooccurrence_neighbours", "text_neighbours"):
+        for other in ({"id_dropout": 1}, {"history": {"table": "own"}}):
             with pytest.raises(ValidationError, match=f"{name} = 3 is read of items beside"):
                 TowerRules(**{name: 3, **other})
     with pytest.raises(ConfigError, match="Name text columns"):
-        build_model(tiny.dataset, TowerRules(lookalikes=3), item_text=None, seed=0)
+        build_model(tiny.dataset, TowerRules(text_neighbours=3), item_text=None, seed=0)
 
 
 @pytest.fixture(scope="module")
-def around_run(shop_run: str) -> str:
-    return shop_run.replace("[towers]\n", "[towers]\nneighbours = 6\nlookalikes = 3\n")
+def context_run(shop_run: str) -> str:
+    return shop_run.replace(
+        "[towers]\n", "[towers]\ncooccurrence_neighbours = 6\ntext_neighbours = 3\n"
+    )
 
 
-def test_a_bundle_answers_as_the_towers_that_learned(around_run: str, tmp_path: Path) -> None:
+def test_a_bundle_answers_as_the_towers_that_learned(context_run: str, tmp_path: Path) -> None:
     from recsys.experiments.bundling import make_bundle
     from recsys.experiments.config import loads
     from recsys.experiments.run import Untrained, prepare
     from recsys.serving.recommender import Recommender
 
-    config = loads(f'out = "{tmp_path.as_posix()}"\n{around_run}')
+    config = loads(f'out = "{tmp_path.as_posix()}"\n{context_run}')
     dataset = prepare(config)
     untrained = Untrained(config, dataset)
     model = settle(untrained.remake()).eval()
     inputs = model.item_tower.inputs
-    assert inputs.around is not None and inputs.lookalikes is not None
+    assert inputs.context is not None and inputs.text_neighbours is not None
     path = make_bundle(config, dataset, model, untrained.encoder, tmp_path / "bundle")
     bundle = Recommender.load(path).bundle
-    assert bundle.model.item_tower.inputs.around is None
+    assert bundle.model.item_tower.inputs.context is None
     rows = 1 + np.array([dataset.items.ids.to_list().index(id) for id in bundle.items.ids])
     statistics = torch.from_numpy(
         bundle.timeline.statistics(np.arange(1, len(rows) + 1), bundle.cutoff)
@@ -268,14 +270,14 @@ def test_a_bundle_answers_as_the_towers_that_learned(around_run: str, tmp_path: 
 
 
 def test_training_leaves_out_who_is_asked_for(
-    around_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    context_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from recsys.experiments.config import loads
     from recsys.experiments.run import Untrained, prepare
     from recsys.features.batching.examples import training_events
 
     # Few at once: of a log whose every user is asked for, nothing would be left.
-    run = around_run.replace("batch_size = 256", "batch_size = 8")
+    run = context_run.replace("batch_size = 256", "batch_size = 8")
     config = loads(f'out = "{tmp_path.as_posix()}"\n{run}')
     dataset = prepare(config)
     module = TwoTowerModule(settle(Untrained(config, dataset).make()), config.training)
@@ -285,31 +287,31 @@ def test_training_leaves_out_who_is_asked_for(
     )  # fmt: skip
     batch = next(iter(data.train_dataloader()))
     heard: list[torch.Tensor | None] = []
-    honest = Surroundings.forward
+    honest = ItemContext.forward
 
-    def listening(self: Surroundings, rows: Any, ids: Any, left_out: Any = None) -> Any:
+    def listening(self: ItemContext, rows: Any, ids: Any, left_out: Any = None) -> Any:
         if len(rows) == len(batch.rows):  # what is alike is worked out from everybody
             heard.append(left_out)
         return honest(self, rows, ids, left_out)
 
-    monkeypatch.setattr(Surroundings, "forward", listening)
-    module.train().loss(batch).backward()
-    module.eval().loss(batch)
+    monkeypatch.setattr(ItemContext, "forward", listening)
+    module.train().batch_loss(batch).backward()
+    module.eval().batch_loss(batch)
     learning, answering = heard
     assert learning is not None and torch.equal(learning, batch.user.users) and answering is None
     inputs = module.model.item_tower.inputs
-    assert inputs.around is not None and inputs.lookalikes is not None
-    learned = [inputs.around.share, inputs.around.standing.weight, inputs.lookalikes.share]
+    assert inputs.context is not None and inputs.text_neighbours is not None
+    learned = [inputs.context.share, inputs.context.standing.weight, inputs.text_neighbours.share]
     assert [one.grad is not None and bool(one.grad.any()) for one in learned] == [True] * 3
 
 
 def test_new_items_are_read_as_cold_ones_of_the_bundle(
-    build: Callable[..., Any], around_run: str, tmp_path: Path, table: dict[str, dict[str, Any]]
+    build: Callable[..., Any], context_run: str, tmp_path: Path, table: dict[str, dict[str, Any]]
 ) -> None:
     from recsys.serving.live.new_items import encode_described
     from recsys.serving.recommender import Recommender
 
-    bundle = Recommender.load(build(around_run, tmp_path, trained=True).bundle).bundle
+    bundle = Recommender.load(build(context_run, tmp_path, trained=True).bundle).bundle
     ids = bundle.items.ids.to_list()
     assert bundle.coder is not None
     described = [bundle.coder.describe(table[id]) for id in ids]

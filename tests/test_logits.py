@@ -1,4 +1,4 @@
-"""Scores: what is a negative for whom, sums of exponentials, tiles, precision, other views."""
+"""BatchLogits: what is a negative for whom, sums of exponentials, tiles, precision, other views."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from score_cases import SIZES, Naive, Size, case, gradients, learning, scores
+from logits_cases import SIZES, Naive, Size, case, gradients, learning, logits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recsys.features.batching.batch import Source
-from recsys.towers.logits import Scores
-from recsys.towers.logsumexp import ragged_logaddexp
-from recsys.towers.losses import ccl, psl, sl_at_k, softmax, symmetric, triplet
+from recsys.towers.logits import BatchLogits, ragged_logaddexp
+from recsys.towers.losses import bsl, softmax, symmetric, triplet
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,31 +33,26 @@ def listed(fields: dict[str, Any], of: Callable[[list[tuple[Tensor, Tensor]]], f
     return torch.tensor([of(batch.negatives(q)) for q in range(len(fields["users"]))]).double()
 
 
-def the_same_as_each_of(size: Size) -> tuple[Scores, Scores]:
+def the_same_as_each_of(size: Size) -> tuple[BatchLogits, BatchLogits]:
     """With owners, and with each example as a query that knows its siblings' targets."""
     fields = case(size)
-    return scores(fields), scores(fields).per_example()
+    return logits(fields), logits(fields).per_example()
 
 
 @pytest.mark.parametrize("tile", [None, 2])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sums_and_means_are_over_the_listed_negatives(size: Size, tile: int | None) -> None:
     fields = case(size)
-    batch = scores(fields, tile=tile)
+    batch = logits(fields, tile=tile)
 
     def logsumexp(pairs: list[tuple[Tensor, Tensor]]) -> float:
         total = sum(float(w) * math.exp(float(s) / 0.3) for s, w in pairs)
         return math.log(total) if pairs else -math.inf
 
-    def mean(pairs: list[tuple[Tensor, Tensor]]) -> float:
-        total = sum(float(w) for _, w in pairs)
-        return sum(float(w) * float(s) ** 2 for s, w in pairs) / total if pairs else 0.0
-
     def log_mass(pairs: list[tuple[Tensor, Tensor]]) -> float:
         return math.log(sum(float(w) for _, w in pairs)) if pairs else -math.inf
 
     torch.testing.assert_close(batch.logsumexp(), listed(fields, logsumexp))
-    torch.testing.assert_close(batch.mean(torch.square), listed(fields, mean))
     torch.testing.assert_close(batch.log_mass(), listed(fields, log_mass))
 
 
@@ -67,13 +61,13 @@ def test_positives_are_those_of_the_loop(size: Size) -> None:
     fields = case(size)
     batch = Naive(fields)
     expected = torch.stack([batch.positive(b) for b in range(len(fields["target"]))])
-    torch.testing.assert_close(scores(fields).positive_score, expected)
-    torch.testing.assert_close(scores(fields).positive, expected / 0.3)
+    torch.testing.assert_close(logits(fields).positive_score, expected)
+    torch.testing.assert_close(logits(fields).positive, expected / 0.3)
 
 
 def test_a_target_is_never_a_negative_of_its_own_query_though_of_others() -> None:
     """Query 0 chose items 0 and 1, query 1 chose item 2; all scores are 0."""
-    batch = Scores(
+    batch = BatchLogits(
         users=torch.zeros(2, 2),
         items=torch.zeros(4, 2),
         target=torch.tensor([0, 2, 1]),
@@ -86,33 +80,14 @@ def test_a_target_is_never_a_negative_of_its_own_query_though_of_others() -> Non
 
 def test_an_edge_that_is_named_twice_blocks_once() -> None:
     fields = case(SIZES[3])
-    twice = {**fields, "known": torch.cat([fields["known"], fields["known"]], 1)}
-    torch.testing.assert_close(scores(twice).log_mass(), scores(fields).log_mass())
-    torch.testing.assert_close(scores(twice).mean(torch.square), scores(fields).mean(torch.square))
-
-
-@pytest.mark.parametrize("joining", [(), (0,), (1, 2), (Source.MINED,), None])
-def test_only_the_sources_named_join_the_columns(joining: tuple[int, ...] | None) -> None:
-    fields = case(SIZES[3])
-    kept = torch.tensor(
-        [joining is None or int(source) in joining for source in fields["own_source"]]
-    )
-    without = {
-        **fields,
-        "own": fields["own"][:, kept],
-        "own_log_weight": fields["own_log_weight"][kept],
-        "own_source": fields["own_source"][kept],
-    }
-    for objective in (softmax, triplet, ccl, psl):
-        torch.testing.assert_close(
-            objective(scores(fields, joining=joining)), objective(scores(without))
-        )
+    twice = {**fields, "positive_mask": torch.cat([fields["positive_mask"]] * 2, 1)}
+    torch.testing.assert_close(logits(twice).log_mass(), logits(fields).log_mass())
 
 
 def test_negatives_of_no_named_source_count_as_skipped() -> None:
-    fields = {**case(SIZES[3]), "own_source": None}
-    assert len(scores(fields).own_scores([Source.SKIPPED])[0]) == 10
-    assert len(scores(fields).own_scores([Source.MINED, Source.GIVEN])[0]) == 0
+    fields = {**case(SIZES[3]), "per_query_source": None}
+    assert len(logits(fields).per_query_scores([Source.SKIPPED])[0]) == 10
+    assert len(logits(fields).per_query_scores([Source.MINED, Source.FILE])[0]) == 0
 
 
 @pytest.mark.parametrize("size", SIZES[3:], ids=str)
@@ -127,13 +102,13 @@ def test_examples_as_queries_of_their_own_have_the_sums_of_their_owners(size: Si
 def test_a_row_of_one_item_against_its_users_by_hand() -> None:
     """Users 0 and 1 chose item 0, user 1 knows item 1 as well; user 2 chose item 1."""
     users = torch.tensor([[1.0], [2.0], [3.0]])
-    batch = Scores(
+    batch = BatchLogits(
         users=users,
         items=torch.tensor([[1.0], [10.0], [5.0]]),
         target=torch.tensor([0, 0, 1]),
         temperature=1.0,
         log_weight=torch.zeros(3),
-        known=torch.tensor([[1, 0], [1, 2]]),
+        positive_mask=torch.tensor([[1, 0], [1, 2]]),
         user_log_weight=torch.tensor([2.0, 1.0, 4.0]).log(),
     ).transposed()
     assert batch.positive.tolist() == [1, 2, 30]
@@ -142,31 +117,14 @@ def test_a_row_of_one_item_against_its_users_by_hand() -> None:
     assert batch.logsumexp().tolist() == pytest.approx(expected)
 
 
-def test_the_kth_largest_is_among_all_columns_whatever_is_known() -> None:
-    batch = Scores(
-        users=torch.tensor([[1.0], [-1.0], [0.0]]),
-        items=torch.tensor([[3.0], [1.0], [9.0]]),
-        target=torch.tensor([0, 0, 1]),
-        temperature=0.1,
-        log_weight=torch.zeros(3),
-        queued=torch.tensor([[2.0]]),
-        known=torch.tensor([[0], [0]]),
-        tile=2,
-    )
-    assert batch.kth_largest(2).tolist() == [2, -2, 0]
-    assert batch.kth_largest(3).tolist() == [1, -3, 0]
-    assert batch.kth_largest(50).tolist() == [1, -3, 0]
-
-
 def test_asking_under_no_grad_first_costs_no_gradient() -> None:
     fields, leaves = learning(case(SIZES[3]))
-    batch = scores(fields)
+    batch = logits(fields)
     with torch.no_grad():
-        sl_at_k(batch)
+        softmax(batch)
         triplet(batch)
-        batch.kth_largest(3)
-    asked = gradients(sl_at_k(batch), leaves)
-    for ours, fresh in zip(asked, gradients(sl_at_k(scores(fields)), leaves), strict=True):
+    asked = gradients(triplet(batch), leaves)
+    for ours, fresh in zip(asked, gradients(triplet(logits(fields)), leaves), strict=True):
         assert torch.equal(ours, fresh)
 
 
@@ -176,7 +134,7 @@ def test_the_gradient_is_that_of_finite_differences(tile: int | None) -> None:
 
     def losses(users: Tensor, items: Tensor, queued: Tensor, temperature: Tensor) -> Tensor:
         changed = {"users": users, "items": items, "queued": queued, "temperature": temperature}
-        return softmax(scores(fields, **changed, tile=tile))
+        return softmax(logits(fields, **changed, tile=tile))
 
     inputs = [
         fields[name].clone().requires_grad_()
@@ -189,15 +147,15 @@ def test_the_gradient_is_that_of_finite_differences(tile: int | None) -> None:
 def test_a_frozen_side_changes_nothing_for_the_other(learned: str) -> None:
     fields = case(SIZES[3])
     both, leaves = learning(fields)
-    expected = gradients(softmax(scores(both)), leaves)[["users", "items"].index(learned)]
+    expected = gradients(softmax(logits(both)), leaves)[["users", "items"].index(learned)]
     alone = fields[learned].clone().requires_grad_()
-    (found,) = gradients(softmax(scores(fields, **{learned: alone})), [alone])
+    (found,) = gradients(softmax(logits(fields, **{learned: alone})), [alone])
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("objective", [softmax, psl, triplet, sl_at_k, symmetric])
+@pytest.mark.parametrize("loss_of", [softmax, bsl, triplet, symmetric])
 def test_autocast_and_half_precision_vectors_leave_the_sums_exact(
-    objective: Callable[[Scores], Tensor],
+    loss_of: Callable[[BatchLogits], Tensor],
 ) -> None:
     """bfloat16 vectors, scored in float32: as if they had been widened by hand."""
     half = case(SIZES[3], dtype=torch.bfloat16)
@@ -210,7 +168,7 @@ def test_autocast_and_half_precision_vectors_leave_the_sums_exact(
         for tile in (None, 2):
             leaves_of, leaves = learning(fields)
             with torch.autocast("cpu", torch.bfloat16, enabled=automatic):
-                loss = objective(scores(leaves_of, tile=tile))
+                loss = loss_of(logits(leaves_of, tile=tile))
             assert loss.dtype == torch.float32
             found.append((loss, gradients(loss, leaves)))
     exact, exact_slopes = found[-1]
@@ -238,16 +196,16 @@ class Largest(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("objective", [softmax, psl, triplet, ccl, sl_at_k])
+@pytest.mark.parametrize("loss_of", [softmax, bsl, triplet])
 def test_no_matrix_is_larger_than_a_tile_forward_or_backward(
-    objective: Callable[[Scores], Tensor],
+    loss_of: Callable[[BatchLogits], Tensor],
 ) -> None:
     rng = torch.Generator().manual_seed(0)
     queries, columns, tile = 60, 50, 7
 
     def most(tile: int | None) -> int:
         users = torch.randn(queries, 2, generator=rng, requires_grad=True)
-        batch = Scores(
+        batch = BatchLogits(
             users=users,
             items=torch.randn(columns, 2, generator=rng, requires_grad=True),
             target=torch.randint(columns, (queries,), generator=rng),
@@ -256,7 +214,7 @@ def test_no_matrix_is_larger_than_a_tile_forward_or_backward(
             tile=tile,
         )
         with Largest() as largest:
-            objective(batch).sum().backward()
+            loss_of(batch).sum().backward()
         return largest.elements
 
     assert most(None) == queries * columns
@@ -270,12 +228,14 @@ def test_of_a_tiled_matrix_nothing_is_kept_until_the_gradient() -> None:
         kept.append(value.numel())
         return value
 
-    nothing = dict.fromkeys(("known", "own", "own_log_weight", "own_source"))
+    nothing = dict.fromkeys(
+        ("positive_mask", "per_query", "per_query_log_weight", "per_query_source")
+    )
     fields, _ = learning({**case(Size(40, None, 30)), **nothing})
     for tile, limit in ((None, 40 * 30), (7, 40 * 3)):  # the matrix; the users
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
-            softmax(scores(fields, tile=tile))
+            softmax(logits(fields, tile=tile))
         assert max(kept) == limit
 
 
@@ -294,7 +254,7 @@ def test_without_tiles_the_matrix_is_made_once_and_kept_once() -> None:
 
     fields, _ = learning(case(Size(40, None, 30)))
     with Made():
-        loss = softmax(scores(fields)).sum()
+        loss = softmax(logits(fields)).sum()
     new = [
         name for name in made if not name.endswith("_out") and not name.split(".")[1].endswith("_")
     ]
@@ -332,14 +292,20 @@ def test_ragged_logaddexp_equals_a_loop_in_value_and_gradient(seed: int, terms: 
 def test_what_does_not_fit_together_is_refused() -> None:
     fields = case(SIZES[3])
     for changes, words in [
-        ({"log_weight": torch.zeros(40)}, "40 columns, but there are 11 items and 1 remembered"),
+        ({"log_weight": torch.zeros(40)}, "40 columns, but there are 11 items and 1 queued"),
         ({"owner": None}, "11 examples and 5 queries"),
         ({"owner": fields["owner"][1:]}, "11 targets, but 10 owners"),
-        ({"own_source": torch.zeros(3)}, "own_source has 3 entries for 10 own negatives"),
+        (
+            {"per_query_source": torch.zeros(3)},
+            "per_query_source has 3 entries for 10 per-query negatives",
+        ),
         ({"tile": 0}, "tile is 0"),
     ]:
         with pytest.raises(ValueError, match=words):
-            scores(fields, **changes)
-    for dimensions in (0, 5):
-        with pytest.raises(ValueError, match=f"4 dimensions cannot be cut to {dimensions}"):
-            scores(fields).truncated(dimensions)
+            logits(fields, **changes)
+
+
+def test_the_dense_matrix_has_the_sums_of_the_tiles_where_nothing_is_of_one_query_alone() -> None:
+    nothing = dict.fromkeys(("per_query", "per_query_log_weight", "per_query_source"))
+    batch = logits({**case(SIZES[3]), **nothing})
+    torch.testing.assert_close(batch.dense().logsumexp(1), batch.logsumexp())
