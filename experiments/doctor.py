@@ -259,7 +259,7 @@ def _temperature(
     config: Mapping[str, Any], curves: Mapping[str, float], missing: list[str]
 ) -> tuple[float | None, bool]:
     rules = config["training"]
-    learned = bool(rules["learn_temperature"])
+    learned = rules["temperature"] == "learned"
     if not learned:
         return float(rules["temperature"]), False
     if "train/temperature" in curves:

@@ -199,11 +199,8 @@ def _model_of(field: FieldInfo, value: Any) -> type[BaseModel] | None:
     return models[0] if models else None
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    for part in _parts(annotation):
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            return part
-    return None
+def _kind_of(model: type[BaseModel]) -> str:
+    return str(model.model_fields["kind"].default)
 
 
 def _may_be_none(annotation: Any) -> bool:
@@ -233,7 +230,7 @@ def _sentence(
     found = problems[key]
     kind = found[0]["type"]
     if kind == "extra_forbidden":
-        text = _unknown(model, source, key)
+        text = _unknown(model, values, source, key)
     elif kind == "missing":
         text = f"{source} has no {_named(key)}, and there is no default for it. Give it."
     elif kind == "value_error":
@@ -274,15 +271,28 @@ def _named(key: tuple[str, ...]) -> str:
     return f"[{'.'.join(key[:-1])}] {key[-1]}"
 
 
-def _unknown(model: type[BaseModel], source: str, key: tuple[str, ...]) -> str:
+def _unknown(model: type[BaseModel], values: Any, source: str, key: tuple[str, ...]) -> str:
     """Name the nearest key of the section, or the section that has the key."""
     *section, name = key
     inside: type[BaseModel] | None = model
+    field: FieldInfo | None = None
     for part in section:
+        values = values.get(part, {}) if isinstance(values, dict) else {}
         if inside and part in inside.model_fields:
-            inside = _model_in(inside.model_fields[part].annotation)
+            field = inside.model_fields[part]
+            inside = _model_of(field, values)
     place = f"[{'.'.join(section)}]" if section else "the top level"
     start = f"{source} has the unknown key {name!r} in {place}."
+    others = _models_in(field.annotation) if field and inside else []
+    having = [_kind_of(other) for other in others if name in other.model_fields]
+    if len(others) > 1 and inside:
+        start = (
+            f'{source} has the key {name!r} in {place}, but kind = "{_kind_of(inside)}" has no '
+            "such key."
+        )
+        if having:
+            kinds = " or ".join(f'"{kind}"' for kind in having)
+            return f"{start} Set kind to {kinds}, or leave {name} out."
     elsewhere = [other for other in _sections(model) if other[-1] == name and other != key]
     fields = inside.model_fields if inside else {}
     hint = nearest(name, fields)
@@ -295,8 +305,7 @@ def _sections(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[t
     """Every key of the configuration with the sections above it."""
     for name, field in model.model_fields.items():
         yield (*above, name)
-        inner = _model_in(field.annotation)
-        if inner:
+        for inner in _models_in(field.annotation):
             yield from _sections(inner, (*above, name))
 
 
@@ -323,6 +332,8 @@ def _allowed(problem: Any) -> str:
         return _TYPES[kind]
     if kind in ("literal_error", "enum"):
         return str(context["expected"])
+    if kind == "union_tag_invalid":
+        return f"a section of the kind {' or '.join(context['expected_tags'].split(', '))}"
     signs = {
         "greater_than": ("more than", "gt"),
         "greater_than_equal": ("at least", "ge"),

@@ -40,7 +40,7 @@ SIZES = [
 
 
 def case(size: Size, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """Fields of `BatchLogits`: masked edges (some twice, some own targets), per-query negatives, weights."""
+    """Fields of `BatchLogits`: masked edges (some twice, some targets), per-query negatives."""
     rng = torch.Generator().manual_seed(seed + 1000 * size.queries + size.candidates)
     owner = None
     count = size.queries

@@ -100,7 +100,7 @@ def view_of(
         ids=tuple(live),
         place={id: place for place, id in enumerate(live)},
         vectors=vectors,
-        entries=vectors[:, : model.rules.dimension + model.carried].copy(),
+        entries=vectors[:, : model.vector_dimension].copy(),
         fields=pl.DataFrame(
             {n: pl.Series(n, [one.get(n) for one in told], t) for n, t in schema.items()}
         ),

@@ -174,7 +174,8 @@ def test_the_shares_are_those_of_the_gradient_of_the_softmax() -> None:
     """Autograd on the loss itself: |∂loss/∂logit| of the columns of each source."""
     users, items, memory, batch = scene(1, 6, 6)
     batch = replace(
-        batch, per_query=batch.per_query[:, :0], per_query_log_weight=batch.per_query_log_weight[:0],
+        batch, per_query=batch.per_query[:, :0],
+        per_query_log_weight=batch.per_query_log_weight[:0],
         per_query_source=batch.per_query_source[:0], weight=torch.ones(6),
     )  # fmt: skip
     assert batch.owner is not None

@@ -90,11 +90,10 @@ def test_the_recommender_and_the_engine_answer_alike(
 @pytest.mark.parametrize(
     "towers",
     [
-        'history_inputs = ["recency", "strength"]\nscore = "cosine_bias"',
-        'history = "multi_interest"\npassed_over = true\nhistory_inputs = ["recency"]',
-        'history = "transformer"\nscore = "dot"\nuser_id = true\nhistory_table = "weighted"',
+        'history = {inputs = ["recency", "weight"]}',
+        'history = {kind = "transformer", table = "offset"}\nscore = "dot"\nuser_id = true',
         'history = "none"\nuser_id = true',
-        'members = 2\nhistory = "mean"\nhistory_table = "weighted"\nexample_age = 3',
+        'ensemble = 2\nhistory = {kind = "mean", table = "own"}\nexample_age = 3',
     ],
 )
 def test_all_kinds_of_towers_are_asked_as_the_recommender_asks_them(

@@ -1,4 +1,4 @@
-"""Initial id vectors: factors that give the interactions back, and tables that are set from them."""
+"""Initial id vectors: factors that give the interactions back, and tables set from them."""
 
 from __future__ import annotations
 

@@ -71,7 +71,8 @@ def own_of(batch: Batch) -> list[tuple[int, int, float, Source]]:
     return [
         (query, rows[place], round(weight, 5), Source(source))
         for query, place, weight, source in zip(
-            *batch.per_query.tolist(), batch.per_query_log_weight.exp().tolist(), batch.per_query_source.tolist(),
+            *batch.per_query.tolist(), batch.per_query_log_weight.exp().tolist(),
+            batch.per_query_source.tolist(),
             strict=True,
         )
     ]  # fmt: skip
@@ -177,7 +178,8 @@ def test_the_queue_holds_what_the_last_batches_drew_and_this_one_did_not(
 
     def new(queue: int = queue, **options: Any) -> list[Batch]:
         batches = Batches(
-            events, sampler=plan, batch_size=size, uniform_negatives=uniform, queue=queue, seed=seed,
+            events, sampler=plan, batch_size=size, uniform_negatives=uniform, queue=queue,
+            seed=seed,
             skips=False, **options,
         )  # fmt: skip
         return list(batches)

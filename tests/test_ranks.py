@@ -14,6 +14,7 @@ import torch
 from test_training import RULES, checkerboard, towers, trainer
 from torch import Tensor
 
+from recsys.towers import data as data_module
 from recsys.towers.data import InteractionData
 from recsys.towers.rules import MiningRules, TowerRules, TrainingRules
 from recsys.towers.training import TwoTowerModule
@@ -23,23 +24,23 @@ lightning = pytest.importorskip("pytorch_lightning")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 WORLD = 2
 PLANS = {
-    "random": {"history": "attention"},
-    "in_time": {"history": "mean", "user_id": True},
-    "by_user": {"history": "mean", "history_table": "own"},
-    "sequences": {"history": "transformer", "history_hidden": 16},
+    "random": {"history": {"length": 5}},
+    "in_time": {"history": {"kind": "mean", "length": 5}, "user_id": True},
+    "by_user": {"history": {"kind": "mean", "table": "own", "length": 5}},
+    "sequences": {"history": {"kind": "transformer", "hidden": 16, "length": 5}},
 }
 
 
 def parts(plan: str) -> tuple[TwoTowerModule, InteractionData]:
     """Towers without dropout, so that one process can make what each rank makes."""
-    shape = PLANS[plan] | {"dropout": 0.0, "id_dropout": 0.0, "max_history": 5}
+    shape = PLANS[plan] | {"dropout": 0.0, "id_dropout": 0.0}
     rules = TrainingRules(
         **RULES.model_dump(exclude_unset=True)
         | {
             "batches": plan, "batch_size": 8 if plan in ("by_user", "sequences") else 16,
-            "queue": 2, "queue_after": 2, "uniform_negatives": 2, "symmetric": 0.3,
-            "learn_temperature": True,
-            "mined": MiningRules(per_query=2, from_rank=0, to_rank=12, start=1),
+            "negatives": {"queue": 2, "uniform": 2}, "symmetric": 0.3,
+            "temperature": "learned",
+            "mined": MiningRules(per_query=2, from_rank=0, to_rank=12),
         }
     )  # fmt: skip
     events, validation = checkerboard(timed=rules.batches == "in_time")
@@ -67,11 +68,11 @@ class Watch(lightning.Callback):
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
         self.users.append(batch.user.users.tolist())
         for row in batch.queued.tolist():
-            self.remembered.append(torch.equal(module.remembered.vectors[row], self.memory[row]))
+            self.remembered.append(torch.equal(module.memory_bank.vectors[row], self.memory[row]))
 
     def on_train_batch_end(self, trainer: Any, module: Any, out: Any, batch: Any, i: int) -> None:
         rows = batch.rows[: batch.n_candidates]
-        self.memory |= dict(zip(rows.tolist(), module.remembered.read(rows)[0], strict=True))
+        self.memory |= dict(zip(rows.tolist(), module.memory_bank.read(rows)[0], strict=True))
 
 
 def rank_trains(rank: int, folder: Path, port: int) -> None:
@@ -79,6 +80,7 @@ def rank_trains(rank: int, folder: Path, port: int) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    data_module.QUEUE_AFTER = 2
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD),
         "NODE_RANK": "0", "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo",
@@ -133,7 +135,7 @@ def test_two_ranks_end_with_equal_weights_and_step_by_the_mean_of_their_gradient
         batches = data._make(rank, WORLD)
         batch = next(iter(batches))
         assert batch.user.users.tolist() == ranks[rank]["users"][0]
-        module.loss(batch).backward()
+        module.batch_loss(batch).backward()
         named = [(n, p.grad) for n, p in module.named_parameters() if p.grad is not None]
         each.append({name: gradient.to_dense() for name, gradient in named})
         assert ranks[rank]["steps"] == 2 * len(batches) == len(ranks[rank]["users"])

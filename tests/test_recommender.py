@@ -15,7 +15,6 @@ import torch
 from recsys.errors import QueryError
 from recsys.features.batching.batch import Queries
 from recsys.ragged import Ragged
-from recsys.search import ExactIndex
 from recsys.serving import bundle as bundles
 from recsys.serving.index import IndexRules
 from recsys.serving.recommender import Answers, Recommender
@@ -174,21 +173,13 @@ def test_a_text_is_refused_by_a_bundle_without_texts(trader: Recommender) -> Non
         silent.similar(text="a lamp")
 
 
-@pytest.mark.parametrize("score", ["dot", "cosine_bias"])
+@pytest.mark.parametrize("score", ["dot", "projection"])
 def test_other_scores_rank_by_the_inner_product_too(
     score: str, build: Callable[..., Any], market_run: str, tmp_path: Any
 ) -> None:
     run = market_run.replace("[towers]", f'[towers]\nscore = "{score}"')
     recommender = Recommender.load(build(run, tmp_path).bundle)
     bundle = recommender.bundle
-    if score == "cosine_bias":
-        # An untrained bias is 0; a strong one must count for people and not for likeness.
-        vectors = bundle.vectors.copy()
-        vectors[int(bundle.items.encode(["i30"])[0]), -1] = 9.0
-        index = ExactIndex(vectors[bundle.rows])
-        recommender = Recommender(replace(bundle, vectors=vectors, index=index))
-        bundle = recommender.bundle
-        assert recommender.recommend(history=["i01"], k=3, exact=True).ids[0] == "i30"
     queries = recommender.queries(np.arange(1, 6))
     users = encode_users(bundle.model, queries)
     scores = recommender.recommend_rows(queries, 6, exact=True, drop_seen=False)[1]
@@ -288,51 +279,25 @@ def test_an_earlier_moment_knows_only_what_was_before_it(shopkeeper: Recommender
     assert (now != here.recommend_rows(here.queries(users, times), 9)[0]).any()
 
 
-def test_with_several_interests_the_nearest_one_ranks_and_scores(
-    build: Callable[..., Any], market_run: str, tmp_path: Any
-) -> None:
-    run = market_run.replace("[towers]", '[towers]\nhistory = "multi_interest"\ninterests = 3')
-    recommender = Recommender.load(build(run, tmp_path).bundle)
-    bundle = recommender.bundle
-    queries = recommender.queries(np.arange(1, bundle.users.size))
-    users = encode_users(bundle.model, queries)
-    assert users.shape == (len(queries), 3, 8)
-    matrix = np.einsum("qkd,nd->qkn", users, bundle.vectors).max(1)
-    for moved, rows_there in ((recommender, bundle.rows), (recommender.as_of(bundle.cutoff), None)):
-        there = moved.bundle.rows if rows_there is None else rows_there
-        rows, scores, _ = moved.answer_rows(queries, 9)
-        for q in range(len(queries)):
-            may = np.setdiff1d(there, queries.history[q])
-            best = may[np.argsort(-matrix[q, may], kind="stable")][:9]
-            assert rows[q].tolist() == best.tolist()
-            np.testing.assert_allclose(scores[q], matrix[q, best], rtol=1e-4)
-    items = Ragged.from_lists([[3, 9], [], [0, 5, 5]])
-    wanted = [matrix[q, i] for q in range(3) for i in items[q]]
-    found = recommender.score_rows(queries.take(np.arange(3)), items)
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
-    one = recommender.recommend(user=bundle.users.ids[4], k=9)
-    assert one.ids == bundle.items.decode(recommender.answer_rows(queries, 9)[0][4]).to_list()
-
-
 def test_times_and_strengths_of_a_history_reach_the_towers_and_survive_the_bundle(
     build: Callable[..., Any], market_run: str, tmp_path: Any
 ) -> None:
-    run = market_run.replace("[towers]", '[towers]\nhistory_inputs = ["recency", "strength"]')
+    run = market_run.replace("[towers]", '[towers]\nhistory = {inputs = ["recency", "weight"]}')
     bundle = Recommender.load(build(run, tmp_path).bundle).bundle
     events = len(bundle.timeline.item)
-    strength = np.random.default_rng(0).integers(1, 4, events).astype(np.float32)
-    timeline = replace(bundle.timeline, strength=strength)
+    weight = np.random.default_rng(0).integers(1, 4, events).astype(np.float32)
+    timeline = replace(bundle.timeline, event_weight=weight)
     with torch.no_grad():
-        for table in ("recency", "strength"):
+        for table in ("recency", "weight"):
             getattr(bundle.model.user_tower.history.inputs, table).weight[1:].normal_()
     told = Recommender(replace(bundle, timeline=timeline))
     users = np.arange(1, bundle.users.size)
     queries = told.queries(users)
-    assert queries.elapsed is not None and queries.strength is not None
+    assert queries.elapsed is not None and queries.event_weight is not None
     at = np.concatenate([np.arange(*timeline.user_offsets[u : u + 2])[-50:] for u in users])
     seconds = (bundle.cutoff - timeline.time[at]) / 1_000_000
     np.testing.assert_array_equal(queries.elapsed, seconds)
-    np.testing.assert_array_equal(queries.strength, strength[at])
+    np.testing.assert_array_equal(queries.event_weight, weight[at])
     again = Recommender.load(
         bundles.save(told.bundle, tmp_path / "again", rules=IndexRules(kind="exact"))
     )

@@ -200,7 +200,7 @@ def _quiet(run: str, folder: Path, *more: str) -> Any:
     return loads(f'out = "{folder.as_posix()}"\n{run}\n{lines}\n')
 
 
-@pytest.mark.parametrize("towers", ["", "neighbours = 9\nlookalikes = 3\n"])
+@pytest.mark.parametrize("towers", ["", "cooccurrence_neighbours = 9\ntext_neighbours = 3\n"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_towers(
     towers: str, market_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,9 +307,9 @@ def test_a_table_that_came_or_went_is_named_when_a_run_is_to_go_on(
     from recsys.experiments.run import train
 
     def config(*options: str) -> Any:
-        return _quiet(market_run, tmp_path, "[training]", 'objective = "margin_softmax"', *options)
+        return _quiet(market_run, tmp_path, "[training.id_init]", *options)
 
-    bare, more = config(), config("[training.objective_options]", "margin = 0.25")
+    bare, more = config('kind = "random"'), config('kind = "spectral"', "powers = [0.5, 0.5, 0.0]")
     for then, now, said in ((bare, more, "not set, and now it is 0.25"),
                             (more, bare, "0.25, and now it is not set")):  # fmt: skip
         (tmp_path / "run.toml").write_text(dump(then))

@@ -128,7 +128,9 @@ def test_sequences_ask_at_every_position_for_what_comes_next(
             found.append(example)
             match = [
                 w for w in wanted
-                if all(w[k] == example[k] for k in w if k not in ("known", "elapsed", "event_weight"))
+                if all(
+                    w[k] == example[k] for k in w if k not in ("known", "elapsed", "event_weight")
+                )
             ]  # fmt: skip
             assert any(w["known"] & items - {w["target"]} == example["known"] for w in match)
     for example in wanted + found:
@@ -165,7 +167,8 @@ def test_by_user_every_item_is_asked_for_and_a_part_of_them_is_history(
     events = world(total, seed)
     log = log_of(events)
     batches = Batches(
-        events, sampler="by_user", batch_size=size, max_history=most, history_dropout=0.3, seed=seed,
+        events, sampler="by_user", batch_size=size, max_history=most,
+        history_dropout=0.3, seed=seed,
         elapsed=True, event_weight=True,
     )  # fmt: skip
     asked: dict[int, list[int]] = {}

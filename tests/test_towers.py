@@ -281,7 +281,8 @@ def test_an_item_of_which_nothing_is_known_has_a_gradient_with_bounds() -> None:
 def test_half_precision_works_with_and_without_ids(item_id: bool, pooling: str) -> None:
     items = FeatureTable(N_ITEMS, text=torch.eye(N_ITEMS))
     model = TwoTower(
-        TowerRules(dimension=8, id_dropout=0.2 if item_id else 1, history=pooling), items, FeatureTable(4),
+        TowerRules(dimension=8, id_dropout=0.2 if item_id else 1, history=pooling), items,
+        FeatureTable(4),
         items.spec(N_ITEMS if item_id else 0, {}), FeatureSpec(),
     )  # fmt: skip
     with torch.autocast("cpu", dtype=torch.bfloat16):

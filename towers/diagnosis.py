@@ -185,7 +185,7 @@ class Measured:
     Args:
         items: how many may be answered.
         dimension: D of the vectors, without a bias.
-        score: "cosine", "dot", "projection" or "cosine_bias".
+        score: "cosine", "dot" or "projection".
         item_rank, user_rank: effective ranks.
         item_cosine, user_cosine: mean cosine of two different ones.
         item_uniformity, user_uniformity: see `uniformity`.
@@ -291,7 +291,7 @@ def _temperature(found: Measured) -> Iterator[Finding]:
             f"The learned temperature is {value:.4f}, its lower bound is {SHARPEST}.",
             "Scores could not be told apart otherwise, often because liked items stand among the "
             "negatives or positives are learned by heart; only the hardest negative pushes now.",
-            "Fix it: learn_temperature = false and temperature = 0.1; mask with known = 'all'.",
+            "Fix it: temperature = 0.1.",
         )
     elif found.temperature_learned and value >= 0.95 * FLATTEST:
         yield Finding(
@@ -299,7 +299,7 @@ def _temperature(found: Measured) -> Iterator[Finding]:
             f"The learned temperature is {value:.3f}, its upper bound is {FLATTEST}.",
             "Being unsure costs the loss least: the towers do not find who chooses what, or the "
             "learning rate blew the temperature up before they could.",
-            "Fix it: learn_temperature = false and temperature = 0.1; then look at the data.",
+            "Fix it: temperature = 0.1; then look at the data.",
         )
     elif found.score not in LENGTH_SCORES and 2 / value < math.log(max(found.items, 2)):
         yield Finding(
@@ -349,7 +349,7 @@ def _overfit(found: Measured) -> Iterator[Finding]:
             "The id vectors learned single events by heart: the log is small for so many "
             "dimensions, or training went on for too long.",
             "Raise id_dropout, lower dimension or table_learning_rate, stop earlier; with little "
-            "data set item_id = false where there is content.",
+            "data set id_dropout = 1 where there is content.",
         )
 
 

@@ -44,6 +44,10 @@ def of_kind(default: str) -> BeforeValidator:
     return BeforeValidator(fill)
 
 
+AS_TUPLE = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+"""`of_kind` takes a section from JSON, whose lists are tuples, to Python, whose lists are not."""
+
+
 # ---------------------------------------------------------------------------------- [towers]
 
 
@@ -71,7 +75,7 @@ class NoHistory(Strict):
 class _History(Strict):
     length: int = Field(50, ge=1)
     """Newest items read."""
-    inputs: tuple[Literal["recency", "weight"], ...] = ()
+    inputs: Annotated[tuple[Literal["recency", "weight"], ...], AS_TUPLE] = ()
     """What is read of a history's events beside the items: how long ago, and the event's weight
     (its strength, such as a dwell time)."""
     table: Literal["shared", "offset", "own"] = "shared"
@@ -307,7 +311,7 @@ class SpectralInit(Strict):
     """[training.id_init] kind = "spectral": leading singular vectors of who had what (for sets)."""
 
     kind: Literal["spectral"] = "spectral"
-    powers: tuple[Power, Power, Power] = (0.5, 0.5, 0.0)
+    powers: Annotated[tuple[Power, Power, Power], AS_TUPLE] = (0.5, 0.5, 0.0)
     """[a, b, c]. An event weighs (events of its user)^-a · (events of its item)^-b in the
     decomposition, and a direction (its singular value)^c in the score. [.5, .5, 0] is the usual
     low-pass filter; a smaller a lets those who did more say more, a larger c trusts the leading

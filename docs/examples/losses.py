@@ -21,7 +21,9 @@ NOWHERE = 1e6
 
 
 def psl(logits: BatchLogits) -> Tensor:
-    """Pairwise softmax loss (Yang et al., NeurIPS 2024): log Σ w (1 + tanh d)^{1/τ}, d = (s⁻ - s⁺)/2.
+    """Pairwise softmax loss (Yang et al., NeurIPS 2024).
+
+    log Σ w (1 + tanh d)^{1/τ} with d = (s⁻ - s⁺)/2.
 
     For cosines d is in [-1, 1], where the surrogate lies between the step and exp: a tighter bound
     of DCG, and no pair outweighs all others.
