@@ -310,10 +310,10 @@ def test_a_table_that_came_or_went_is_named_when_a_run_is_to_go_on(
         return _quiet(market_run, tmp_path, "[training.id_init]", *options)
 
     bare, more = config('kind = "random"'), config('kind = "spectral"', "powers = [0.5, 0.5, 0.0]")
-    for then, now, said in ((bare, more, "not set, and now it is 0.25"),
-                            (more, bare, "0.25, and now it is not set")):  # fmt: skip
+    for then, now, message in ((bare, more, "'random', and now it is 'spectral'"),
+                               (more, bare, "'spectral', and now it is 'random'")):  # fmt: skip
         (tmp_path / "run.toml").write_text(dump(then))
-        with pytest.raises(ConfigError, match=f"training.objective_options.margin = {said}"):
+        with pytest.raises(ConfigError, match=f"training.id_init.kind = {message}"):
             train(now, resume=tmp_path)
 
 

@@ -361,7 +361,7 @@ def shops(shop_run: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
         torch.set_num_threads(1)
         toml = shop_run.replace("[text]\nepochs = 1\n", f"[text]\ndimension = 16\n{text}\n")
-        more = "refit = false\npatience = 9\ntext_learning_rate = 0.01\nwarmup_steps = 0"
+        more = "refit = false\npatience = 9\ntext_learning_rate = 0.01"
         toml = toml.replace("batch_size = 256", f"batch_size = 256\n{more}")
         folder = tmp_path_factory.mktemp("texts")
         config = loads(f'out = "{folder.as_posix()}"\n{toml}')

@@ -272,9 +272,9 @@ def test_elapsed_and_strength_by_hand() -> None:
     timeline = Timeline.build(
         np.array([1, 0, 1, 1]), np.array([2, 3, 4, 5]), np.array([9, 1, 3, 5]) * second,
         n_users=2, first_seen=np.zeros(6, np.int64),
-        strength=np.array([0.5, 1, 2, 3], np.float32),
+        event_weight=np.array([0.5, 1, 2, 3], np.float32),
     )  # fmt: skip
-    assert timeline.strength is not None and timeline.strength.tolist() == [1, 2, 3, 0.5]
+    assert timeline.event_weight is not None and timeline.event_weight.tolist() == [1, 2, 3, 0.5]
     both = np.array([1, 0])
     elapsed, strength = timeline.beside_histories(both, np.array([9, 2]) * second)
     assert elapsed is not None and elapsed.tolist() == [6, 4, 1]
@@ -284,18 +284,18 @@ def test_elapsed_and_strength_by_hand() -> None:
     assert strength is not None and strength.tolist() == [3, 0.5, 1]
     assert timeline.beside_histories(both)[0] is None  # nobody says when it is asked
     part = timeline.select(np.array([True, False, True, True]))
-    assert part.strength is not None and part.strength.tolist() == [1, 3, 0.5]
+    assert part.event_weight is not None and part.event_weight.tolist() == [1, 3, 0.5]
     longer = [
         timeline.extended(
             np.array([1, 0]), np.array([1, 1]), np.array([4, 8]) * second, n_users=2,
-            first_seen=np.zeros(6), exists_from=np.zeros(6), strength=later,
-        ).strength
+            first_seen=np.zeros(6), exists_from=np.zeros(6), event_weight=later,
+        ).event_weight
         for later in (np.array([7, 8]), None)
     ]  # fmt: skip
     assert longer[0] is not None and longer[0].tolist() == [1, 8, 2, 7, 3, 0.5]
     assert longer[1] is not None
     np.testing.assert_array_equal(longer[1], [1, np.nan, 2, np.nan, 3, 0.5])
-    untimed = replace(timeline, timed=False, strength=None)
+    untimed = replace(timeline, timed=False, event_weight=None)
     assert untimed.beside_histories(both, np.array([9, 2])) == (None, None)
 
 
