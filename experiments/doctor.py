@@ -163,11 +163,13 @@ def _measure(
         """First answers, whatever was seen, and recall of the last choices."""
         index = ExactIndex(np.ascontiguousarray(vectors[rows]))
         asked = Recommender(replace(bundle, vectors=vectors, index=index))
-        first, _ = asked.recommend_rows(queries, depth, drop_seen=False)
+        first = asked.recommend_rows(queries, depth, drop_seen=False, fallback=False)[0]
         judged = np.flatnonzero(fresh)
         if not len(judged):
             return first, None
-        found, _ = asked.recommend_rows(queries.take(judged), k, drop_seen=drop_seen)
+        found = asked.recommend_rows(queries.take(judged), k, drop_seen=drop_seen, fallback=False)[
+            0
+        ]
         return first, float((found == chosen[judged][:, None]).any(1).mean())
 
     first, recall = answers(bundle.vectors)

@@ -1,6 +1,6 @@
 """Nearest items: the `Index` protocol, and exact search, which is its oracle.
 
-Legend: Q queries, K interests of each, N rows of the index, D dimensions, k answers.
+Legend: Q queries, N rows of the index, D dimensions, k answers.
 The score is always the inner product of stored vectors.
 """
 
@@ -24,8 +24,6 @@ GATHERED = 0.25
 """A filter that keeps less than this share of the rows has their vectors laid together first; for
 more, leaving out of all the products is cheaper (1M × 64, one thread: .3 kept 83 → 18 ms, .9 kept
 178 → 17 ms)."""
-MERGED_AT_ONCE = 1 << 22
-"""Answers of single interests that are merged at once."""
 ACCELERATOR_BLOCKS = 16
 """Blocks of an accelerator are larger by this factor."""
 LARGEST = 1e15
@@ -135,78 +133,9 @@ def _check_values(values: np.ndarray, what: str) -> None:
     raise QueryError(f"{what} {row} of {len(values)} holds NaN or infinity.")
 
 
-def search_interests(
-    index: Index,
-    users: np.ndarray,
-    k: int,
-    *,
-    allowed: np.ndarray | None = None,
-    exclude: Ragged | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Best rows of users with one vector or several, where the nearest interest scores a row.
-
-    Each interest is asked for its own k best. Nothing more is needed: a row that is not among them
-    has k rows before it which score as well with that interest, and so at least as well merged;
-    and the k rows of any one interest are distinct, so that merged ones are never too few.
-
-    Args:
-        index: what is searched.
-        users: (Q, D) or (Q, K, D) float32, finite.
-        k, allowed, exclude: as for `Index.search`.
-
-    Returns:
-        rows (Q, k) int64, distinct and padded with -1, scores (Q, k) float32 padded with -inf;
-        best first, ties by the smaller row as far as the index keeps to that.
-
-    Raises:
-        QueryError: as `Index.search`.
-    """
-    if users.ndim != 3:
-        return index.search(users, k, allowed=allowed, exclude=exclude)
-    queries, interests, dimension = users.shape
-    check_queries(users.reshape(-1, dimension), index.dimension, k)
-    check_filters(allowed, exclude, index.size, queries)
-    rows = np.full((queries, k), -1, np.int64)
-    scores = np.full((queries, k), -np.inf, np.float32)
-    step = max(1, MERGED_AT_ONCE // (interests * k))
-    for start in range(0, queries, step):
-        block = np.arange(start, min(start + step, queries))
-        found, score = index.search(
-            users[block].reshape(-1, dimension),
-            k,
-            allowed=allowed,
-            exclude=None if exclude is None else exclude.take(np.repeat(block, interests)),
-        )
-        shape = len(block), interests * k
-        rows[block], scores[block] = merged(found.reshape(shape), score.reshape(shape), k)
-    return rows, scores
-
-
-def merged(rows: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best distinct rows of (b, K·k) with repeats, each by its best score."""
-    order = np.lexsort((-scores, rows), axis=1)
-    rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
-    scores[:, 1:][rows[:, 1:] == rows[:, :-1]] = -np.inf
-    # Rows ascend here, so that equal scores stay in that order.
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    rows, scores = np.take_along_axis(rows, best, 1), np.take_along_axis(scores, best, 1)
-    rows[np.isneginf(scores)] = -1
-    return rows, scores
-
-
-def best_scores(users: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """Scores of pairs, as `search_interests` gives them.
-
-    Args:
-        users: (P, D), or (P, K, D) of which the nearest interest counts.
-        vectors: (P, D).
-
-    Returns:
-        (P,).
-    """
-    if users.ndim == 2:
-        return np.einsum("pd,pd->p", users, vectors)
-    return np.einsum("pkd,pd->pk", users, vectors).max(axis=1, initial=-np.inf)
+def pair_scores(users: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """(P,) inner products of pairs of (P, D) vectors."""
+    return np.einsum("pd,pd->p", users, vectors)
 
 
 class ExactIndex:

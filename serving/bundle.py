@@ -183,7 +183,7 @@ def save(
         neighbours = None
         if rules.neighbours:
             neighbours = write_neighbours(
-                folder, bundle.index, indexed, model.rules.score, rules.neighbours, seed=seed
+                folder, bundle.index, indexed, rules.neighbours, seed=seed
             )
         for file in folder.glob("*.safetensors"):
             os.chmod(file, 0o666 & folder.stat().st_mode)  # safetensors gives 0600

@@ -1,4 +1,4 @@
-"""Candidates for many users into one Parquet file, in parts that survive a stop.
+"""Batch candidate generation into one Parquet file, in parts that survive a stop.
 
 Legend: Q queries of a part, k answers.
 """
@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -18,8 +19,12 @@ from recsys.errors import ConfigError, DataError
 from recsys.features.batching.batch import Queries
 from recsys.files import atomic_write, sha256_bytes, write_json
 from recsys.ragged import Ragged
-from recsys.serving.recommender import Recommender
+from recsys.serving.engine.engine import Engine
+from recsys.serving.engine.resolve import NOTHING_KNOWN, unknown_user
 from recsys.serving.user_lists import People, read_people
+
+if TYPE_CHECKING:
+    from recsys.serving.recommender import Recommender
 
 PART = 8192
 """Users of one part: the most that a stop can cost."""
@@ -70,7 +75,7 @@ def write_candidates(
             rows of `user`, `item` in order; for new users too. Not together with `users`.
         drop_seen: leave out what each user had.
         exact: search every item, not the index.
-        progress: told how many users are done, and of how many.
+        progress: is given how many users are done, and of how many.
 
     Raises:
         ConfigError: both `users` and `histories`, k below 1, or `out` is a folder.
@@ -91,7 +96,9 @@ def write_candidates(
     progress(resumed, total)
     for start in range(resumed, total, step):
         rows = np.arange(start, min(start + step, total))
-        frame = _answer(recommender, people.take(rows), k, drop_seen, exact)
+        part = people.take(rows)
+        frame = candidate_frame(recommender.engine, part, k, drop_seen=drop_seen, exact=exact)
+        frame = frame.drop("fallback")
         with atomic_write(parts / f"{start:012d}.parquet") as temporary:
             frame.write_parquet(
                 temporary, compression="zstd", compression_level=1, statistics=False
@@ -120,23 +127,37 @@ def _people(
     return people
 
 
-def _answer(
-    recommender: Recommender, people: People, k: int, drop_seen: bool, exact: bool
+def candidate_frame(
+    engine: Engine, people: People, k: int, *, drop_seen: bool = True, exact: bool = False
 ) -> pl.DataFrame:
+    """The best k items of each user: user, item, rank (1 is the best), score, fallback.
+
+    Args:
+        engine: answers.
+        people: users, perhaps with histories.
+        k: answers a user; fewer where there are fewer items.
+        drop_seen: leave out what each user had.
+        exact: search every item, not the index.
+    """
     if people.history is None:
-        queries = recommender.queries(people.rows)
+        queries = engine.inputs.queries(people.rows)
     else:
         queries = Queries(people.rows, people.history)
-    rows, scores, _ = recommender.answer_rows(queries, k, exact=exact, drop_seen=drop_seen)
+    rows, scores, popular = engine.recommend_rows(queries, k, exact=exact, drop_seen=drop_seen)
     found = rows >= 0
     user = np.repeat(np.arange(len(people.ids)), found.sum(1))
     rank = np.broadcast_to(np.arange(1, rows.shape[1] + 1, dtype=np.int32), rows.shape)[found]
+    notes: list[str | None] = [None] * len(people.ids)
+    for number in np.flatnonzero(popular).tolist():
+        known = [] if people.rows[number] else [unknown_user(people.ids[number])]
+        notes[number] = "; ".join([*known, NOTHING_KNOWN])
     return pl.DataFrame(
         {
             "user": people.ids.gather(user),
-            "item": recommender.bundle.items.decode(rows[found]),
+            "item": engine.model.bundle.items.decode(rows[found]),
             "rank": rank,
             "score": scores[found],
+            "fallback": pl.Series(notes, dtype=pl.String).gather(user),
         }
     )
 
@@ -144,10 +165,10 @@ def _answer(
 def _digest(
     recommender: Recommender, people: People, k: int, drop_seen: bool, exact: bool, step: int
 ) -> str:
-    asked = (step, k, drop_seen, exact, recommender.bundle.manifest["content"])
+    about = (step, k, drop_seen, exact, recommender.bundle.manifest["content"])
     history = Ragged.empty(0) if people.history is None else people.history
     return sha256_bytes(
-        repr(asked).encode(),
+        repr(about).encode(),
         "\0".join(people.ids.to_list()).encode(),
         history.offsets.tobytes(),
         history.values.tobytes(),

@@ -3,7 +3,7 @@
 An export is a folder that is whole or absent, with an `export.json` that says how to search it. The
 score is the inner product of the vectors as they stand there, whatever the towers were trained by.
 
-Legend: n items of the index, D dimensions of the stored vector, K interests of a user.
+Legend: n items of the index, D dimensions of the stored vector.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def export(
         out: folder; an earlier export there is replaced, anything else is refused.
         format: "parquet" (items.parquet), "faiss" (items.faiss beside items.parquet) or "qdrant"
             (bodies of its REST calls, and upload.sh that sends them).
-        users: user vectors as of the cut-off too, one a user and interest.
+        users: user vectors as of the cut-off too, one a user.
         graph: FAISS as HNSW rather than exact.
         progress: told how many rows are done, and of how many.
 
@@ -95,17 +95,17 @@ def export(
     total = sum(table.rows for table in tables)
     done = 0
 
-    def told(frames: Iterator[pl.DataFrame], interests: int) -> Iterator[pl.DataFrame]:
+    def counted(frames: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
         nonlocal done
         for frame in frames:
             yield frame
-            done += len(frame) // interests
+            done += len(frame)
             progress(min(done, total), total)
 
     with atomic_folder(out) as folder:
         facts: dict[str, Any] = {}
         for table in tables:
-            table.frames = told(table.frames, table.interests)
+            table.frames = counted(table.frames)
             facts |= WRITERS[format](folder, table, recommender, graph)
         counts = {table.name: table.rows - table.left_out for table in tables}
         left_out = sum(table.left_out for table in tables)
@@ -118,7 +118,7 @@ def export(
 
 @dataclass
 class _Table:
-    """Frames of `row`, the id under the singular name, `vector`, and fields or the interest.
+    """Frames of `row`, the id under the singular name, `vector`, and fields.
 
     `left_out` is known when the frames have run out.
     """
@@ -127,7 +127,6 @@ class _Table:
     rows: int
     frames: Iterator[pl.DataFrame]
     schema: pl.Schema
-    interests: int = 1
     left_out: int = 0
 
     @property
@@ -158,32 +157,27 @@ def _items(recommender: Recommender) -> _Table:
 
 def _users(recommender: Recommender) -> _Table:
     bundle = recommender.bundle
-    shape = bundle.model.user_shape
-    interests = 1 if len(shape) == 1 else shape[0]
     rows = np.arange(1, bundle.users.size)
-    vector = _vector_type(shape[-1])
-    schema = pl.Schema(
-        [("row", pl.Int64()), ("user", pl.String()), ("interest", pl.Int32()), ("vector", vector)]
-    )
+    vector = _vector_type(bundle.model.vector_dimension)
+    schema = pl.Schema([("row", pl.Int64()), ("user", pl.String()), ("vector", vector)])
 
     def frames() -> Iterator[pl.DataFrame]:
         for part in _parts(rows):
-            known = part[~recommender.nothing_known(recommender.queries(part))]
+            known = part[~recommender.engine.nothing_known(recommender.queries(part))]
             table.left_out += len(part) - len(known)
             vectors = encode_users(
                 bundle.model, recommender.queries(known), bundle.timeline, bundle.cutoff
             )
             yield pl.DataFrame(
                 {
-                    "row": np.repeat(known, interests),
-                    "user": bundle.users.decode(np.repeat(known, interests)),
-                    "interest": np.tile(np.arange(interests, dtype=np.int32), len(known)),
-                    "vector": pl.Series(vectors.reshape(-1, shape[-1])),
+                    "row": known,
+                    "user": bundle.users.decode(known),
+                    "vector": pl.Series(vectors),
                 },
                 schema=schema,
             )
 
-    table = _Table("users", len(rows), frames(), schema, interests)
+    table = _Table("users", len(rows), frames(), schema)
     return table
 
 
@@ -313,9 +307,8 @@ def _qdrant(folder: Path, table: _Table, recommender: Recommender, graph: bool) 
 
 def _points(frame: pl.DataFrame, id: str, payload: list[str]) -> pl.DataFrame:
     """One row an upload; what it says becomes one line of JSON."""
-    names = frame[id] + "#" + frame["interest"].cast(pl.String) if id == "user" else frame[id]
     # The one loop over rows: there is no SHA-1 over a column (2 µs an id).
-    points = pl.Series("id", [str(uuid.uuid5(NAMESPACE, f"{id}:{name}")) for name in names])
+    points = pl.Series("id", [str(uuid.uuid5(NAMESPACE, f"{id}:{name}")) for name in frame[id]])
     fields = [_said(pl.col(name), frame.schema[name]) for name in payload]
     return (
         # What the catalogue itself calls "id" stays what it is there.
@@ -400,8 +393,6 @@ def _write_about(
 ) -> None:
     bundle = recommender.bundle
     search = "Rank by the inner product, largest first; a user's vector is the query."
-    if len(bundle.model.user_shape) > 1:
-        search += " A user has a vector an interest: ask with each and keep an item's best score."
     write_json(
         folder / ABOUT,
         {

@@ -104,26 +104,8 @@ def _table(
     return arrays[0].view(np.ndarray), arrays[1].view(np.ndarray)
 
 
-def likeness(vectors: np.ndarray, score: str) -> np.ndarray:
-    """What an item's stored vector asks the index for items like it.
-
-    Likeness is of direction; a bias says how popular an item is, not how alike.
-
-    Args:
-        vectors: (b, D) stored vectors.
-        score: by which the towers were trained.
-
-    Returns:
-        (b, D), a copy.
-    """
-    queries = np.array(vectors, np.float32, order="C")
-    if score == "cosine_bias":
-        queries[:, -1] = 0.0
-    return queries
-
-
 def write_neighbours(
-    folder: Path, index: Index, vectors: np.ndarray, score: str, k: int, *, seed: int = 0
+    folder: Path, index: Index, vectors: np.ndarray, k: int, *, seed: int = 0
 ) -> dict[str, Any] | None:
     """Find the neighbours of all items and write them into a bundle's folder.
 
@@ -134,7 +116,6 @@ def write_neighbours(
         folder: of the bundle that is being made.
         index: over `vectors`.
         vectors: (n, D) float32 stored vectors of the indexed items.
-        score: by which the towers were trained.
         k: neighbours of each item, K.
         seed: of the sample.
 
@@ -148,13 +129,13 @@ def write_neighbours(
     if not n:
         return None
     sample = np.sort(np.random.default_rng(seed).permutation(n)[:SAMPLE])
-    exact = _best(ExactIndex(vectors), vectors, sample, k, score)[1]
-    index, breadth = _broad_enough(index, vectors, sample, k, score, exact)
+    exact = _best(ExactIndex(vectors), vectors, sample, k)[1]
+    index, breadth = _broad_enough(index, vectors, sample, k, exact)
     rows = open_memmap(folder / ROWS, "w+", np.int32, (n, k))
     scores = open_memmap(folder / SCORES, "w+", np.float32, (n, k))
     for start in range(0, n, AT_ONCE):
         part = slice(start, min(start + AT_ONCE, n))
-        rows[part], scores[part] = _best(index, vectors, np.arange(n)[part], k, score)
+        rows[part], scores[part] = _best(index, vectors, np.arange(n)[part], k)
     if k > FIRST:
         np.save(folder / FIRST_ROWS, np.ascontiguousarray(rows[:, :FIRST]))
         np.save(folder / FIRST_SCORES, np.ascontiguousarray(scores[:, :FIRST]))
@@ -180,7 +161,7 @@ def write_neighbours(
 
 
 def _broad_enough(
-    index: Index, vectors: np.ndarray, sample: np.ndarray, k: int, score: str, exact: np.ndarray
+    index: Index, vectors: np.ndarray, sample: np.ndarray, k: int, exact: np.ndarray
 ) -> tuple[Index, int | None]:
     """The index, searching so broadly that the sample is well answered; None: exactly."""
     if not isinstance(index, HnswIndex):
@@ -190,17 +171,17 @@ def _broad_enough(
         broad = index.with_breadth(breadth)
         if breadth > index.rules.exact_breadth * index.size:
             return broad, None  # the planner takes the exact product
-        found = _best(broad, vectors, sample, k, score)[1]
+        found = _best(broad, vectors, sample, k)[1]
         if min(_recalls(found, exact, vectors, sample)) >= LEAST_RECALL or breadth >= BROADEST:
             return broad, breadth
         breadth = min(2 * breadth, BROADEST)
 
 
 def _best(
-    index: Index, vectors: np.ndarray, part: np.ndarray, k: int, score: str
+    index: Index, vectors: np.ndarray, part: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(b, k) best positions of each item of `part` but itself, and their scores."""
-    rows, scores = index.search(likeness(vectors[part], score), k + 1)
+    rows, scores = index.search(np.array(vectors[part], np.float32, order="C"), k + 1)
     # Itself is nearly always among them, though not always first: equals by the smaller row.
     keep = rows != part[:, None]
     keep[keep.all(1), -1] = False

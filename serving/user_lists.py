@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 
-from recsys.errors import DataError, nearest
+from recsys.errors import DataError, QueryError, nearest
 from recsys.features.readers.read import scan
 from recsys.ragged import Ragged
 from recsys.serving.bundle import Bundle
@@ -79,7 +80,56 @@ def read_people(path: str | Path, bundle: Bundle, *, histories: bool) -> People:
         DataError: the file or a column is missing, a user is null or empty, or one user has two
             histories.
     """
-    frame = scan(str(path))[0].collect()
+    return _people(scan(str(path))[0].collect(), bundle, path, histories=histories)
+
+
+def users_of(users: Any, bundle: Bundle) -> People:
+    """Users from ids or from a frame, with histories where it has them.
+
+    Args:
+        users: ids, or a Polars or pandas frame with `user`, perhaps with `history` or `item`.
+        bundle: knows the ids.
+
+    Raises:
+        QueryError: one text where many are meant, or an id that is no text.
+        DataError: as `read_people`.
+    """
+    if isinstance(users, str):
+        raise QueryError(f"`users` are many; {users!r} is one. Say user={users!r}, or give a list.")
+    if isinstance(users, pl.DataFrame) or hasattr(users, "columns"):
+        frame = as_frame(users)
+        histories = "history" in frame.columns or "item" in frame.columns
+        return _people(frame, bundle, "the frame of users", histories=histories)
+    listed = list(users)
+    for one in listed:
+        if not isinstance(one, str):
+            raise QueryError(f"{one!r} among `users` is a {type(one).__name__}, and ids are text.")
+    frame = pl.DataFrame({"user": pl.Series(listed, dtype=pl.String)})
+    return _people(frame, bundle, "the list of users", histories=False)
+
+
+def as_frame(table: Any) -> pl.DataFrame:
+    """A Polars frame of a Polars or pandas frame, or of a file.
+
+    Raises:
+        DataError: it is none of these, or cannot be read.
+    """
+    if isinstance(table, pl.DataFrame):
+        return table
+    if isinstance(table, pl.LazyFrame):
+        return table.collect()
+    if isinstance(table, str | Path):
+        return scan(str(table))[0].collect()
+    if hasattr(table, "columns") and hasattr(table, "to_numpy"):
+        frame: pl.DataFrame = pl.from_pandas(table)
+        return frame
+    raise DataError(
+        f"A table is a Polars or pandas frame, or the path of a file; this is a "
+        f"{type(table).__name__}."
+    )
+
+
+def _people(frame: pl.DataFrame, bundle: Bundle, path: str | Path, *, histories: bool) -> People:
     need(frame, "user", path)
     frame = frame.with_columns(pl.col("user").cast(pl.String))
     bad = frame["user"].is_null() | (frame["user"] == "")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import recsys.search
 from recsys.errors import QueryError
 from recsys.ragged import Ragged
-from recsys.search import ExactIndex, Index, best_scores, search_interests, top_k
+from recsys.search import ExactIndex, Index, pair_scores, search_interests, top_k
 from recsys.serving.index import HnswIndex, IndexRules
 
 
@@ -174,7 +174,7 @@ def test_several_interests_are_the_best_of_their_score_matrices(data: st.DataObj
     np.testing.assert_array_equal(found[0], rows)
     np.testing.assert_array_equal(found[1], wanted)
     flat = np.nonzero(rows >= 0)
-    pairs = best_scores(users[flat[0]], vectors[rows[flat]])
+    pairs = pair_scores(users[flat[0]], vectors[rows[flat]])
     np.testing.assert_array_equal(pairs, wanted[flat])
 
 
@@ -210,7 +210,7 @@ def test_one_vector_a_user_is_plain_search_and_wrong_shapes_are_refused() -> Non
     ):
         np.testing.assert_array_equal(found, wanted)
     np.testing.assert_allclose(
-        best_scores(vectors[:4], vectors[4:8]), (vectors[:4] * vectors[4:8]).sum(1), rtol=1e-5
+        pair_scores(vectors[:4], vectors[4:8]), (vectors[:4] * vectors[4:8]).sum(1), rtol=1e-5
     )
     with pytest.raises(QueryError, match="4 queries"):
         search_interests(index, np.ones((4, 2, 3), np.float32), 5, exclude=Ragged.empty(8))

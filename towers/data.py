@@ -22,7 +22,7 @@ from recsys.features.prepared.dataset import Dataset
 from recsys.features.prepared.timeline import Timeline
 from recsys.metrics import auc
 from recsys.ragged import Ragged
-from recsys.search import best_scores
+from recsys.search import pair_scores
 from recsys.split import duration
 from recsys.tables import Side
 from recsys.towers.encode import encode_items, encode_users
@@ -104,7 +104,7 @@ class ShownLists:
             rows, place = np.unique(items.values, return_inverse=True)
             vectors = encode_items(model, rows.astype(np.int64), self.timeline, moment)
             start, end = self.items.offsets[low], self.items.offsets[high]
-            scores[start:end] = best_scores(users[items.row_of()], vectors[place.reshape(-1)])
+            scores[start:end] = pair_scores(users[items.row_of()], vectors[place.reshape(-1)])
         return auc(scores, self.clicked, self.items.offsets)
 
 

@@ -212,11 +212,6 @@ class TwoTower(nn.Module):
         """
         return self.rules.dimension + (self.item_spec.text if self.rules.text_share else 0)
 
-    @property
-    def user_shape(self) -> tuple[int, ...]:
-        """Of what is stored of a user."""
-        return (self.vector_dimension,)
-
     def item_texts(self) -> Tensor | None:
         """(N, T) text vectors of all item rows as the towers stand now; None without text."""
         if self.texts is None:

@@ -146,12 +146,14 @@ def rank(
             seen = at[MODEL].seen(part) if rules.drop_seen else None
             for name, one in at.items():
                 asked = part if name == MODEL else _by_itself(one, part)
-                store[name][to] = one.recommend_rows(
-                    asked, k, exact=True, drop_seen=rules.drop_seen, allowed=these
+                # The towers answer for everybody: what they are worth is judged here, and how
+                # good the most popular items are has a row of its own.
+                found = one.recommend_rows(
+                    asked, k, exact=True, drop_seen=rules.drop_seen, allowed=these, fallback=False
                 )[0]
+                store[name][to, : found.shape[1]] = found
             for name, baseline in others.items():
-                found = baseline.search(part.history, k, allowed=these, exclude=seen)
-                store[name][to] = found[0]
+                store[name][to] = baseline.search(part.history, k, allowed=these, exclude=seen)[0]
     return Ranking(ranked, among, cold_candidates, candidates)
 
 

@@ -132,7 +132,9 @@ def index_recall(
     if len(users):
         queries = recommender.queries(users)
         exact, found = (
-            recommender.recommend_rows(queries, k, exact=exactly, drop_seen=rules.drop_seen)[0]
+            recommender.recommend_rows(
+                queries, k, exact=exactly, drop_seen=rules.drop_seen, fallback=False
+            )[0]
             for exactly in (True, False)
         )
         wanted = Ragged(np.arange(len(users) + 1) * k, exact.ravel())

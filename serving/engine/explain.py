@@ -3,7 +3,7 @@
 Everything is measured, not attributed: the item goes through its tower again with one part unknown,
 and the history through the user tower with one entry left out.
 
-Legend: R items, P parts, h history entries, K interests, D dimensions of the stored vector.
+Legend: R items, P parts, h history entries, D dimensions of the stored vector.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Explainer:
     """Explanations of one model's answers.
 
     Args:
-        served: the model.
-        askers: encodes histories.
+        model: the bundle.
+        inputs: encodes histories.
     """
 
-    def __init__(self, served: LoadedModel, askers: UserInputs) -> None:
-        self._bundle, self._askers = served.bundle, askers
-        self._model = served.bundle.model
-        said = served.bundle.manifest.get("config", {}).get("data", {}).get("catalog", {})
+    def __init__(self, model: LoadedModel, inputs: UserInputs) -> None:
+        self._bundle, self._inputs = model.bundle, inputs
+        self._model = model.bundle.model
+        said = model.bundle.manifest.get("config", {}).get("data", {}).get("catalog", {})
         names = list(said.get("numbers", ()))
         count = self._model.item_spec.numbers
         if len(names) != count:
@@ -131,27 +131,27 @@ class Explainer:
             yield "statistics", said, torch.ones(len(rows), dtype=torch.bool)
 
     def pulls(
-        self, asker: UserInput, vectors: np.ndarray, view: LiveView
+        self, user_input: UserInput, vectors: np.ndarray, view: LiveView
     ) -> list[list[dict[str, Any]]]:
         """How much lower each item's score is when an entry of the history had never been.
 
         Args:
-            asker: whose history; all variants of it go through the user tower at once.
+            user_input: whose history; all variants of it go through the user tower at once.
             vectors: (R, D) stored vectors of the items.
             view: what is live.
 
         Returns:
             For each item the entries that pulled most, strongest first: "id" and "pull".
         """
-        size = len(asker.entries)
+        size = len(user_input.entries)
         if not size:
             return [[] for _ in vectors]
         places = range(max(0, size - LEFT_OUT), size)
-        variants = [asker, *(asker.without(place) for place in places)]
-        users = self._askers.encode(variants, view).reshape(len(variants), -1, vectors.shape[1])
-        scores = np.einsum("vkd,rd->vkr", users, vectors).max(axis=1)  # (1+h, R)
+        variants = [user_input, *(user_input.without(place) for place in places)]
+        users = self._inputs.encode(variants, view)
+        scores = users @ vectors.T  # (1+h, R)
         pulls = scores[:1] - scores[1:]  # (h, R)
-        names = [self._askers.name_of(int(asker.entries[place]), view) for place in places]
+        names = [self._inputs.name_of(int(user_input.entries[place]), view) for place in places]
         return [_strongest(names, column) for column in pulls.T]
 
 

@@ -1,4 +1,4 @@
-"""A bundle made ready for questions: ids to rows in half a microsecond, ids as JSON, fields.
+"""A bundle made ready for queries: id tables, exact search, popularity, text vectors, fields.
 
 Legend: N item rows (row 0 is "nothing known"), n indexed items, K neighbours of each.
 """
@@ -8,42 +8,44 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 
+from recsys.baselines import Popularity
 from recsys.errors import QueryError
+from recsys.search import ExactIndex
 from recsys.serving import bundle as bundles
 from recsys.serving.bundle import ITEM_IDS, USER_IDS, Bundle
 from recsys.serving.id_table import IdTable
+from recsys.serving.index import HnswIndex
 from recsys.serving.manifest import Check
 from recsys.serving.neighbours import Neighbours
-from recsys.serving.recommender import Recommender
+from recsys.towers.two_tower import added
 
 MAPS = "/proc/self/maps"
 """What lies where in this process's memory."""
 
 
 class LoadedModel:
-    """A bundle made ready for questions; immutable.
+    """A bundle made ready for queries; immutable.
 
     Args:
         bundle: what is known.
         neighbours: the nearest items of every indexed one, or None.
         version: of the model; the first 12 digits of the manifest's content digest when absent.
         ids, user_ids: tables of the items and users; made here when absent.
+        as_of: microseconds as of which item statistics stand; None: the bundle's cut-off.
 
     Attributes:
-        recommender: answers from the bundle.
         position: (N,) int32 index position of each item row, -1 for those not in the index.
-        ids: item ids.
-        row_of: external id → item row; 0: unknown.
-        fragment: item row → JSON string of its id, quotes included; `b"null"` of row 0.
     """
 
     def __init__(
@@ -54,16 +56,15 @@ class LoadedModel:
         version: str | None = None,
         ids: IdTable | None = None,
         user_ids: IdTable | None = None,
+        as_of: int | None = None,
     ) -> None:
         self.bundle = bundle
-        self.recommender = Recommender(bundle)
+        self.as_of = bundle.cutoff if as_of is None else as_of
         self.neighbours = neighbours
         self.version = version or str(bundle.manifest.get("content", ""))[:12]
-        self.position = self.recommender.position
-        self.ids = IdTable.of(bundle.items.ids) if ids is None else ids
-        self.user_ids = IdTable.of(bundle.users.ids) if user_ids is None else user_ids
-        # Asked for every item of every request: a call less each.
-        self.row_of, self.fragment = self.ids.row_of, self.ids.fragment
+        self.position = np.full(bundle.items.size, -1, np.int32)
+        self.position[bundle.rows] = np.arange(len(bundle.rows), dtype=np.int32)
+        self._ids, self._user_ids = ids, user_ids
 
     @staticmethod
     def load(path: str | Path, *, verify: bool = True, begun: Check | None = None) -> LoadedModel:
@@ -86,6 +87,83 @@ class LoadedModel:
         return LoadedModel(
             bundle, Neighbours.load(path, bundle.manifest), ids=ids, user_ids=user_ids
         )
+
+    @cached_property
+    def ids(self) -> IdTable:
+        """Item ids ↔ rows."""
+        return IdTable.of(self.bundle.items.ids) if self._ids is None else self._ids
+
+    @cached_property
+    def user_ids(self) -> IdTable:
+        """User ids ↔ rows."""
+        return IdTable.of(self.bundle.users.ids) if self._user_ids is None else self._user_ids
+
+    @cached_property
+    def row_of(self) -> Callable[[str], int]:
+        """External id → item row; 0: unknown."""
+        return self.ids.row_of
+
+    @cached_property
+    def exact(self) -> ExactIndex:
+        """Exact search over what the index holds, in the same memory where that can be."""
+        index = self.bundle.index
+        if isinstance(index, HnswIndex):
+            return index.exact
+        if isinstance(index, ExactIndex):
+            return index
+        return ExactIndex(np.ascontiguousarray(self.bundle.vectors[self.bundle.rows]))
+
+    @cached_property
+    def popularity(self) -> Popularity:
+        """Counts of each item row's events, what answers when nothing is known of who asks."""
+        return Popularity(self.bundle.timeline.popularity(self.as_of))
+
+    @cached_property
+    def told_apart(self) -> int:
+        """User rows from 1 up to here, not included, have a vector or features of their own."""
+        model = self.bundle.model
+        described = any(True for _ in model.users.named_buffers())
+        return self.bundle.users.size if described else model.user_spec.ids
+
+    def text_vectors(self, texts: Sequence[str]) -> np.ndarray:
+        """(Q, D) stored vectors of items with these texts, otherwise unknown.
+
+        Raises:
+            QueryError: the bundle has no text encoder, or a text is empty or none of its words is
+                known.
+        """
+        encoder, model = self.bundle.encoder, self.bundle.model
+        if encoder is None or not model.item_spec.text:
+            raise QueryError(
+                "This bundle was trained without item text, so a text cannot be looked up. "
+                "Name text columns in [data.catalog] and train again."
+            )
+        if not all(text.strip() for text in texts):
+            raise QueryError("The text is empty; give at least a word.")
+        encoded = encoder.encode(list(texts))
+        for row in np.flatnonzero(~encoded.any(1)).tolist():
+            raise QueryError(
+                f"No word of {texts[row]!r} is known to the text encoder; try other words."
+            )
+        with torch.inference_mode():
+            vectors = torch.from_numpy(np.asarray(encoded, np.float32))
+            statistics = self._unknown_statistics
+            if statistics is not None:
+                statistics = statistics.expand(len(vectors), -1)
+            rows = torch.zeros(len(vectors), dtype=torch.int64)
+            embedded = model.embed_items(rows, statistics, vectors)
+            if model.item_spec.text_neighbours:
+                start = model.item_tower.inputs.start_of(vectors, model.items)
+                embedded = added(embedded, start)
+            return model.item_tower(embedded).float().numpy()
+
+    @cached_property
+    def _unknown_statistics(self) -> torch.Tensor | None:
+        """(1, S) statistics of an item never seen; they cost a pass over the newest events."""
+        if not self.bundle.model.uses_statistics or self.as_of is None:
+            return None
+        nothing = np.zeros(1, np.int64)
+        return torch.from_numpy(self.bundle.timeline.statistics(nothing, self.as_of))
 
     def seldom_read(self) -> list[np.ndarray]:
         """What is read to be judged and laid out when a model starts, and little of it later."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 
 from recsys.errors import QueryError
 
@@ -145,6 +146,20 @@ class Answers:
     explanations: list[dict[str, Any]] | None = None
     exact: bool = False
     first: int = 1
+
+    @property
+    def frame(self) -> pl.DataFrame:
+        """A row an answer: item, score, and the fields that were asked for."""
+        return pl.DataFrame(self.to_list(), infer_schema_length=None)
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """One object an answer: item, score and the item's fields, as the command prints them."""
+        fields = self.fields or [{}] * len(self.ids)
+        return [
+            # An item table may have a column of that name; the score is ours all the same.
+            {"item": item, "score": 0.0} | known | {"item": item, "score": round(float(score), 6)}
+            for item, score, known in zip(self.ids, self.scores, fields, strict=True)
+        ]
 
 
 __all__ = ["Answers", "CursorError", "Filter", "Kind", "Query", "UnknownItem", "Value"]

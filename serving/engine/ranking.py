@@ -1,6 +1,6 @@
-"""The next page of a question: everything that may be answered, ranked exactly, cut once.
+"""Pages of a query: everything that may be answered, ranked exactly, cut once.
 
-Legend: T places that may be answered, D dimensions of the stored vector, K interests.
+Legend: T places that may be answered, D dimensions of the stored vector.
 """
 
 from __future__ import annotations
@@ -26,88 +26,90 @@ class Ranking:
     """Pages of one model.
 
     Args:
-        served: the model.
+        model: the bundle.
         popular: what answers where nobody is known.
     """
 
-    def __init__(self, served: LoadedModel, popular: Popular) -> None:
-        self._served, self._popular = served, popular
+    def __init__(self, model: LoadedModel, popular: Popular) -> None:
+        self._model, self._popular = model, popular
 
     @cached_property
     def _longest(self) -> float:
-        vectors = self._served.recommender.exact.vectors
+        vectors = self._model.exact.vectors
         return max(
             (_longest(vectors[s : s + AT_ONCE]) for s in range(0, len(vectors), AT_ONCE)),
             default=0.0,
         )
 
     def page(
-        self, question: ResolvedQuery, stock: CatalogSnapshot
+        self, query: ResolvedQuery, snapshot: CatalogSnapshot
     ) -> tuple[np.ndarray, np.ndarray, bool, str | None]:
         """Places and scores of the page, that it is exact, and the cursor of the next one.
 
         Live items that were put after the first page was given are not shown: one that changed
         would stand on two pages, or on none.
         """
-        cursor, choice, vectors = question.cursor, question.choice, question.vectors
-        extra = np.flatnonzero(choice.extra)
-        newest = stock.newest if cursor is None else cursor.generation
-        extra = extra[stock.since[extra] <= newest] + stock.n
+        cursor, allowed, vectors = query.cursor, query.allowed, query.vectors
+        extra = np.flatnonzero(allowed.extra)
+        newest = snapshot.newest if cursor is None else cursor.generation
+        extra = extra[snapshot.since[extra] <= newest] + snapshot.n
         places = None
-        if choice.given is not None or choice.count * 4 < stock.n:
-            places = np.concatenate([choice.positions if choice.count else extra[:0], extra])
+        if allowed.given is not None or allowed.count * 4 < snapshot.n:
+            places = np.concatenate([allowed.positions if allowed.count else extra[:0], extra])
         if vectors is None:
-            scores, slack = self._counts(places, stock), 0.0
+            scores, slack = self._counts(places, snapshot), 0.0
         else:
-            scores, slack = self._products(places, vectors, stock)
+            scores, slack = self._products(places, vectors, snapshot)
         if places is None:  # everything was scored
-            if choice.mask is not None:
-                scores[: stock.n][~choice.mask] = -np.inf
-            closed = np.ones(len(stock.extra), bool)
-            closed[extra - stock.n] = False
-            scores[stock.n :][closed] = -np.inf
-            scores[question.exclude] = -np.inf
+            if allowed.mask is not None:
+                scores[: snapshot.n][~allowed.mask] = -np.inf
+            closed = np.ones(len(snapshot.extra), bool)
+            closed[extra - snapshot.n] = False
+            scores[snapshot.n :][closed] = -np.inf
+            scores[query.exclude] = -np.inf
         else:
-            scores[np.isin(places, question.exclude)] = -np.inf
+            scores[np.isin(places, query.exclude)] = -np.inf
 
         def at(here: np.ndarray) -> np.ndarray:
             return here if places is None else places[here]
 
         def exactly(here: np.ndarray) -> np.ndarray:
             if vectors is None:
-                return self._popular.counts(at(here), stock).astype(np.float64)
-            return exact_scores(stock.vectors_of(at(here)), vectors)
+                return self._popular.counts(at(here), snapshot).astype(np.float64)
+            return exact_scores(snapshot.vectors_of(at(here)), vectors)
 
-        after = None if cursor is None else (cursor.score, stock.rank_of(cursor.key))
+        after = None if cursor is None else (cursor.score, snapshot.rank_of(cursor.key))
         found, exact, more = cut(
-            scores, slack, exactly, lambda here: stock.ranks(at(here)), question.ask.k, after
+            scores, slack, exactly, lambda here: snapshot.ranks(at(here)), query.query.k, after
         )
         found, following = at(found), None
         if more:
-            asking = np.empty((0, stock.extra.shape[1]), np.float32) if vectors is None else vectors
+            asking = (
+                np.empty((0, snapshot.extra.shape[1]), np.float32) if vectors is None else vectors
+            )
             before = len(found) + (0 if cursor is None else cursor.before)
             following = Cursor(
-                self._served.version, question_of(question.ask), newest, float(exact[-1]),
-                stock.key_of(int(found[-1])), asking, before,
+                self._model.version, question_of(query.query), newest, float(exact[-1]),
+                snapshot.key_of(int(found[-1])), asking, before,
             ).encode()  # fmt: skip
         return found, exact.astype(np.float32), True, following
 
-    def _counts(self, places: np.ndarray | None, stock: CatalogSnapshot) -> np.ndarray:
-        every = np.arange(stock.size) if places is None else places
-        return self._popular.counts(every, stock)
+    def _counts(self, places: np.ndarray | None, snapshot: CatalogSnapshot) -> np.ndarray:
+        every = np.arange(snapshot.size) if places is None else places
+        return self._popular.counts(every, snapshot)
 
     def _products(
-        self, places: np.ndarray | None, vectors: np.ndarray, stock: CatalogSnapshot
+        self, places: np.ndarray | None, vectors: np.ndarray, snapshot: CatalogSnapshot
     ) -> tuple[np.ndarray, float]:
-        """Best product of each place with any of the vectors, and how far off it may be."""
+        """Product of each place with the vector, and how far off it may be."""
         if places is None:
-            known = self._served.recommender.exact.vectors
-            scores = np.empty(stock.size, np.float32)
-            np.max(known @ vectors.T, axis=1, out=scores[: stock.n])
-            np.max(stock.extra @ vectors.T, axis=1, out=scores[stock.n :])
+            known = self._model.exact.vectors
+            scores = np.empty(snapshot.size, np.float32)
+            np.matmul(known, vectors[0], out=scores[: snapshot.n])
+            np.matmul(snapshot.extra, vectors[0], out=scores[snapshot.n :])
         else:
-            scores = np.max(stock.vectors_of(places) @ vectors.T, axis=1)
-        longest = max(self._longest, _longest(stock.extra))
+            scores = snapshot.vectors_of(places) @ vectors[0]
+        longest = max(self._longest, _longest(snapshot.extra))
         slack = ROUNDING * vectors.shape[1] * longest * _longest(vectors)
         if not np.isfinite(slack):
             raise QueryError("The vector is too long to rank by; give a shorter one.")

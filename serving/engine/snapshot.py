@@ -1,11 +1,11 @@
-"""What may be answered at a moment, and the search over all of it.
+"""Snapshot of the catalogue at a moment, and the search over all of it.
 
 Three kinds of things stand under one numbering of places: the index positions of the bundle, the
 live items that came since, and item rows of the bundle that have come to be available since. The
 graph holds the first; the others are few and scored one by one.
 
 Legend: n index positions, M live items, L late rows, X = M + L, T = n + X places, Q queries,
-K interests of each, D dimensions, k answers.
+D dimensions, k answers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from recsys.ragged import Ragged
-from recsys.search import GATHERED, SCORES_AT_ONCE, merged, top_k
+from recsys.search import GATHERED, SCORES_AT_ONCE, top_k
 from recsys.serving.engine.availability import FOREVER, MINUTE, Windows
 from recsys.serving.engine.loaded_model import LoadedModel
 from recsys.serving.engine.paging import INDEXED, LATE, LIVE, Key
@@ -66,6 +66,14 @@ class AllowedItems:
         assert self.mask is not None  # or there is nothing to find
         return np.flatnonzero(self.mask)
 
+    def index_mask(self, n: int) -> np.ndarray | None:
+        """(n,) bool over index positions; None: all of them."""
+        if self.given is None:
+            return self.mask
+        mask = np.zeros(n, bool)
+        mask[self.given] = True
+        return mask
+
     @cached_property
     def total(self) -> int:
         """Things that may be answered."""
@@ -76,27 +84,27 @@ class CatalogSnapshot:
     """Everything that may be answered while neither live items nor windows change.
 
     Args:
-        served: the bundle.
+        model: the bundle.
         view: what is live.
         windows: what is available when.
         moment: microseconds of now, None without a clock.
 
     Attributes:
         until: when to take stock anew, though nothing was changed.
-        open: the choice of all that may be answered.
+        open: all that may be answered.
         extra_open: whether any live item or late row may be.
         since: (X,) int64 when each live item was put; pages begun before do not show it.
     """
 
     def __init__(
-        self, served: LoadedModel, view: LiveView, windows: Windows, moment: int | None
+        self, model: LoadedModel, view: LiveView, windows: Windows, moment: int | None
     ) -> None:
-        self.served, self.view = served, view
+        self.model, self.view = model, view
         over, late, self.until = windows.at(moment)
         self.over, self.late = over, late
-        bundle = served.bundle
+        bundle = model.bundle
         self.index = bundle.index
-        self.exact_index = served.recommender.exact
+        self.exact_index = model.exact
         self.n, self.live = len(bundle.rows), len(view.ids)
         if view.hidden and len(late):
             self.late = late = late[~np.isin(late, np.fromiter(view.hidden, np.int64))]
@@ -134,10 +142,10 @@ class CatalogSnapshot:
         live = self.view.place.get(id)
         if live is not None:
             return self.n + live
-        row = self.served.row_of(id)
+        row = self.model.row_of(id)
         if not row or row in self.view.hidden:
             return -1
-        position = int(self.served.position[row])
+        position = int(self.model.position[row])
         if position < 0 and len(self.late):
             late = int(np.searchsorted(self.late, row))
             if late < len(self.late) and self.late[late] == row:
@@ -148,7 +156,7 @@ class CatalogSnapshot:
         """Places of what a user had: item rows, or the live items that replaced them, and live
         items. What has no place is left out.
         """
-        places = self.served.position[rows]
+        places = self.model.position[rows]
         if not len(self.extra):
             return places[places >= 0].astype(np.int64)
         parts = [places[places >= 0].astype(np.int64), self.n + np.array(live, np.int64)]
@@ -157,7 +165,7 @@ class CatalogSnapshot:
             there = self.late[np.minimum(at, len(self.late) - 1)] == rows
             parts.append(self.n + self.live + at[there])
         if self.live and (hidden := self.view.hidden):
-            ids = self.served.bundle.items.ids
+            ids = self.model.bundle.items.ids
             again = [
                 self.view.place.get(ids[row - 1], -1) for row in rows.tolist() if row in hidden
             ]
@@ -167,10 +175,10 @@ class CatalogSnapshot:
     def rows_of(self, places: np.ndarray) -> np.ndarray:
         """Item rows of places; 0 of live items."""
         if not len(self.extra):
-            return self.served.bundle.rows[places]
+            return self.model.bundle.rows[places]
         rows = np.zeros(len(places), np.int64)
         indexed, late = places < self.n, places >= self.n + self.live
-        rows[indexed] = self.served.bundle.rows[places[indexed]]
+        rows[indexed] = self.model.bundle.rows[places[indexed]]
         rows[late] = self.late[places[late] - self.n - self.live]
         return rows
 
@@ -178,8 +186,8 @@ class CatalogSnapshot:
         """External ids of places."""
         rows = self.rows_of(places).tolist()
         if not self.live:
-            return self.served.ids.decode(rows)
-        known = iter(self.served.ids.decode(row for row in rows if row))
+            return self.model.ids.decode(rows)
+        known = iter(self.model.ids.decode(row for row in rows if row))
         live = (places - self.n).tolist()
         return [next(known) if row else self.view.ids[j] for row, j in zip(rows, live, strict=True)]
 
@@ -245,20 +253,20 @@ class CatalogSnapshot:
         self,
         queries: np.ndarray,
         k: int,
-        choice: AllowedItems | None = None,
+        allowed: AllowedItems | None = None,
         exclude: Ragged | None = None,
         *,
         exact: bool = False,
     ) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Best places of each query among those of the choice, best first, ties by the smaller.
+        """Best places of each query among those of the allowed, best first, ties by the smaller.
 
         Narrow choices are scored one by one; else the graph is asked for more than is wanted, and
         where too few of that may be answered, everything is scored.
 
         Args:
-            queries: (Q, D) float32, or (Q, K, D) of which the nearest interest counts.
+            queries: (Q, D) float32.
             k: answers wanted.
-            choice: what may be answered; None: all that is open.
+            allowed: what may be answered; None: all that is open.
             exclude: Q ragged places never to answer that query with.
             exact: never ask the graph.
 
@@ -266,34 +274,26 @@ class CatalogSnapshot:
             places (Q, k) int64 padded with -1, scores (Q, k) float32 padded with -inf; whether
             nothing better can have been missed.
         """
-        choice = choice or self.open
+        allowed = allowed or self.open
         if exclude is not None and not len(exclude.values):
             exclude = None
-        if queries.ndim == 3:
-            count, interests, dimension = queries.shape
-            flat = queries.reshape(-1, dimension)
-            if exclude is not None:
-                exclude = exclude.take(np.repeat(np.arange(count), interests))
-            places, scores, sure = self.search(flat, k, choice, exclude, exact=exact)
-            shape = count, interests * k
-            return *merged(places.reshape(shape), scores.reshape(shape), k), sure
         within = exclude
         if exclude is not None and len(self.extra):
             within = exclude.where(exclude.values < self.n)
-        places, scores, sure = self._indexed(queries, k, choice, within, exact)
-        if not choice.extra.any():
+        places, scores, sure = self._indexed(queries, k, allowed, within, exact)
+        if not allowed.extra.any():
             return places, scores, sure
-        also, score = self._extra(queries, k, choice, exclude)
+        also, score = self._extra(queries, k, allowed, exclude)
         places = np.concatenate([places, also], axis=1)
         scores = np.concatenate([scores, score], axis=1)
         order = np.lexsort((places, -scores), axis=1)[:, :k]
         return np.take_along_axis(places, order, 1), np.take_along_axis(scores, order, 1), sure
 
     def _extra(
-        self, queries: np.ndarray, k: int, choice: AllowedItems, exclude: Ragged | None
+        self, queries: np.ndarray, k: int, allowed: AllowedItems, exclude: Ragged | None
     ) -> tuple[np.ndarray, np.ndarray]:
         product = queries @ self.extra.T  # (Q, X)
-        product[:, ~choice.extra] = -np.inf
+        product[:, ~allowed.extra] = -np.inf
         if exclude is not None:
             beyond = exclude.where(exclude.values >= self.n)
             product[beyond.row_of(), beyond.values - self.n] = -np.inf
@@ -302,18 +302,23 @@ class CatalogSnapshot:
         return np.where(np.isneginf(scores), -1, found.numpy() + self.n), scores
 
     def _indexed(
-        self, queries: np.ndarray, k: int, choice: AllowedItems, exclude: Ragged | None, exact: bool
+        self,
+        queries: np.ndarray,
+        k: int,
+        allowed: AllowedItems,
+        exclude: Ragged | None,
+        exact: bool,
     ) -> tuple[np.ndarray, np.ndarray, bool]:
-        if not choice.count:
+        if not allowed.count:
             shape = len(queries), k
             return np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32), True
-        few = choice.mask is not None and choice.count**2 <= NODE * k * self.n
-        if few or choice.given is not None:
-            return *self._narrow(queries, k, choice.positions, exclude), True
+        few = allowed.mask is not None and allowed.count**2 <= NODE * k * self.n
+        if few or allowed.given is not None:
+            return *self._narrow(queries, k, allowed.positions, exclude), True
         index = self.index
         if exact or not isinstance(index, HnswIndex):
-            return *self._everything(queries, k, choice, exclude), True
-        return self._graph(index, queries, k, choice, exclude)
+            return *self._everything(queries, k, allowed, exclude), True
+        return self._graph(index, queries, k, allowed, exclude)
 
     def _narrow(
         self, queries: np.ndarray, k: int, positions: np.ndarray, exclude: Ragged | None
@@ -334,63 +339,80 @@ class CatalogSnapshot:
         return places, scores
 
     def _everything(
-        self, queries: np.ndarray, k: int, choice: AllowedItems, exclude: Ragged | None
+        self, queries: np.ndarray, k: int, allowed: AllowedItems, exclude: Ragged | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Every position of the choice, for each query."""
-        share = choice.count / self.n
-        if share < GATHERED and len(queries) * choice.count <= SCORES_AT_ONCE:
-            return self._narrow(queries, k, choice.positions, exclude)
-        return self.exact_index.search(queries, k, allowed=choice.mask, exclude=exclude)
+        """Every position of the allowed, for each query."""
+        share = allowed.count / self.n
+        if share < GATHERED and len(queries) * allowed.count <= SCORES_AT_ONCE:
+            return self._narrow(queries, k, allowed.positions, exclude)
+        return self.exact_index.search(queries, k, allowed=allowed.mask, exclude=exclude)
 
     def _graph(
         self,
         index: HnswIndex,
         queries: np.ndarray,
         k: int,
-        choice: AllowedItems,
+        allowed: AllowedItems,
         exclude: Ragged | None,
     ) -> tuple[np.ndarray, np.ndarray, bool]:
-        most = int(exclude.lengths.max()) if exclude is not None else 0
-        if len(queries) == 1 and choice.mask is None:
+        """The graph is asked for more than is wanted: as much as the query's own exclusions and
+        filter need, whatever else is searched with it.
+        """
+        places = np.full((len(queries), k), -1, np.int64)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        # Room for exclusions in powers of two, so that most queries of many share a search.
+        lengths = np.zeros(len(queries), np.int64) if exclude is None else exclude.lengths
+        rooms = np.where(lengths > 0, 1 << np.ceil(np.log2(np.maximum(lengths, 8))).astype(int), 0)
+        for room in np.unique(rooms).tolist():
+            these = np.flatnonzero(rooms == room)
+            part = None if exclude is None or not room else exclude.take(these)
+            places[these], scores[these] = self._graph_with_room(
+                index, queries[these], k, allowed, part, room
+            )
+        return places, scores, False
+
+    def _graph_with_room(
+        self,
+        index: HnswIndex,
+        queries: np.ndarray,
+        k: int,
+        allowed: AllowedItems,
+        exclude: Ragged | None,
+        room: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if len(queries) == 1 and allowed.mask is None:
             out = frozenset() if exclude is None else frozenset(exclude.values.tolist())
-            near = index.nearest(queries[0], k, out, min(most, k + FIRST_TRY))
+            near = index.nearest(queries[0], k, out, min(room, k + FIRST_TRY))
             if near is not None:
-                rows, near_scores = near
-                return np.array([rows], np.int64), np.array([near_scores], np.float32), False
+                return np.array([near[0]], np.int64), np.array([near[1]], np.float32)
         places = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         todo = np.arange(len(queries))
 
         def enough(wanted: int) -> int:
             """So many of all that `wanted` of them may be answered, if the filter is by chance."""
-            if choice.mask is None:
+            if allowed.mask is None:
                 return wanted
-            return math.ceil((wanted + SPARE * math.sqrt(wanted)) * self.n / choice.count)
+            return math.ceil((wanted + SPARE * math.sqrt(wanted)) * self.n / allowed.count)
 
-        fetch, last = enough(k + min(most, k + FIRST_TRY)), enough(k + most)
+        fetch, last = enough(k + min(room, k + FIRST_TRY)), enough(k + room)
         limit = index.rules.exact_breadth * self.n
         while len(todo) and 2 * fetch <= limit:
-            all_left = len(todo) == len(queries)
-            found, score = index.search(queries if all_left else queries[todo], fetch)
-            if choice.mask is None and exclude is None:
-                kept, best = found[:, :k], score[:, :k]
-            else:
-                left = exclude if exclude is None or all_left else exclude.take(todo)
-                kept, best = _first(found, score, k, choice.mask, left)
+            found, score = index.search(queries[todo], fetch)
+            left = None if exclude is None else exclude.take(todo)
+            kept, best = _first(found, score, k, allowed.mask, left)
             full = kept[:, -1] >= 0
-            if all_left and full.all():
-                return kept, best, False
             places[todo[full]], scores[todo[full]] = kept[full], best[full]
             todo = todo[~full]
-            if choice.mask is None and fetch == last:
+            if allowed.mask is None and fetch == last:
                 break
             # What passes lies elsewhere: look further, as long as that is cheap beside all of it.
-            fetch = min(4 * fetch, last) if choice.mask is None else 4 * fetch
-            limit = min(limit, choice.count / NODE)
+            fetch = min(4 * fetch, last) if allowed.mask is None else 4 * fetch
+            limit = min(limit, allowed.count / NODE)
         if len(todo):
-            rest = exclude if exclude is None else exclude.take(todo)
-            places[todo], scores[todo] = self._everything(queries[todo], k, choice, rest)
-        return places, scores, False
+            rest = None if exclude is None else exclude.take(todo)
+            places[todo], scores[todo] = self._everything(queries[todo], k, allowed, rest)
+        return places, scores
 
 
 def _first(
@@ -401,6 +423,8 @@ def _first(
     exclude: Ragged | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first k of each query's found (Q, f) that may be answered, padded with -1 and -inf."""
+    if mask is None and exclude is None:
+        return found[:, :k], scores[:, :k]
     if len(found) == 1:
         return _first_of_one(found[0], scores[0], k, mask, exclude)
     keep = found >= 0

@@ -352,7 +352,6 @@ def _warm(engine: Engine, served: LoadedModel) -> None:
     if bundle.encoder_folder is not None:
         asks.append(Query("search", text=item))
     engine.answer(asks)
-    engine.similar_fast(item, 10)
 
 
 __all__ = [
