@@ -39,7 +39,7 @@ def serve(
     journal: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Takes items and events; none: read-only.")
     ] = None,
-    exposures: Annotated[
+    impressions: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Gets what was shown and what was done.")
     ] = None,
     variant: Annotated[
@@ -70,9 +70,6 @@ def serve(
         typer.Option(min=0.05, help="Seconds between looks at SOURCE; else 1, a registry: 10."),
     ] = None,
     deadline: Annotated[float, typer.Option(min=0.01, help="Seconds for a question.")] = 2.0,
-    awake: Annotated[
-        float, typer.Option(min=0, help="Seconds of looking out for more after an answer.")
-    ] = 0.0005,
     log_every: Annotated[int, typer.Option(min=0, help="Every which request is logged.")] = 100,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
@@ -104,9 +101,9 @@ def serve(
     who = _keys(keys, open_writes)
     _serve(
         Plan(
-            {MAIN: source}, host=host, port=port, journal=journal, exposures=exposures,
+            {MAIN: source}, host=host, port=port, journal=journal, impressions=impressions,
             keys=who, rates=parse_rates(rate or (), burst or (), keys=who.needed),
-            read_only=read_only, every=every, deadline=deadline, awake=awake,
+            read_only=read_only, every=every, deadline=deadline,
             log_every=log_every, log_level=log_level, insecure=insecure,
         ).with_variants(variant or ())
     )  # fmt: skip
@@ -121,13 +118,12 @@ class Plan:
     host: str = "127.0.0.1"
     port: int = 8100
     journal: Path | None = None
-    exposures: Path | None = None
+    impressions: Path | None = None
     rates: Mapping[Role | None, Rate] = field(default_factory=dict)
     read_only: bool = False
     insecure: bool = False
     every: float | None = None
     deadline: float = 2.0
-    awake: float = 0.0005
     log_every: int = 100
     log_level: str = "info"
     shares: dict[str, float] = field(default_factory=lambda: {MAIN: 1.0})
@@ -194,7 +190,7 @@ def _serve(plan: Plan) -> None:
     with bind(plan.host, plan.port) as bound, json_logs(plan.log_level):
         where = url(bound)
         with begun_checks(plan) as begun, service(plan, begun) as app:
-            run(app, bound, started=lambda: print(where, flush=True))
+            run(app, bound, started=lambda stop: print(where, flush=True))
 
 
 @contextmanager
@@ -243,26 +239,25 @@ def service(plan: Plan, begun: Mapping[Path, Check] | None = None) -> Iterator[A
         read_only=plan.read_only or plan.journal is None,
         rates=plan.rates,
         hosts=own_names(plan.host) if is_local(plan.host) and not plan.keys.needed else None,
-        awake=plan.awake,
         log_every=plan.log_every,
     )
     with ExitStack() as stack:
-        living = LiveUpdates(plan.journal)
-        stack.callback(living.close)
+        updates = LiveUpdates(plan.journal)
+        stack.callback(updates.close)
         log = None
-        if plan.exposures is not None:
-            log = ImpressionLog(plan.exposures)
+        if plan.impressions is not None:
+            log = ImpressionLog(plan.impressions)
             stack.callback(log.close)
         sources = {name: _source(said, plan.every) for name, said in plan.sources.items()}
         every = LOOK_EVERY if plan.every is None else plan.every
-        host = ModelManager(sources, living, split=plan.shares, every=every, begun=begun)
-        host.start()  # the first models are judged on all cores
-        stack.callback(host.stop)
+        models = ModelManager(sources, updates, split=plan.shares, every=every, begun=begun)
+        models.start()  # the first models are judged on all cores
+        stack.callback(models.stop)
         # One question is too small to share among cores, and the event loop wants one of them.
         torch.set_num_threads(1)
         if isinstance(plan.keys, KeyFile):
             plan.keys.watch()
             stack.callback(plan.keys.stop)
-        app = make_app(host, living, log, rules, plan.keys)
+        app = make_app(models, updates, log, rules, plan.keys)
         stack.callback(app.close)
         yield app

@@ -207,4 +207,4 @@ def _recalls(
     return share(found.shape[1]), share(10)
 
 
-__all__ = ["Neighbours", "likeness", "write_neighbours"]
+__all__ = ["Neighbours", "write_neighbours"]

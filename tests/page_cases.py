@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
+import service_cases
 
 from recsys.errors import QueryError
 from recsys.serving.engine.query import Answers, CursorError, Filter, Query, UnknownItem
@@ -47,7 +47,7 @@ class Shop:
 
     def __init__(self, text: bool = True) -> None:
         self.items = _catalog()
-        self.served = SimpleNamespace(version="0123456789ab")
+        self.model = SimpleNamespace(version="0123456789ab")
         self.asks: list[Query] = []
         self.text = text
         self.slow = 0.0
@@ -111,7 +111,7 @@ class Shop:
             why["shared"] = {"category": self.items.get(ask.items[0], {}).get("category")}
         return why
 
-    def similar_fast(self, id: str, k: int) -> None:
+    def from_table(self, id: str, k: int) -> None:
         return None
 
     def item(self, id: str) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class OneModel:
     def facts(self) -> list[dict[str, Any]]:
         return [
             {
-                "name": "main", "share": 1.0, "version": self.engine.served.version, "swaps": 2,
+                "name": "main", "share": 1.0, "version": self.engine.model.version, "swaps": 2,
                 "failures": 1, "last_error": "the digest of index.bin differs",
                 "loaded_at": NIGHT / 1e6, "items": 41,
             }
@@ -162,18 +162,8 @@ class OneModel:
 @contextmanager
 def served(app: Any) -> Iterator[str]:
     """The address of an ASGI application that runs in a thread."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(app, log_level="warning", lifespan="on", access_log=False)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        until = time.monotonic() + 20
-        while not server.started and time.monotonic() < until:
-            time.sleep(0.01)
-        assert server.started
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(20)
+    with service_cases.served(app) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @contextmanager

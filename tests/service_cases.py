@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ class FakeEngine:
     """
 
     def __init__(self, version: str = "abc123abc123") -> None:
-        self.served = SimpleNamespace(version=version)
+        self.model = SimpleNamespace(version=version)
         self.sizes: list[int] = []
         self.asks: list[Query] = []
         self.put: dict[str, Any] = {}
@@ -48,7 +49,7 @@ class FakeEngine:
         self.asks.extend(asks)
         return [self._one(ask) for ask in asks]
 
-    def answer_fast(self, ask: Query) -> bytes | None:
+    def from_table(self, id: str, k: int) -> Answers | None:
         return None
 
     def _one(self, ask: Query) -> Answers | QueryError:
@@ -70,11 +71,6 @@ class FakeEngine:
             next="more" if ask.paged else None,
             explanations=[{"text": 0.25}] * len(ids) if ask.explain else None,
         )
-
-    def similar_fast(self, id: str, k: int) -> bytes | None:
-        if id.startswith("no") or k > 50:
-            return None
-        return b",".join(b'{"id":"i%d","score":0.9%d}' % (j, j) for j in range(k))
 
     def item(self, id: str) -> dict[str, Any]:
         if id.startswith("no"):
@@ -109,7 +105,7 @@ class FakeHost:
             {
                 "name": name,
                 "share": 0.5,
-                "version": one.served.version,
+                "version": one.model.version,
                 "swaps": 1,
                 "failures": 0,
                 "loaded_at": 0.5,
@@ -248,20 +244,22 @@ def ask(app: Any, method: str, target: str, body: Any = None, **more: Any) -> Go
 @contextmanager
 def served(app: Any, **rules: Any) -> Iterator[int]:
     """The application behind a real server in a thread; gives its port."""
-    from recsys.serving.api.server import ServerRules, bind, listeners, make_server
+    import uvloop
 
-    bound = bind("127.0.0.1", 0)
-    started = threading.Event()
-    server = make_server(app, ServerRules(**rules), started.set)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": listeners(bound)}, daemon=True)
+    from recsys.serving.api.server import ServerRules, bind, serve
+
+    with bind("127.0.0.1", 0) as bound:
+        port = int(bound.getsockname()[1])
+    stops: queue.Queue[Callable[[], None]] = queue.Queue()
+    work = serve(app, "127.0.0.1", port, ServerRules(**rules), stops.put)
+    thread = threading.Thread(target=uvloop.run, args=(work,), daemon=True)
     thread.start()
+    stop = stops.get(timeout=20)
     try:
-        assert started.wait(20)
-        yield int(bound.getsockname()[1])
+        yield port
     finally:
-        server.should_exit = True
+        stop()
         thread.join(20)
-        bound.close()
         assert not thread.is_alive()
 
 

@@ -163,7 +163,7 @@ class UserInputs:
 
     def _once(self, id: str, kind: int) -> str:
         _, engine = self.host.choose(None)
-        version = engine.served.version
+        version = engine.model.version
         prefix = self.prefix[version]
         item = prefix + id
         if kind == 0:

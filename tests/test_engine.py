@@ -111,13 +111,13 @@ def test_all_kinds_of_towers_are_asked_as_the_recommender_asks_them(
     engine, items = engine_of(served), served.bundle.items.ids.to_list()
     users = served.bundle.users.ids.to_list()[:15]
     asks = [Query("recommend", user=user, k=9) for user in users]
-    expected = [served.recommender.recommend(user=user, k=9) for user in users]
+    expected = [Recommender(served).recommend(user=user, k=9) for user in users]
     for history in (items[:4], items[7:8]):
         asks.append(Query("recommend", history=tuple(history), k=9))
-        expected.append(served.recommender.recommend(history=history, k=9))
+        expected.append(Recommender(served).recommend(history=history, k=9))
     for item in items[:5]:
         asks.append(Query("similar", items=(item,), k=9))
-        expected.append(served.recommender.similar(item=item, k=9))
+        expected.append(Recommender(served).similar(item=item, k=9))
     for ask, reply, answers in zip(asks, engine.answer(asks), expected, strict=True):
         assert isinstance(reply, Answers), reply
         assert reply.ids == answers.ids and reply.fallback == answers.fallback, ask

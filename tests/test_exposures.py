@@ -415,7 +415,7 @@ def test_the_next_bundle_takes_in_what_was_served(
         assert sorted((user, *one) for user, some in view.events.items() for one in some) == sorted(
             (event.user, event.item, event.time, 1.0) for event in late
         )
-        assert len(served.recommender.recommend(user="u3", k=3).ids) == 3
+        assert len(Recommender(served).recommend(user="u3", k=3).ids) == 3
 
 
 def test_positions_and_propensities_come_back(tmp_path: Path) -> None:

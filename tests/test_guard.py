@@ -337,7 +337,7 @@ def test_ten_thousand_malformed_requests_are_refused_by_the_service_itself(
         {MAIN: str(tiny.bundle)}, Keys(open_writes=True), journal=tmp_path / "journal", deadline=30
     )
     with service(plan) as app:
-        item = app.operations.host.choose(None)[1].served.bundle.items.ids[0]
+        item = app.handlers.models.choose(None)[1].served.bundle.items.ids[0]
         refuse_all(app, 9_000, 1, item)
         with served(app) as port:
             break_all(port, 1_000, 1)

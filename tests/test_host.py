@@ -247,7 +247,7 @@ def test_two_models_side_by_side_by_a_hashed_split(
     assert got == [one.choose(unit)[0] for unit in units]
     for name, expected in (("old", "a"), ("new", "b")):
         chosen, engine = one.choose("u1", name)
-        assert (chosen, engine.served.version) == (name, version(root, expected))
+        assert (chosen, engine.model.version) == (name, version(root, expected))
     assert [facts["share"] for facts in one.facts()] == [0.8, 0.2]
     # One fails, the other goes on being replaced.
     pointer_to_nothing(root)

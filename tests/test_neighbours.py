@@ -139,7 +139,7 @@ def test_neighbours_are_what_similar_answers(tiny: Any, plain: Any) -> None:
         assert table is not None and table.rows.shape == (len(rows), 100)
         for place, row in enumerate(rows):
             name = served.bundle.items.ids[int(row) - 1]
-            answers = served.recommender.similar(item=name, k=100, exact=True)
+            answers = Recommender(served).similar(item=name, k=100, exact=True)
             found = table.rows[place][table.rows[place] >= 0]
             assert served.bundle.items.decode(rows[found]).to_list() == answers.ids
             np.testing.assert_allclose(table.scores[place][: len(found)], answers.scores, atol=1e-6)

@@ -192,8 +192,8 @@ def test_a_real_model_keeps_the_word_of_the_service(tiny: Any, tmp_path: Path) -
         journal=tmp_path / "journal", exposures=tmp_path / "shown", deadline=60,
     )  # fmt: skip
     with service(plan) as app:
-        engine = app.operations.host.choose(None)[1]
-        facts, bundle = engine.facts(), engine.served.bundle
+        engine = app.handlers.models.choose(None)[1]
+        facts, bundle = engine.facts(), engine.model.bundle
         known = bundle.items.ids.to_list()[:20] + bundle.users.ids.to_list()[:10]
         described = of_this_shop(
             [*known, "nobody", "new/1"], list(facts["fields"]), facts["context"],

@@ -24,7 +24,7 @@ def running(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     journal = tmp_path_factory.mktemp("service") / "live"
     plan = Plan({"main": str(tiny.bundle)}, Keys(open_writes=True), journal=journal)
     with service(plan) as app, served(app) as url:
-        yield url, app.operations.host.choose(None)[1]
+        yield url, app.handlers.models.choose(None)[1]
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def client(url: str) -> Iterator[Client]:
 
 
 def test_the_client_gets_what_the_engine_says(client: Client, engine: Engine) -> None:
-    bundle = engine.served.bundle
+    bundle = engine.model.bundle
     item, user = bundle.items.ids[3], bundle.users.ids[0]
     assert client.live() and client.ready()
     answer = client.similar(item, k=K, fields=["title"], exact=True)
@@ -68,7 +68,7 @@ def test_the_client_gets_what_the_engine_says(client: Client, engine: Engine) ->
 
 
 def test_pages_filters_and_reasons_through_the_client(client: Client, engine: Engine) -> None:
-    user = engine.served.bundle.users.ids[0]
+    user = engine.model.bundle.users.ids[0]
     first = client.recommend(user, k=K, paged=True, explain=True)
     assert first.next and first.items[0].explanation
     second = client.recommend(user, k=K, paged=True, explain=True, cursor=first.next)
@@ -102,7 +102,7 @@ def test_items_come_and_go_through_the_client(client: Client) -> None:
 
 
 def test_the_page_over_trained_towers(url: str, engine: Engine) -> None:
-    bundle = engine.served.bundle
+    bundle = engine.model.bundle
     item, user = bundle.items.ids[3], bundle.users.ids[0]
     wrong: list[str] = []
     with chromium() as browser:

@@ -57,7 +57,7 @@ def test_a_published_bundle_is_current_and_answers(plain: Any, tmp_path: Path) -
     assert (tmp_path / "shop" / "CURRENT").read_text() == f"versions/{path.name}\n"
     served = LoadedModel.load(path)
     assert served.version == path.name == version(plain.bundle)
-    assert served.recommender.similar(item="i01", k=3).ids
+    assert Recommender(served).similar(item="i01", k=3).ids
 
 
 def test_publishing_rolling_back_and_publishing_again_by_hand(

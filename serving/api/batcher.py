@@ -1,9 +1,7 @@
-"""Waiting questions are taken together: one thread, one pass of the tower for all who wait.
+"""Micro-batching: waiting queries are answered together, in one pass of the tower.
 
 The event loop only puts in and is told; it never waits for a lock that a model holds. Single
-questions go before pieces of big batches, and a piece is small, so that nobody waits long for one.
-A question of a millisecond that comes alone is answered on the loop: handing it to a thread and
-back takes about as long again.
+queries go before pieces of big batches, and a piece is small, so that nobody waits long for one.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from typing import Any, Protocol
 
 from recsys.errors import QueryError, as_exception
 from recsys.serving.api.schemas import Code, Refusal
-from recsys.serving.engine.query import Answers, Filter, Query
+from recsys.serving.engine.query import Answers, Query
 
 log = logging.getLogger("recsys.serve")
 
@@ -29,55 +27,41 @@ Outcome = Answers | QueryError | Exception
 class Answerer(Protocol):
     """What the batcher wants of an engine."""
 
-    def answer(self, asks: Sequence[Query]) -> list[Answers | QueryError]: ...
+    def answer(self, queries: Sequence[Query]) -> list[Answers | QueryError]: ...
 
 
 @dataclass(frozen=True)
 class BatchRules:
-    """How questions wait.
+    """How queries wait.
 
     Args:
-        most: questions answered in one pass.
-        piece: questions of a big batch that go together; what a single one may have to wait for.
-        waiting: questions (and other work) that may wait; more are refused.
+        most: queries answered in one pass.
+        piece: queries of a big batch that go together; what a single one may have to wait for.
+        waiting: queries (and other work) that may wait; more are refused.
         threads: that answer.
-        alone: whether a quick question that comes alone is answered on the event loop.
     """
 
     most: int = 64
     piece: int = 16
     waiting: int = 1024
     threads: int = 1
-    alone: bool = True
-
-
-def quick(ask: Query) -> bool:
-    """Whether a question takes about a millisecond however many items there are."""
-    plain = ask.kind == "vector" or (ask.kind == "recommend" and ask.text is None)
-    return (
-        plain
-        and ask.k <= 100
-        and not (ask.exact or ask.paged or ask.cursor or ask.explain)
-        and not (ask.diversity or ask.popularity)
-        and ask.filter == Filter()
-    )
 
 
 class _Job:
-    """A question, or other work, and the future of whoever waits for it."""
+    """A query, or other work, and the future of whoever waits for it."""
 
-    __slots__ = ("ask", "call", "deadline", "engine", "future", "loop", "outcome")
+    __slots__ = ("call", "deadline", "engine", "future", "loop", "outcome", "query")
 
     def __init__(
         self,
         future: asyncio.Future[Any],
         deadline: float,
         engine: Answerer | None = None,
-        ask: Query | None = None,
+        query: Query | None = None,
         call: Callable[[], Any] | None = None,
     ) -> None:
         self.future, self.deadline = future, deadline
-        self.engine, self.ask, self.call = engine, ask, call
+        self.engine, self.query, self.call = engine, query, call
         self.loop = future.get_loop()
         self.outcome: Any = None
 
@@ -99,8 +83,6 @@ class Batcher:
         self._ready = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._closed = False
-        self._busy = False  # a thread works; it holds what Python needs, so let it finish
-        self._turn: list[int] | None = None  # questions that came in this turn of the loop
         self.dropped = 0  # work that was given up before it began
 
     @property
@@ -108,20 +90,14 @@ class Batcher:
         """How much waits now."""
         return self._size
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing waits, works or has just come, and a lone question may go before."""
-        busy = self._busy or self._size or self._closed
-        return self.rules.alone and not busy and self._turn is None
-
     async def answer(
-        self, engine: Answerer, asks: Sequence[Query], deadline: float
+        self, engine: Answerer, queries: Sequence[Query], deadline: float
     ) -> list[Outcome]:
-        """Answers of one engine in the order of the questions.
+        """Answers of one engine in the order of the queries.
 
         Args:
             engine: who answers.
-            asks: one, or the questions of a batch; of these each may fail in its own place.
+            queries: one, or the queries of a batch; of these each may fail in its own place.
             deadline: in seconds of time.monotonic().
 
         Raises:
@@ -129,21 +105,9 @@ class Batcher:
             Exception: what went wrong with the only one.
         """
         loop = asyncio.get_running_loop()
-        if len(asks) == 1 and self.rules.alone and quick(asks[0]) and await self._alone():
-            return list(engine.answer(asks))
-        jobs = [_Job(loop.create_future(), deadline, engine, ask) for ask in asks]
+        jobs = [_Job(loop.create_future(), deadline, engine, query) for query in queries]
         self._put(jobs, bulk=len(jobs) > 1)
         return await self._wait(jobs, deadline)
-
-    async def _alone(self) -> bool:
-        """Whether nothing else waits or works, nor comes in this turn of the loop."""
-        if self._turn is None:
-            self._turn = [0]
-        turn = self._turn
-        turn[0] += 1
-        await asyncio.sleep(0)
-        self._turn = None
-        return turn[0] == 1 and not self._busy and not self._size and not self._closed
 
     async def call(self, work: Callable[[], Any], deadline: float) -> Any:
         """What `work` returns, run in a thread of ours.
@@ -185,7 +149,7 @@ class Batcher:
         except TimeoutError:
             raise _late() from None
         for outcome in outcomes:
-            # An answer may be that the question is wrong; anything else went wrong with us, and
+            # An answer may be that the query is wrong; anything else went wrong with us, and
             # costs the others of a batch nothing. What comes late is late for all of them.
             if not isinstance(outcome, Exception) or isinstance(outcome, QueryError):
                 continue
@@ -227,7 +191,6 @@ class Batcher:
         try:
             self._work(due)
         finally:  # whatever happens, nobody is left waiting
-            self._busy = False
             self._tell(jobs)
             self.dropped += len(jobs) - len(due)
         return True
@@ -243,7 +206,6 @@ class Batcher:
             if self._bulk and len(jobs) < self.rules.most:
                 jobs += self._bulk.popleft()
             self._size -= len(jobs)
-            self._busy = True
             return jobs
 
     def _work(self, jobs: list[_Job]) -> None:
@@ -260,12 +222,12 @@ class Batcher:
             self._answer(group)
 
     def _answer(self, jobs: list[_Job]) -> None:
-        engine, asks = jobs[0].engine, [job.ask for job in jobs if job.ask is not None]
+        engine, queries = jobs[0].engine, [job.query for job in jobs if job.query is not None]
         assert engine is not None
         try:
-            outcomes: Sequence[Outcome] = engine.answer(asks)
-            if len(outcomes) != len(asks):
-                raise RuntimeError(f"{len(asks)} questions, but {len(outcomes)} answers")
+            outcomes: Sequence[Outcome] = engine.answer(queries)
+            if len(outcomes) != len(queries):
+                raise RuntimeError(f"{len(queries)} queries, but {len(outcomes)} answers")
         except BaseException as error:
             if len(jobs) > 1:  # one that breaks the engine must not cost the others their answer
                 log.exception("a batch of %d failed; each is answered alone", len(jobs))

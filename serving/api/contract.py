@@ -1,12 +1,13 @@
-"""The routes of the service and how the OpenAPI tells of them."""
+"""Routes of the service, and their OpenAPI document."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
-from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
@@ -20,7 +21,7 @@ Similar items, recommendations and search over a two-tower model.
 
 Every error has one form, `{"error": {"code", "message", "request_id"}}`, and its code never changes
 its meaning. An id in a path is percent-encoded, `/` too. `X-Request-ID` (up to 64 visible ASCII
-characters without quotes) is taken over into answer, log and exposures; otherwise one is made.
+characters without quotes) is taken over into answer, log and impressions; otherwise one is made.
 `X-Variant` names the variant that answers, for those who may write. `X-Exposure: none` says that no
 user is shown the answer, so that it is not written down as shown.
 """
@@ -38,7 +39,7 @@ class Operation:
 
     Args:
         method, path: of HTTP.
-        name: of the method of `Operations` that does it; the route in metrics and logs.
+        name: of the method of `Handlers` that does it; the route in metrics and logs.
         said: one sentence.
         answer: form of the answer; None: text.
         role: which key may; None: everybody.
@@ -169,30 +170,29 @@ OPERATIONS: tuple[Operation, ...] = (
 )  # fmt: skip
 
 
-def describe(api: FastAPI) -> None:
-    """Have `api.openapi()` give the whole contract, forms of bodies included."""
+@cache
+def openapi() -> dict[str, Any]:
+    """The whole contract, forms of bodies included; no model is loaded for it."""
 
-    def openapi() -> dict[str, Any]:
-        if api.openapi_schema is None:
-            schema = get_openapi(
-                title="recsys", version=VERSION, description=ABOUT, routes=api.routes
-            )
-            components = schema.setdefault("components", {})
-            forms = {one for each in OPERATIONS for one in (each.body, each.answer)}
-            forms |= {wire.ErrorBody}
-            _, definitions = models_json_schema(
-                [(form, "validation") for form in forms if form is not None],
-                ref_template="#/components/schemas/{model}",
-            )
-            components.setdefault("schemas", {}).update(definitions["$defs"])
-            components["schemas"] = dict(sorted(components["schemas"].items()))
-            components["securitySchemes"] = {
-                "bearer": {"type": "http", "scheme": "bearer"},
-                "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-            }
-            # Without keys reading is free, so none is asked for in every case.
-            schema["security"] = [{}, {"bearer": []}, {"key": []}]
-            api.openapi_schema = schema
-        return api.openapi_schema
+    async def endpoint() -> None:
+        """Documented, and never called: the routes of the service are in app.py."""
 
-    api.openapi = openapi  # type: ignore[method-assign]
+    routes = [
+        APIRoute(one.path, endpoint, methods=[one.method], **one.documented()) for one in OPERATIONS
+    ]
+    schema = get_openapi(title="recsys", version=VERSION, description=ABOUT, routes=routes)
+    components = schema.setdefault("components", {})
+    forms = {one for each in OPERATIONS for one in (each.body, each.answer)} | {wire.ErrorBody}
+    _, definitions = models_json_schema(
+        [(form, "validation") for form in forms if form is not None],
+        ref_template="#/components/schemas/{model}",
+    )
+    components.setdefault("schemas", {}).update(definitions["$defs"])
+    components["schemas"] = dict(sorted(components["schemas"].items()))
+    components["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+    # Without keys reading is free, so none is asked for in every case.
+    schema["security"] = [{}, {"bearer": []}, {"key": []}]
+    return schema

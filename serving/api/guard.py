@@ -52,7 +52,7 @@ def check_head(scope: Scope) -> None:
             f"The address is longer than {MAX_URL:,} bytes; post the question as JSON.",
         )
     headers = scope["headers"]
-    if len(headers) > MAX_HEADER_COUNT or sum(len(n) + len(v) for n, v in headers) > MAX_HEADERS:
+    if len(headers) > MAX_HEADER_COUNT or sum([len(n) + len(v) for n, v in headers]) > MAX_HEADERS:
         raise Refusal(
             Code.HEADERS,
             f"More than {MAX_HEADER_COUNT} headers, or more than {MAX_HEADERS:,} bytes of them.",

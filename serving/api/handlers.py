@@ -1,6 +1,6 @@
-"""What the service does, one method a route, and nothing of how it is asked for.
+"""Handlers of the service, one method a route.
 
-Each takes a `Call` and gives the bytes of a JSON answer, or raises a Refusal.
+Each takes a `RequestContext` and gives the bytes of a JSON answer, or raises a Refusal.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import numpy as np
 import orjson
 
 from recsys.errors import QueryError, RecsysError
-from recsys.serving.api.auth import Hashed, Keys, Role
+from recsys.serving.api.auth import Keys, Role
 from recsys.serving.api.batcher import Batcher, BatchRules, Outcome
-from recsys.serving.api.guard import Receive, Scope, body, parameters, segment
+from recsys.serving.api.guard import body, parameters, segment
 from recsys.serving.api.limits import Rate, Rates
 from recsys.serving.api.metrics import Metrics
+from recsys.serving.api.middleware import RequestContext
 from recsys.serving.api.schemas import (
     BatchRequest,
     Code,
@@ -71,7 +72,6 @@ class ServiceRules:
         rates: how often each may ask, see `Rates`; none: nobody is bounded.
         hosts: names that the Host header may have; None: any. Without keys, a page in a browser
             could otherwise reach a local service by a name of its own (DNS rebinding).
-        awake: seconds that the loop looks out for the next question after an answer, see `Awake`.
         log_every: every which request is logged; 0: none. Failures of ours and slow ones always.
         log_slow: seconds from which a request counts as slow.
     """
@@ -85,54 +85,31 @@ class ServiceRules:
     read_only: bool = False
     rates: Mapping[Role | None, Rate] = field(default_factory=dict)
     hosts: frozenset[bytes] | None = None
-    awake: float = 0.0005
     log_every: int = 100
     log_slow: float = 1.0
-
-
-class RequestContext:
-    """One request on its way, and what is to be said of it afterwards."""
-
-    __slots__ = (
-        "code", "exposed", "fallback", "key", "model", "receive", "request_id", "route",
-        "scope", "start", "status", "variant", "wanted",
-    )  # fmt: skip
-
-    def __init__(self, scope: Scope, receive: Receive, request_id: str, start: float) -> None:
-        self.scope, self.receive, self.request_id, self.start = scope, receive, request_id, start
-        self.route, self.variant, self.model = "other", "", ""
-        self.status, self.code, self.fallback = 500, "", False
-        self.key: Hashed | None = None  # a valid one
-        self.wanted: str | None = None  # a variant that the asker names
-        self.exposed = True  # whether anyone is shown the answer
-
-    @property
-    def key_role(self) -> Role | None:
-        """The role of the key that came with it."""
-        return None if self.key is None else self.key.role
 
 
 class Handlers:
     """Everything behind the routes.
 
     Args:
-        host: gives the engine of a request; see serving/models/manager.py.
-        living: is written to; None: nothing may be.
-        exposures: None: what is shown is not written down.
+        models: gives the engine of a request; see serving/models/manager.py.
+        updates: is written to; None: nothing may be.
+        impressions: None: what is shown is not written down.
         rules: bounds.
         keys: who may do what.
     """
 
     def __init__(
         self,
-        host: Any,
-        living: Any,
-        exposures: ImpressionSink | None,
+        models: Any,
+        updates: Any,
+        impressions: ImpressionSink | None,
         rules: ServiceRules,
         keys: Keys,
         metrics: Metrics,
     ) -> None:
-        self.host, self.living, self.exposures = host, living, exposures
+        self.models, self.updates, self.impressions = models, updates, impressions
         self.rules, self.keys, self.metrics = rules, keys, metrics
         self.rates = Rates(rules.rates) if rules.rates else None
         self.answers = Batcher(rules.answers, name="answers")
@@ -145,18 +122,18 @@ class Handlers:
 
     # ------------------------------------------------------------------ who may
 
-    def limit(self, call: RequestContext) -> None:
+    def limit(self, context: RequestContext) -> None:
         """Raise a Refusal where the caller asks too often."""
-        if self.rates is not None and (wait := self.rates.take(call.key)):
+        if self.rates is not None and (wait := self.rates.take(context.key)):
             raise Refusal(
                 Code.RATE,
-                f"Too many requests; nothing was done. Query again in {wait:.3f} s.",
+                f"Too many requests; nothing was done. Ask again in {wait:.3f} s.",
                 retry=math.ceil(wait),
             )
 
-    def allow(self, call: RequestContext, role: Role) -> None:
+    def allow(self, context: RequestContext, role: Role) -> None:
         """Raise a Refusal unless the key of the call allows it."""
-        if role == "write" and (self.rules.read_only or self.living is None):
+        if role == "write" and (self.rules.read_only or self.updates is None):
             raise Refusal(Code.FORBIDDEN, "This service is read-only.")
         if not self.keys.needed:
             if role == "write" and not self.keys.open_writes:
@@ -164,59 +141,59 @@ class Handlers:
                     Code.FORBIDDEN,
                     "Writing needs keys (--keys), or a service started with --open-writes.",
                 )
-        elif call.key_role is None:
+        elif context.key_role is None:
             raise Refusal(
                 Code.NO_KEY, "Send a valid key as Authorization: Bearer KEY, or as X-API-Key."
             )
-        elif role == "write" and call.key_role != "write":
+        elif role == "write" and context.key_role != "write":
             raise Refusal(Code.FORBIDDEN, "This key may only read.")
 
-    def _engine(self, call: RequestContext, unit: str | None) -> tuple[str, Any]:
-        if call.wanted is not None and self.keys.needed and call.key_role != "write":
+    def engine(self, context: RequestContext, unit: str | None) -> tuple[str, Any]:
+        if context.wanted is not None and self.keys.needed and context.key_role != "write":
             raise Refusal(Code.FORBIDDEN, "Only a write key may name a variant.")
         try:
-            variant, engine = self.host.choose(unit, call.wanted)
+            variant, engine = self.models.choose(unit, context.wanted)
         except QueryError as error:
-            if not self.host.ready:
+            if not self.models.ready:
                 raise Refusal(Code.NOT_READY, "No model is loaded yet.", retry=1) from None
             raise refused(error) from None
         return variant, engine
 
     # ------------------------------------------------------------------ questions
 
-    async def similar_of(self, call: RequestContext, id: str) -> bytes:
-        given = self._asked(call, SimilarRequest, {"items": [segment(id)]})
-        return await self._answer(call, given)
+    async def similar_of(self, context: RequestContext, id: str) -> bytes:
+        given = self._read(context, SimilarRequest, {"items": [segment(id)]})
+        return await self._answer(context, given)
 
-    async def recommendations_of(self, call: RequestContext, id: str) -> bytes:
-        given = self._asked(call, RecommendRequest, {"user": segment(id)})
-        return await self._answer(call, given)
+    async def recommendations_of(self, context: RequestContext, id: str) -> bytes:
+        given = self._read(context, RecommendRequest, {"user": segment(id)})
+        return await self._answer(context, given)
 
-    async def similar(self, call: RequestContext) -> bytes:
-        return await self._answer(call, read(SimilarRequest, await self._body(call)))
+    async def similar(self, context: RequestContext) -> bytes:
+        return await self._answer(context, read(SimilarRequest, await self._body(context)))
 
-    async def recommend(self, call: RequestContext) -> bytes:
-        return await self._answer(call, read(RecommendRequest, await self._body(call)))
+    async def recommend(self, context: RequestContext) -> bytes:
+        return await self._answer(context, read(RecommendRequest, await self._body(context)))
 
-    async def search(self, call: RequestContext) -> bytes:
-        return await self._answer(call, read(SearchRequest, await self._body(call)))
+    async def search(self, context: RequestContext) -> bytes:
+        return await self._answer(context, read(SearchRequest, await self._body(context)))
 
-    async def vectors(self, call: RequestContext) -> bytes:
-        return await self._answer(call, read(VectorRequest, await self._body(call)))
+    async def vectors(self, context: RequestContext) -> bytes:
+        return await self._answer(context, read(VectorRequest, await self._body(context)))
 
-    async def batch(self, call: RequestContext) -> bytes:
-        requests = read(BatchRequest, await self._body(call)).requests
+    async def batch(self, context: RequestContext) -> bytes:
+        requests = read(BatchRequest, await self._body(context)).requests
         if self.rates is not None:
-            self.rates.charge(call.key, len(requests) - 1)
+            self.rates.charge(context.key, len(requests) - 1)
         groups: dict[str, tuple[Any, list[int]]] = {}
         for place, one in enumerate(requests):
-            variant, engine = self._engine(call, one.user)
+            variant, engine = self.engine(context, one.user)
             # One engine a variant, also when a model is swapped in between.
             groups.setdefault(variant, (engine, []))[1].append(place)
-        deadline = call.start + self.rules.batch_deadline
+        deadline = context.start + self.rules.batch_deadline
         outcomes = await asyncio.gather(
             *(
-                self._each(engine, [requests[p].to_ask() for p in places], deadline)
+                self._each(engine, [requests[p].to_query() for p in places], deadline)
                 for engine, places in groups.values()
             )
         )
@@ -224,18 +201,18 @@ class Handlers:
         for (variant, (engine, places)), replies in zip(groups.items(), outcomes, strict=True):
             model = version(engine)
             for place, reply in zip(places, replies, strict=True):
-                request = f"{call.request_id}.{place}"
+                request = f"{context.request_id}.{place}"
                 if isinstance(reply, QueryError):
-                    answers[place] = said(refused(reply), request)
+                    answers[place] = error_form(refused(reply), request)
                 elif isinstance(reply, Exception):
                     log.error("request %s failed", request, exc_info=reply)
-                    answers[place] = said(Refusal(Code.INTERNAL, MISTAKE), request)
+                    answers[place] = error_form(Refusal(Code.INTERNAL, MISTAKE), request)
                 else:
-                    answers[place] = self._said(
-                        reply, request, requests[place].user, variant, model, call
+                    answers[place] = self.form(
+                        reply, request, requests[place].user, variant, model, context
                     )
-        call.variant = next(iter(groups)) if len(groups) == 1 else ""
-        return orjson.dumps({"request_id": call.request_id, "answers": answers})
+        context.variant = next(iter(groups)) if len(groups) == 1 else ""
+        return orjson.dumps({"request_id": context.request_id, "answers": answers})
 
     async def _each(self, engine: Any, asks: list[Query], deadline: float) -> list[Outcome]:
         """Answers of a batch; whatever goes wrong with one question stands in its place."""
@@ -246,103 +223,114 @@ class Handlers:
         except Exception as error:  # of the only one that is asked of this engine
             return [error] * len(asks)
 
-    def _asked(self, call: RequestContext, model: type[Any], own: dict[str, Any]) -> Any:
-        values = from_query(call.scope["query_string"])
+    def _read(self, context: RequestContext, model: type[Any], own: dict[str, Any]) -> Any:
+        values = from_query(context.scope["query_string"])
         for name in own.keys() & values.keys():
             raise Refusal(Code.INVALID, f"{name} is in the path already.")
         return check(model, own | values)
 
-    async def _body(self, call: RequestContext) -> bytes:
-        return await body(call.scope, call.receive, self.rules.body, self.rules.body_seconds)
+    async def _body(self, context: RequestContext) -> bytes:
+        return await body(context.scope, context.receive, self.rules.body, self.rules.body_seconds)
 
-    async def _answer(self, call: RequestContext, given: Options) -> bytes:
-        call.variant, engine = self._engine(call, given.user)
-        call.model = version(engine)
-        ask: Query = given.to_ask()
-        (reply,) = await self.answers.answer(engine, [ask], call.start + self.rules.deadline)
-        if isinstance(reply, QueryError):
-            raise refused(reply) from None
-        assert isinstance(reply, Answers)  # of a single one, anything else was raised
+    async def _answer(self, context: RequestContext, given: Options) -> bytes:
+        context.variant, engine = self.engine(context, given.user)
+        context.model = version(engine)
+        query: Query = given.to_query()
+        # A row of the table of neighbours is found sooner than a thread is woken.
+        seed = query.plain_seed
+        answers = None if seed is None else engine.from_table(seed, query.k)
+        if answers is None:
+            deadline = context.start + self.rules.deadline
+            (answers,) = await self.answers.answer(engine, [query], deadline)
+        if isinstance(answers, QueryError):
+            raise refused(answers) from None
+        assert isinstance(answers, Answers)  # of a single one, anything else was raised
         return orjson.dumps(
-            self._said(reply, call.request_id, given.user, call.variant, call.model, call)
+            self.form(
+                answers, context.request_id, given.user, context.variant, context.model, context
+            )
         )
 
-    def _said(
+    def form(
         self,
-        reply: Answers,
+        answers: Answers,
         request: str,
         user: str | None,
         variant: str,
         model: str,
-        call: RequestContext,
+        context: RequestContext,
     ) -> dict[str, Any]:
-        if self.exposures is not None and call.exposed and reply.ids:
-            self.exposures.shown(request, user, now(), reply.ids, variant, model, first=reply.first)
-        if reply.fallback is not None:
-            self.metrics.fallback(call.route, variant)
-        return answer(reply, request, model, variant)
+        if self.impressions is not None and context.impressed and answers.ids:
+            self.impressions.shown(
+                request, user, now(), answers.ids, variant, model, first=answers.first
+            )
+        if answers.fallback is not None:
+            self.metrics.fallback(context.route, variant)
+        return answer_form(answers, request, model, variant)
 
     # ------------------------------------------------------------------ items, users, events
 
-    async def item(self, call: RequestContext, id: str) -> bytes:
-        return await self._looked_up(call, "item", segment(id), None)
+    async def item(self, context: RequestContext, id: str) -> bytes:
+        return await self._looked_up(context, "item", segment(id), None)
 
-    async def user(self, call: RequestContext, id: str) -> bytes:
+    async def user(self, context: RequestContext, id: str) -> bytes:
         user = segment(id)
-        return await self._looked_up(call, "user", user, user)
+        return await self._looked_up(context, "user", user, user)
 
-    async def _looked_up(self, call: RequestContext, what: str, id: str, unit: str | None) -> bytes:
-        no_parameters(call)
-        call.variant, engine = self._engine(call, unit)
-        call.model = version(engine)
-        deadline = call.start + self.rules.deadline
+    async def _looked_up(
+        self, context: RequestContext, what: str, id: str, unit: str | None
+    ) -> bytes:
+        no_parameters(context)
+        context.variant, engine = self.engine(context, unit)
+        context.model = version(engine)
+        deadline = context.start + self.rules.deadline
         found = await asked(self.answers, lambda: getattr(engine, what)(id), deadline)
         return dumps(
             {
-                "request_id": call.request_id,
-                "model": call.model,
-                "variant": call.variant,
+                "request_id": context.request_id,
+                "model": context.model,
+                "variant": context.variant,
                 what: found,
             }
         )
 
-    async def put_item(self, call: RequestContext, id: str) -> bytes:
-        item, row = segment(id), read(ItemBody, await self._body(call)).root
-        await self._write(call, lambda: self.living.put_item(item, row))
-        return self._written(call, 1)
+    async def put_item(self, context: RequestContext, id: str) -> bytes:
+        item, row = segment(id), read(ItemBody, await self._body(context)).root
+        await self._write(context, lambda: self.updates.put_item(item, row))
+        return self._written(context, 1)
 
-    async def delete_item(self, call: RequestContext, id: str) -> bytes:
+    async def delete_item(self, context: RequestContext, id: str) -> bytes:
         item = segment(id)
-        if not await self._write(call, lambda: self.living.delete_item(item)):
+        if not await self._write(context, lambda: self.updates.delete_item(item)):
             raise Refusal(Code.UNKNOWN_ITEM, f"There is no item {item!r} to delete.")
-        return self._written(call, 1)
+        return self._written(context, 1)
 
-    async def events(self, call: RequestContext) -> bytes:
+    async def events(self, context: RequestContext) -> bytes:
         moment = now()
         events = [
             Event(
                 one.user, one.item, moment if one.time is None else one.time, one.event,
                 one.strength, one.request, one.id,
             )
-            for one in read(EventsRequest, await self._body(call)).events
+            for one in read(EventsRequest, await self._body(context)).events
         ]  # fmt: skip
 
         def work() -> None:
             # Here, so that the log for training has what the journal has: each event once, and
             # also those for which nobody waited to the end.
-            new = self.living.post_events(events)
-            if new and self.exposures is not None:
-                self.exposures.events(new)
+            new = self.updates.post_events(events)
+            if new and self.impressions is not None:
+                self.impressions.events(new)
 
-        await self._write(call, work, "send again with the same event ids")
-        return self._written(call, len(events))
+        await self._write(context, work, "send again with the same event ids")
+        return self._written(context, len(events))
 
     async def _write(
-        self, call: RequestContext, work: Callable[[], Any], again: str = "send it again"
+        self, context: RequestContext, work: Callable[[], Any], again: str = "send it again"
     ) -> Any:
-        no_parameters(call)
+        no_parameters(context)
         try:
-            return await asked(self.writes, work, call.start + self.rules.deadline)
+            return await asked(self.writes, work, context.start + self.rules.deadline)
         except Refusal as refusal:
             if refusal.code == Code.DEADLINE:
                 # Whoever obeys a Retry-After takes it that nothing was done.
@@ -353,28 +341,28 @@ class Handlers:
             log.error("a write failed", exc_info=error)
             raise Refusal(Code.NOT_WRITTEN, "The journal could not be written.", retry=5) from error
 
-    def _written(self, call: RequestContext, count: int) -> bytes:
-        return orjson.dumps({"request_id": call.request_id, "written": count})
+    def _written(self, context: RequestContext, count: int) -> bytes:
+        return orjson.dumps({"request_id": context.request_id, "written": count})
 
     # ------------------------------------------------------------------ the service itself
 
-    async def model(self, call: RequestContext) -> bytes:
-        no_parameters(call)
-        variants = self.host.facts()
-        engines = [self.host.choose(None, str(one["name"]))[1] for one in variants]
+    async def model(self, context: RequestContext) -> bytes:
+        no_parameters(context)
+        variants = self.models.facts()
+        engines = [self.models.choose(None, str(one["name"]))[1] for one in variants]
         facts = await asked(
             self.answers,
             lambda: [engine.facts() for engine in engines],
-            call.start + self.rules.deadline,
+            context.start + self.rules.deadline,
         )
         models = [{**one, "engine": more} for one, more in zip(variants, facts, strict=True)]
-        return dumps({"request_id": call.request_id, "models": models})
+        return dumps({"request_id": context.request_id, "models": models})
 
-    async def live(self, call: RequestContext) -> bytes:
+    async def live(self, context: RequestContext) -> bytes:
         return b'{"live":true}'
 
-    async def ready(self, call: RequestContext) -> bytes:
-        if not self.host.ready:
+    async def ready(self, context: RequestContext) -> bytes:
+        if not self.models.ready:
             raise Refusal(Code.NOT_READY, "No model is loaded yet.", retry=1)
         return b'{"ready":true}'
 
@@ -384,7 +372,7 @@ class Handlers:
 
 def version(engine: Any) -> str:
     """Version of the model that an engine answers with."""
-    return str(engine.served.version)
+    return str(engine.model.version)
 
 
 def now() -> int:
@@ -392,11 +380,11 @@ def now() -> int:
     return time.time_ns() // 1000
 
 
-def answer(reply: Answers, request: str, model: str, variant: str) -> dict[str, Any]:
+def answer_form(answers: Answers, request: str, model: str, variant: str) -> dict[str, Any]:
     """An answer as it goes out; the order of its keys is fixed."""
-    scores = np.asarray(reply.scores, np.float64).round(6).tolist()
-    items = [{"id": id, "score": score} for id, score in zip(reply.ids, scores, strict=True)]
-    for name, values in (("fields", reply.fields), ("explanation", reply.explanations)):
+    scores = np.asarray(answers.scores, np.float64).round(6).tolist()
+    items = [{"id": id, "score": score} for id, score in zip(answers.ids, scores, strict=True)]
+    for name, values in (("fields", answers.fields), ("explanation", answers.explanations)):
         if values is not None:
             for item, value in zip(items, values, strict=True):
                 item[name] = value
@@ -404,9 +392,9 @@ def answer(reply: Answers, request: str, model: str, variant: str) -> dict[str, 
         "request_id": request,
         "model": model,
         "variant": variant,
-        "fallback": reply.fallback,
+        "fallback": answers.fallback,
         "items": items,
-        "next": reply.next,
+        "next": answers.next,
     }
 
 
@@ -415,7 +403,7 @@ def dumps(value: Any) -> bytes:
     return orjson.dumps(value, default=str, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def said(refusal: Refusal, request: str) -> dict[str, Any]:
+def error_form(refusal: Refusal, request: str) -> dict[str, Any]:
     """An error as it goes out."""
     return {"error": {"code": refusal.code, "message": refusal.message, "request_id": request}}
 
@@ -438,10 +426,10 @@ async def asked(batcher: Batcher, work: Callable[[], Any], deadline: float) -> A
         raise refused(error) from None
 
 
-def no_parameters(call: RequestContext) -> None:
+def no_parameters(context: RequestContext) -> None:
     """Refuse a query string where there is nothing to say in it."""
-    if call.scope["query_string"]:
-        name = next(iter(parameters(call.scope["query_string"])), "")
+    if context.scope["query_string"]:
+        name = next(iter(parameters(context.scope["query_string"])), "")
         raise Refusal(Code.INVALID, f"This path takes no parameters, but {name[:40]!r} is given.")
 
 

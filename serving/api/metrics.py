@@ -1,4 +1,4 @@
-"""What the service counts, for Prometheus.
+"""Prometheus metrics of the service.
 
 Counting happens in the event loop alone, in plain lists: a request costs one bisection and three
 additions. Prometheus' own objects are made when somebody asks.
@@ -43,7 +43,7 @@ class Metrics:
     """Counts of one service.
 
     Args:
-        more: asked at every scrape for what host, queue and journal say of themselves.
+        more: asked at every scrape for counts of models, queues and journal.
     """
 
     def __init__(self, more: Callable[[], Iterable[Metric]] = lambda: ()) -> None:
@@ -116,7 +116,7 @@ def counter(name: str, said: str, value: float) -> Metric:
     return family
 
 
-def of_host(facts: Iterable[Mapping[str, Any]]) -> Iterable[Metric]:
+def of_models(facts: Iterable[Mapping[str, Any]]) -> Iterable[Metric]:
     """What a host says of its variants: numbers, the model's version, and the last failure."""
     info = GaugeMetricFamily(
         "recsys_model_info", "1; the labels say which model serves.",

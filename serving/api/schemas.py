@@ -173,7 +173,7 @@ class Options(Strict, ABC):
         }
 
     @abstractmethod
-    def to_ask(self) -> Query:
+    def to_query(self) -> Query:
         """The question that is asked."""
 
 
@@ -182,7 +182,7 @@ class SimilarRequest(Options):
 
     items: list[Id] = Field(min_length=1, max_length=MAX_HISTORY)
 
-    def to_ask(self) -> Query:
+    def to_query(self) -> Query:
         return Query("similar", items=tuple(self.items), **self.common())
 
 
@@ -197,7 +197,7 @@ class RecommendRequest(Options):
         default_factory=dict, max_length=MAX_FIELDS, description="Device, hour, …"
     )
 
-    def to_ask(self) -> Query:
+    def to_query(self) -> Query:
         return Query(
             "recommend",
             user=self.user,
@@ -212,7 +212,7 @@ class SearchRequest(Options):
 
     text: str = Field(min_length=1, max_length=MAX_TEXT)
 
-    def to_ask(self) -> Query:
+    def to_query(self) -> Query:
         return Query("search", text=self.text, **self.common())
 
 
@@ -223,7 +223,7 @@ class VectorRequest(Options):
         min_length=1, max_length=MAX_VECTOR, description="As many numbers as /v1/model says."
     )
 
-    def to_ask(self) -> Query:
+    def to_query(self) -> Query:
         return Query("vector", vector=np.array(self.vector, np.float32), **self.common())
 
 

@@ -1,31 +1,38 @@
-"""The service as a process: one worker, uvloop and httptools, an orderly end."""
+"""The service as a process: Granian in one process, on one event loop, with an orderly end.
+
+Granian (hyper) speaks HTTP: framing, trailers, bounds of a head, slow heads and half-closed clients
+are its work. docs/SERVICE.md has what was measured of it and of other servers.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from recsys.errors import ConfigError
 
 if TYPE_CHECKING:
-    import uvicorn
+    from granian.server.embed import Server
 
 log = logging.getLogger("recsys.serve")
 
+Started = Callable[[Callable[[], None]], None]
+
 LOCAL = ("127.0.0.1", "localhost", "::1")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-LISTENERS = 32
 BACKLOG = 2048
-"""Connections that may wait to be let in, as uvicorn has it."""
+"""Connections that may wait to be let in."""
+MAX_HEAD_BYTES = 64 << 10
+"""Of a request's head, and of its trailers."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +40,16 @@ class ServerRules:
     """How the process behaves.
 
     Args:
-        keep_alive: seconds that a connection may wait for its next request.
+        head: seconds that a connection has for the head of its next request.
         drain: seconds that running requests have to finish after SIGTERM.
+        connections: requests that are worked on at once; others wait to be let in.
         switch: seconds after which a thread that computes lets the event loop go on; Python's own
-            5 ms are what a hot answer takes fifty times over.
+            5 ms are what a row of the table takes fifty times over.
     """
 
-    keep_alive: int = 30
+    head: float = 30.0
     drain: int = 10
+    connections: int = 4096
     switch: float = 0.0005
 
 
@@ -90,22 +99,24 @@ def run(
     bound: socket.socket,
     rules: ServerRules | None = None,
     *,
-    started: Callable[[], None] = lambda: None,
+    started: Started = lambda stop: None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what runs.
 
     Args:
         app: the ASGI application.
-        bound: as `bind` gave it.
+        bound: as `bind` gave it; it is closed, and its address is the server's.
         rules: times.
-        started: called when connections are taken.
+        started: called with what stops the server, when connections are taken.
 
     Raises:
         ConfigError: somebody else listens there by now.
     """
+    import uvloop
+
     rules = rules or ServerRules()
-    # Two may be bound to one address while neither listens. The second to listen is refused, and
-    # uvloop says nothing of it.
+    host, port = bound.getsockname()[:2]
+    # Two may be bound to one address while neither listens. The second to listen is refused.
     try:
         bound.listen(BACKLOG)
     except OSError as error:
@@ -113,68 +124,68 @@ def run(
             f"{url(bound)} was taken meanwhile, while models were being loaded: {error}. "
             "Name another --host or --port."
         ) from None
+    finally:
+        bound.close()
     sys.setswitchinterval(rules.switch)
     # What was loaded stays: the collector need not look through it again and again.
     gc.collect()
     gc.freeze()
-    server = make_server(app, rules, started)
-    server.run(sockets=listeners(bound))
+    uvloop.run(serve(app, host, port, rules, started))
     log.info("stopped")
 
 
-def listeners(bound: socket.socket) -> list[socket.socket]:
-    """One listening socket, as often as connections are to be taken in a turn of the event loop.
+def make_server(app: Any, host: str, port: int, rules: ServerRules) -> Server:
+    """Granian as the service runs it."""
+    from granian.constants import HTTPModes, Interfaces
+    from granian.http import HTTP1Settings
+    from granian.server.embed import Server
 
-    libuv takes one connection a turn from each socket that it listens to (its #3696), and a turn
-    answers all that was asked: with 256 callers at once the last ones waited two seconds to be let
-    in. Duplicates share one queue, so that whichever looks first takes the next of it.
-    """
-    return [bound, *(bound.dup() for _ in range(LISTENERS - 1))]
-
-
-def make_server(
-    app: Any, rules: ServerRules, started: Callable[[], None] = lambda: None
-) -> uvicorn.Server:
-    """Uvicorn as the service runs it."""
-    import uvicorn
-
-    from recsys.serving.api.protocol import GuardedProtocol
-
-    class Server(uvicorn.Server):
-        """Ends with the exit code of whoever runs it: a drained service has done its work."""
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            started()
-
-        @contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            if threading.current_thread() is not threading.main_thread():
-                yield
-                return
-            # uvicorn raises the signal again at the end: that would kill what is yet to be flushed.
-            before = {one: signal.signal(one, self.handle_exit) for one in SIGNALS}
-            try:
-                yield
-            finally:
-                for one, handler in before.items():
-                    signal.signal(one, handler)
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            self.force_exit = self.should_exit  # asked twice: do not wait
-            self.should_exit = True
-
-    config = uvicorn.Config(
+    return Server(
         app,
-        loop="uvloop",
-        http=GuardedProtocol,
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=rules.keep_alive,
-        timeout_graceful_shutdown=rules.drain,
+        address=host,
+        port=port,
+        interface=Interfaces.ASGI,
+        http=HTTPModes.http1,
+        http1_settings=HTTP1Settings(
+            header_read_timeout=round(rules.head * 1000), max_buffer_size=MAX_HEAD_BYTES
+        ),
+        websockets=False,
+        backlog=BACKLOG,
+        backpressure=rules.connections,
+        log_enabled=False,
     )
-    return Server(config)
+
+
+async def serve(
+    app: Any, host: str, port: int, rules: ServerRules, started: Started = lambda stop: None
+) -> None:
+    """Serve on the running event loop until it is stopped; see `run`."""
+    server = make_server(app, host, port, rules)
+    loop = asyncio.get_running_loop()
+    stopping = False
+
+    def stop() -> None:
+        nonlocal stopping
+        if stopping:
+            os._exit(1)  # asked twice: do not wait
+        stopping = True
+        server.stop()
+
+    if threading.current_thread() is threading.main_thread():
+        for one in SIGNALS:
+            loop.add_signal_handler(one, stop)
+    serving = loop.create_task(server.serve())
+    while not serving.done():
+        try:
+            _, writer = await asyncio.open_connection(host, port)
+        except OSError:
+            await asyncio.sleep(0.01)
+            continue
+        writer.close()
+
+        def stop_from_anywhere() -> None:
+            loop.call_soon_threadsafe(stop)
+
+        started(stop_from_anywhere)
+        break
+    await serving

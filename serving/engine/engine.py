@@ -145,6 +145,22 @@ class Engine:
         assert all(answers is not None for answers in out)
         return [answers for answers in out if answers is not None]
 
+    def from_table(self, id: str, k: int) -> Answers | None:
+        """The answer that `answer` gives to a plain query for items similar to one, where it is a
+        row of the table of neighbours and nothing else has to be looked at, in microseconds; None:
+        ask `answer`.
+        """
+        snapshot, model = self.snapshot(), self.model
+        if snapshot.extra_open or id in snapshot.view.place:
+            return None
+        row = model.row_of(id)
+        if not row or row in snapshot.view.hidden or not 0 < k <= snapshot.open.total:
+            return None
+        found = self._planner.table_row(row, k, snapshot.open.mask)
+        if found is None:
+            return None
+        return Answers(model.ids.decode(model.bundle.rows[found[0]].tolist()), found[1])
+
     def _encode(
         self,
         resolved: list[ResolvedQuery],

@@ -60,22 +60,42 @@ class Planner:
 
     def _from_table(self, query: ResolvedQuery, snapshot: CatalogSnapshot) -> Found | None:
         """From the seed's row of the table; None: too little of the row may be answered."""
-        row, wanted = query.seed_row, query.wanted
-        if self.table is None or row is None or query.query.exact:
+        if query.seed_row is None or query.query.exact:
             return None
+        mask = query.allowed.index_mask(snapshot.n)
+        # Denied items beside the seed, which is not in its own row.
+        if len(query.exclude) > 1:
+            mask = np.ones(snapshot.n, bool) if mask is None else mask.copy()
+            mask[query.exclude[query.exclude < snapshot.n]] = False
+        found = self.table_row(query.seed_row, query.wanted, mask)
+        return None if found is None else (*_with_live(query, *found, snapshot), False)
+
+    def table_row(
+        self, row: int, wanted: int, mask: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Positions and scores of the nearest of an item, from the table of neighbours.
+
+        Args:
+            row: of the item.
+            wanted: answers.
+            mask: (n,) bool, positions that may be answered; None: all.
+
+        Returns:
+            None: it is not in the table, or too little of its row may be answered.
+        """
         seed = int(self._position_of_row[row])
-        if seed < 0 or wanted > self.table.rows.shape[1]:
+        if self.table is None or seed < 0 or wanted > self.table.rows.shape[1]:
             return None
-        for table in dict.fromkeys((self.table.narrowest(wanted), self.table)):
-            near, scores = table.rows[seed], table.scores[seed]
-            kept = near >= 0
-            if (mask := query.allowed.index_mask(snapshot.n)) is not None:
-                kept &= mask[near]
-            if len(query.exclude):
-                kept &= ~np.isin(near, query.exclude)
-            near, scores = near[kept][:wanted].astype(np.int64), scores[kept][:wanted]
-            if len(near) == wanted:
-                return *_with_live(query, near, scores, snapshot), False
+        table = self.table.narrowest(wanted)
+        near, scores = table.rows[seed], table.scores[seed]
+        if mask is None:
+            near, scores = near[:wanted], scores[:wanted]
+            return None if near[-1] < 0 else (near.astype(np.int64), scores)
+        for one in dict.fromkeys((table, self.table)):
+            near, scores = one.rows[seed], one.scores[seed]
+            kept = (near >= 0) & mask[near]
+            if np.count_nonzero(kept) >= wanted:
+                return near[kept][:wanted].astype(np.int64), scores[kept][:wanted]
         return None
 
 

@@ -121,6 +121,14 @@ class Query:
     popularity: float = 0.0
     explain: bool = False
 
+    @property
+    def plain_seed(self) -> str | None:
+        """The only seed of a query for similar items with nothing beside `k`; None: it is none."""
+        if self.kind != "similar" or len(self.items) != 1 or self.fields is not None:
+            return None
+        more = (self.exact, self.paged, self.cursor, self.explain, self.diversity, self.popularity)
+        return None if any(more) or not self.filter.empty else self.items[0]
+
 
 @dataclass(frozen=True)
 class Answers:

@@ -267,12 +267,12 @@ def read_golden(path: str | Path) -> list[Golden]:
 def _golden(served: LoadedModel, questions: Sequence[Golden], rules: GateRules) -> list[str]:
     if not questions:
         return []
-    answers = _answers(served, [question.ask.to_ask() for question in questions])
+    answers = _answers(served, [question.ask.to_query() for question in questions])
     refusals = []
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True), 1):
         fault = _fault(question, answer, rules)
         if fault:
-            refusals.append(f"Golden question {number} ({_told(question.ask.to_ask())}) {fault}.")
+            refusals.append(f"Golden question {number} ({_told(question.ask.to_query())}) {fault}.")
     if len(refusals) > 3:
         more = len(refusals) - 3
         refusals = [*refusals[:3], f"{more} more of the {len(questions)} golden questions fail."]
