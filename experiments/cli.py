@@ -261,7 +261,8 @@ def recommend(
     bundle: BundlePath,
     user: Annotated[str | None, typer.Option(metavar="ID", help="For this user.")] = None,
     history: Annotated[
-        str | None, typer.Option(metavar="A,B,C", help="For anybody who had these, oldest first.")
+        list[str] | None,
+        typer.Option(metavar="ID", help="For anybody who had these: once an item, oldest first."),
     ] = None,
     k: K = 10,
     exact: Exact = False,
@@ -272,12 +273,12 @@ def recommend(
     \b
     Example:
       recsys recommend runs/shop/bundle --user u00017 -k 10
-      recsys recommend runs/shop/bundle --history i00042,i00007 --json
+      recsys recommend runs/shop/bundle --history i00042 --history i00007 --json
     """
-    _one(user, history, "--user ID or --history A,B,C")
+    _one(user, history or None, "--user ID or --history ID")
     from recsys.serving.recommender import Recommender
 
-    past = None if history is None else [part.strip() for part in history.split(",")]
+    past = history or None
     with aside():
         answers = Recommender.load(bundle).recommend(user=user, history=past, k=k, exact=exact)
     _answers(answers, json)
@@ -289,7 +290,7 @@ def score(
     pairs: Annotated[
         Path, typer.Option(metavar="FILE", help="user or history, item or shown; perhaps time.")
     ],
-    out: Annotated[Path, typer.Option(help="Parquet: the columns of FILE and score.")],
+    out: Annotated[Path, typer.Option(help="Parquet or CSV: the columns of FILE and score.")],
     log: Annotated[
         str | None, typer.Option(metavar="LOG", help="Later events that may be known.")
     ] = None,
@@ -427,11 +428,17 @@ def _one(first: Any, second: Any, names: str) -> None:
         raise QueryError(f"Give either {names}.")
 
 
+COUNTS = "; its scores are numbers of events, which do not compare with a model's"
+
+
 def _answers(answers: Any, json: bool) -> None:
-    if answers.fallback:
-        print(answers.fallback, file=sys.stderr)
+    counts = answers.fallback is not None and "most popular items answer" in answers.fallback
+    note = f"{answers.fallback}{COUNTS if counts else ''}" if answers.fallback else None
+    if note:
+        print(note, file=sys.stderr)
     if json:
-        print_json(answers.to_list())
+        score = "events" if counts else "model"
+        print_json({"fallback": note, "score_is": score, "items": answers.to_list()})
     else:
         from recsys.experiments import show
 

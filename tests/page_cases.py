@@ -6,8 +6,6 @@ The shop answers by simple rules, so that a test can say beforehand what the pag
 from __future__ import annotations
 
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

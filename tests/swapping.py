@@ -106,7 +106,7 @@ def host(root: Path) -> Iterator[Callable[..., ModelManager]]:
 
 
 def serving(host: ModelManager) -> str:
-    return host.choose(None)[1].served.version
+    return host.choose(None)[1].model.version
 
 
 class Heard(list[tuple[str, dict[str, Any]]]):
@@ -174,9 +174,9 @@ class UserInputs:
             asks = [Query("recommend", user="nobody", k=5)]
         else:
             asks = []
-            quick = engine.similar_fast(item, 5)
+            quick = engine.from_table(item, 5)
             if quick is not None:
-                self._held(prefix, [p.split(b'"')[0].decode() for p in quick.split(b'"id":"')[1:]])
+                self._held(prefix, quick.ids)
         for answer in engine.answer(asks) if asks else []:
             if not isinstance(answer, Answers):
                 raise AssertionError(f"refused: {answer}")

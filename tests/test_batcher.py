@@ -313,30 +313,6 @@ class Where:
 QUICK = Query("recommend", history=("a",))
 
 
-def test_a_quick_question_that_comes_alone_is_answered_on_the_loop() -> None:
-    async def run() -> None:
-        batcher, engine = Batcher(), Where()
-        for _ in range(3):
-            assert (await batcher.answer(engine, [QUICK], soon()))[0].ids == ["a"]
-        assert engine.calls == [(True, 1)] * 3
-        batcher.close()
-
-    asyncio.run(run())
-
-
-def test_quick_questions_of_one_turn_go_together() -> None:
-    async def run() -> None:
-        batcher, engine = Batcher(), Where()
-        await asyncio.gather(*(batcher.answer(engine, [QUICK], soon()) for _ in range(5)))
-        assert sum(size for _, size in engine.calls) == 5
-        assert not any(here for here, _ in engine.calls)
-        await batcher.answer(engine, [QUICK], soon())
-        assert engine.calls[-1] == (True, 1)
-        batcher.close()
-
-    asyncio.run(run())
-
-
 @pytest.mark.parametrize(
     "more",
     [
@@ -349,20 +325,6 @@ def test_a_question_that_may_take_long_never_holds_the_loop_up(more: dict[str, A
         batcher, engine = Batcher(), Where()
         await batcher.answer(engine, [replace(QUICK, **more)], soon())
         assert engine.calls == [(False, 1)]
-        batcher.close()
-
-    asyncio.run(run())
-
-
-def test_while_a_thread_works_a_quick_question_waits_for_the_next_batch() -> None:
-    async def run() -> None:
-        batcher, engine = Batcher(), Gate()
-        task = await begun(batcher, engine, "slow")
-        second = asyncio.create_task(batcher.answer(engine, [QUICK], soon()))
-        await asyncio.sleep(0.05)
-        assert batcher.depth == 1
-        engine.go.release(2)
-        await asyncio.gather(task, second)
         batcher.close()
 
     asyncio.run(run())

@@ -13,6 +13,7 @@ import pytest
 from recsys.errors import ConfigError, DataError
 from recsys.serving import candidates
 from recsys.serving.candidates import write_candidates
+from recsys.serving.engine.engine import Engine
 from recsys.serving.recommender import Recommender
 
 
@@ -99,13 +100,13 @@ def test_a_call_that_was_stopped_goes_on_where_it_ended(
     # One that dies in the middle of a part leaves half a file under a temporary name.
     (tmp_path / "c.parquet.parts" / ".000000000014.parquet.x.parquet").write_bytes(b"PAR1 half")
     asked: list[int] = []
-    real = Recommender.answer_rows
+    real = Engine.recommend_rows
 
-    def watched(self: Recommender, queries: Any, *args: Any, **kwargs: Any) -> Any:
+    def watched(self: Engine, queries: Any, *args: Any, **kwargs: Any) -> Any:
         asked.append(len(queries))
         return real(self, queries, *args, **kwargs)
 
-    monkeypatch.setattr(Recommender, "answer_rows", watched)
+    monkeypatch.setattr(Engine, "recommend_rows", watched)
     written = write_candidates(trader, out, k=5)
     assert written.resumed == 14 and sum(asked) == written.users - 14
     assert out.read_bytes() == whole

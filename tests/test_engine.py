@@ -17,6 +17,7 @@ from recsys.serving.engine.engine import Engine, EngineRules
 from recsys.serving.engine.loaded_model import LoadedModel
 from recsys.serving.engine.query import Answers, Filter, Query, UnknownItem
 from recsys.serving.live.updates import Event, LiveUpdates
+from recsys.serving.recommender import Recommender
 from tests.serving_cases import STILL, FakeOverlay, engine_of, no_view, reply_to, small, view_of
 
 
@@ -48,43 +49,6 @@ def _error(engine: Engine, ask: Query) -> str:
 
 
 # --- as the recommender ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["keeper", "trade", "graph"])
-def test_the_recommender_and_the_engine_answer_alike(
-    name: str, request: pytest.FixtureRequest
-) -> None:
-    served: LoadedModel = request.getfixturevalue(name)
-    engine, recommender = engine_of(served), served.recommender
-    items, users = served.bundle.items.ids.to_list(), served.bundle.users.ids.to_list()
-    pairs: list[tuple[Query, Any]] = []
-    for user in [*users[:12], "nobody"]:
-        for seen in (True, False):
-            pairs.append(
-                (
-                    Query("recommend", user=user, k=7, drop_seen=seen),
-                    recommender.recommend(user=user, k=7, drop_seen=seen),
-                )
-            )
-    for history in (items[:1], items[3:9], [*items[3:5], "x", "y"], ["x"], [], items[:80]):
-        for user in (None, users[0]):
-            pairs.append(
-                (
-                    Query("recommend", history=tuple(history), user=user, k=7),
-                    recommender.recommend(history=history, user=user, k=7),
-                )
-            )
-    for item in [*items[:12], "x"]:
-        pairs.append((Query("similar", items=(item,), k=7), recommender.similar(item=item, k=7)))
-    replies = engine.answer([ask for ask, _ in pairs])  # all at once
-    for (ask, expected), reply in zip(pairs, replies, strict=True):
-        assert isinstance(reply, Answers)
-        assert reply.ids == expected.ids, ask
-        np.testing.assert_allclose(reply.scores, expected.scores, rtol=1e-4, atol=1e-5)
-        assert reply.fallback == expected.fallback
-        alone = reply_to(engine, replace(ask, fields=("*",)))
-        assert alone.ids == reply.ids
-        assert alone.fields == served.fields(served.bundle.items.encode(reply.ids))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +93,7 @@ def test_all_kinds_of_towers_are_asked_as_the_recommender_asks_them(
 def test_a_search_by_text_is_the_recommenders(keeper: LoadedModel, graph: LoadedModel) -> None:
     engine = engine_of(keeper)
     for text in ("brass lamp", "a minimalist watering can"):
-        expected = keeper.recommender.similar(text=text, k=5)
+        expected = Recommender(keeper).similar(text=text, k=5)
         reply = reply_to(engine, Query("search", text=text, k=5))
         assert reply.ids == expected.ids
         np.testing.assert_allclose(reply.scores, expected.scores, rtol=1e-5, atol=1e-6)
@@ -172,7 +136,7 @@ def test_a_mistake_costs_nobody_else_his_answer(trade: LoadedModel) -> None:
 
 def test_context_moves_the_user_and_unknown_values_do_not(keeper: LoadedModel) -> None:
     engine = engine_of(keeper)
-    codes = engine._askers.context_of
+    codes = engine.inputs.context_of
     vocab = keeper.bundle.contexts[0].vocab
     assert vocab is not None
     for value in (*vocab.ids.to_list(), "never met"):
@@ -307,8 +271,8 @@ def test_a_live_item_is_found_by_text_filter_and_likeness_and_gone_when_deleted(
     alike = reply_to(engine, Query("similar", items=("new",), k=5))
     assert alike.fallback is None and "new" not in alike.ids
     assert "new" in reply_to(engine, Query("recommend", user="nobody", k=1000)).ids
-    quick = engine.similar_fast(found.ids[1 - found.ids.index("new")], 100)
-    assert quick is not None and b'"new"' in quick
+    other = found.ids[1 - found.ids.index("new")]
+    assert "new" in reply_to(engine, Query("similar", items=(other,), k=100)).ids
     assert engine.item("new")["live"] and engine.item("new")["fields"]["category"] == "Garden"
     parts = Filter(equals={"category": ("Garden",)})
     assert "new" in reply_to(
@@ -332,12 +296,9 @@ def test_a_replaced_item_stands_once_and_a_deleted_one_never(
     everything = reply_to(engine, Query("recommend", user="nobody", k=1000)).ids
     assert everything.count(first) == 1 and second not in everything
     assert engine.item(first)["fields"]["title"] == "Something else altogether"
-    assert engine.similar_fast(second, 3) is None and engine.similar_fast(first, 3) is None
     for id in keeper.bundle.items.decode(keeper.bundle.rows[2:30]).to_list():
-        quick = engine.similar_fast(id, 5)
-        slow = reply_to(engine, Query("similar", items=(id,), k=5, exact=True))
-        assert quick is not None
-        assert [one["id"] for one in json.loads(b"[" + quick + b"]")] == slow.ids
+        planned = reply_to(engine, Query("similar", items=(id,), k=5))
+        assert planned.ids == reply_to(engine, Query("similar", items=(id,), k=5, exact=True)).ids
     facts = engine.facts()
     assert (facts["live_items"], facts["hidden_items"]) == (1, 2)
     assert facts["answerable"] == len(keeper.bundle.rows) - 1
@@ -409,7 +370,7 @@ def test_windows_are_as_of_the_clock(trade: LoadedModel) -> None:
     ask = Query("recommend", user="nobody", k=99)
     before = set(reply_to(engine, ask).ids)
     now[0] += 2 * 86_400_000_000
-    later = trade.recommender.as_of(now[0])
+    later = Recommender(trade).as_of(now[0])
     after = set(reply_to(engine, ask).ids)
     assert after == set(later.bundle.items.decode(later.bundle.rows).to_list()) != before
     assert "i07" in after - before
@@ -419,36 +380,37 @@ def test_windows_are_as_of_the_clock(trade: LoadedModel) -> None:
 
 # --- the table of neighbours ----------------------------------------------------------------------
 
+ASK = Query("similar")
 
-def test_the_quick_way_answers_as_the_slow_one(keeper: LoadedModel, trade: LoadedModel) -> None:
+
+def test_the_table_answers_as_exact_search(keeper: LoadedModel, trade: LoadedModel) -> None:
     for served in (keeper, trade):
         engine = engine_of(served)
         for id in served.bundle.items.decode(served.bundle.rows).to_list():
             for k in (1, 4, 20):
                 slow = reply_to(engine, Query("similar", items=(id,), k=k, exact=True))
-                quick = engine.similar_fast(id, k)
-                assert quick is not None
-                said = json.loads(b"[" + quick + b"]")
-                assert [one["id"] for one in said] == slow.ids
-                assert [one["score"] for one in said] == pytest.approx(slow.scores, abs=2e-6)
+                planned = reply_to(engine, replace(ASK, items=(id,), k=k))
+                for quick in (engine.from_table(id, k), planned):
+                    assert quick is not None and quick.ids == slow.ids
+                    np.testing.assert_allclose(quick.scores, slow.scores, atol=2e-6)
         everything = len(served.bundle.rows)
-        assert engine.similar_fast(id, everything) is None  # itself is left out
-        assert engine.similar_fast(id, 0) is None and engine.similar_fast(id, 101) is None
-        assert engine.similar_fast("x", 3) is None
-    assert engine_of(trade).similar_fast("i06", 3) is None  # not for sale: not in the index
+        assert engine.from_table(id, everything) is None  # itself is left out
+        assert engine.from_table(id, 0) is None and engine.from_table(id, 101) is None
+        assert engine.from_table("x", 3) is None
+    assert engine_of(trade).from_table("i06", 3) is None  # not for sale: not in the index
 
 
-def test_the_quick_way_gives_up_when_too_much_of_the_table_is_closed(keeper: LoadedModel) -> None:
+def test_the_table_gives_up_when_too_much_of_the_table_is_closed(keeper: LoadedModel) -> None:
     ids = keeper.bundle.items.decode(keeper.bundle.rows).to_list()
     engine = Engine(keeper, FakeOverlay(view_of(keeper, {}, ids[1:60])), rules=STILL)
     for id in (ids[0], *ids[60:]):
-        quick = engine.similar_fast(id, 10)
+        quick = engine.from_table(id, 10)
         assert quick is not None
         slow = reply_to(engine, Query("similar", items=(id,), k=10, exact=True))
-        assert [one["id"] for one in json.loads(b"[" + quick + b"]")] == slow.ids
+        assert quick.ids == slow.ids
     left = len(ids) - 59
-    assert engine.similar_fast(ids[0], left - 1) is not None
-    assert engine.similar_fast(ids[0], left) is None
+    assert engine.from_table(ids[0], left - 1) is not None
+    assert engine.from_table(ids[0], left) is None
 
 
 def test_facts_name_the_model(keeper: LoadedModel) -> None:

@@ -203,7 +203,7 @@ def test_an_item_keeps_its_id_in_qdrant() -> None:
 
 def test_users_of_whom_nothing_is_known_are_left_out(tiny: Any, tmp_path: Path) -> None:
     recommender = Recommender.load(tiny.bundle)
-    nobody = recommender.nothing_known(
+    nobody = recommender.engine.nothing_known(
         recommender.queries(np.arange(1, recommender.bundle.users.size))
     )
     heard: list[tuple[int, int]] = []

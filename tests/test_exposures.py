@@ -21,6 +21,7 @@ from recsys.features.prepared.skips import Reason
 from recsys.serving.live.impression_log import SCHEMA, ImpressionLog
 from recsys.serving.live.journal import Event
 from recsys.serving.live.parquet_parts import Parts
+from recsys.serving.recommender import Recommender
 from recsys.tables import DAY, SECOND
 
 START = 1_704_067_200 * SECOND

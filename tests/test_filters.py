@@ -15,7 +15,7 @@ from serving_cases import no_view, small
 
 from recsys.errors import QueryError
 from recsys.serving.engine.availability import Windows
-from recsys.serving.engine.filter_masks import CHOICES, FilterMasks
+from recsys.serving.engine.filter_masks import KEPT_MASKS, FilterMasks
 from recsys.serving.engine.filters import KEPT_MOST, Filters, Kept
 from recsys.serving.engine.query import Filter
 from recsys.serving.engine.snapshot import CatalogSnapshot
@@ -234,7 +234,7 @@ def test_choices_count_what_was_asked(tmp_path: Path) -> None:
     assert choices.of(large, stock) is choices.of(large, stock)
     for n in range(50):
         choices.of(Filter(equals={"category": (f"{n}",)}), stock)
-    assert choices.held < 1 << 20 and len(choices._known) == CHOICES
+    assert choices.held < 1 << 20 and len(choices._known) == KEPT_MASKS
 
 
 def test_the_same_conditions_have_one_key_whatever_their_order() -> None:

@@ -22,6 +22,7 @@ from recsys.serving.index import HnswIndex, IndexRules
 from recsys.serving.models.gate import GateRules, check, golden_questions, write_golden
 from recsys.serving.models.publish import publish
 from recsys.serving.neighbours import Neighbours
+from recsys.serving.recommender import Recommender
 
 GRAPH = IndexRules(kind="hnsw", exact_breadth=1, exact_below=0)
 
@@ -169,7 +170,7 @@ def test_what_a_model_answers_is_golden_for_it(good: LoadedModel, tmp_path: Path
 def test_a_model_with_other_answers_is_refused_by_name(good: LoadedModel, tmp_path: Path) -> None:
     ids = good.bundle.items.decode(good.bundle.rows).to_list()
     ask = {"kind": "similar", "items": [ids[0]], "k": 3}
-    answers = good.recommender.similar(item=ids[0], k=3).ids
+    answers = Recommender(good).similar(item=ids[0], k=3).ids
     other = next(id for id in ids[1:] if id not in answers)
     file = tmp_path / "golden.json"
 
@@ -229,7 +230,7 @@ def test_golden_questions_are_written_as_requests_are(tmp_path: Path) -> None:
     (tmp_path / "golden.json").write_text(json.dumps([{"ask": ask, "min_overlap": 1}]))
     (question,) = golden_questions(tmp_path, GateRules())
     assert question.min_overlap == 1
-    assert question.ask.to_ask() == Query(
+    assert question.ask.to_query() == Query(
         "similar", items=("a", "b"), k=3, filter=Filter(ranges={"price": (0, 3)})
     )
 

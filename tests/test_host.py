@@ -79,7 +79,7 @@ def test_under_load_no_question_fails_and_no_answer_mixes_two_models(
     host: Callable[..., ModelManager], root: Path, plain: Any
 ) -> None:
     one = host()
-    ids = [id.removeprefix("a-") for id in one.choose(None)[1].served.bundle.items.ids[:20]]
+    ids = [id.removeprefix("a-") for id in one.choose(None)[1].model.bundle.items.ids[:20]]
     prefix = {version(root, name): f"{name}-" for name in NAMES}
     with UserInputs(one, prefix, ids) as askers:
         for name in ("b", "c", "a", "b", "a", "c"):
@@ -105,8 +105,8 @@ def test_the_old_model_lives_as_long_as_a_request_holds_it_and_no_longer(
         living = LiveUpdates(None)
         one = host(living=living, on_event=heard)
         request = one.choose(None)[1]
-        served = weakref.ref(request.served)
-        vectors = weakref.ref(request.served.bundle.vectors)
+        served = weakref.ref(request.model)
+        vectors = weakref.ref(request.model.bundle.vectors)
         point(root, "b")
         until(lambda: serving(one) == version(root, "b"))
         point(root, "c")
@@ -145,7 +145,7 @@ def test_nothing_of_a_model_with_all_features_is_a_cycle(tiny: Any) -> None:
         ]
         answers = engine.answer(asks)
         assert [type(answer) for answer in answers] == [Answers] * 5 + [QueryError], answers
-        engine.similar_fast(item, 5)
+        engine.from_table(item, 5)
         engine.item(item)
         engine.user("nobody")
         engine.facts()
@@ -252,10 +252,10 @@ def test_two_models_side_by_side_by_a_hashed_split(
     # One fails, the other goes on being replaced.
     pointer_to_nothing(root)
     point(other, "c")
-    until(lambda: one.choose(None, "new")[1].served.version == version(root, "c"))
+    until(lambda: one.choose(None, "new")[1].model.version == version(root, "c"))
     until(lambda: one.facts()[0]["last_error"])
     assert one.facts()[1]["last_error"] is None
-    assert one.choose(None, "old")[1].served.version == version(root, "a")
+    assert one.choose(None, "old")[1].model.version == version(root, "a")
 
 
 def test_unknown_variants_and_splits_are_refused(
@@ -282,7 +282,7 @@ def test_twenty_seconds_of_swaps_and_writes_under_load(
     caplog.set_level(logging.CRITICAL)
     living = LiveUpdates(tmp_path / "journal")
     one = host(living=living, every=0.5, gate=GateRules())
-    ids = [id.removeprefix("a-") for id in one.choose(None)[1].served.bundle.items.ids[:20]]
+    ids = [id.removeprefix("a-") for id in one.choose(None)[1].model.bundle.items.ids[:20]]
     prefix = {version(root, name): f"{name}-" for name in NAMES}
     done = threading.Event()
     faults: list[str] = []

@@ -159,7 +159,7 @@ def test_an_engine_that_cannot_answer_is_not_swapped_in(
 
     class Broken(Engine):
         def answer(self, asks: Any) -> Any:
-            if self.served.version == version(root, "b"):
+            if self.model.version == version(root, "b"):
                 raise ZeroDivisionError("a bug")
             return super().answer(asks)
 

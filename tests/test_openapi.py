@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from service_cases import FakeHost, FakeLiving, ask
 
 from recsys.experiments.serve import MAIN, Plan, service
-from recsys.serving.api import openapi
+from recsys.files import canonical_json
 from recsys.serving.api.app import make_app
 from recsys.serving.api.auth import Keys
-from recsys.serving.api.contract import OPERATIONS
+from recsys.serving.api.contract import OPERATIONS, openapi
 from recsys.serving.api.handlers import PARAMETERS
 from recsys.serving.api.schemas import STATUS, Code, Options
 
@@ -25,8 +25,8 @@ DESCRIBED = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {
 
 
 def test_the_file_is_current() -> None:
-    assert FILE.read_text(encoding="utf-8") == openapi.text(), (
-        "Write it again: python -m recsys.serving.api.openapi > docs/openapi.json"
+    assert FILE.read_text(encoding="utf-8") == canonical_json(openapi()) + "\n", (
+        "Write it again: python -m recsys.serving.api.app > docs/openapi.json"
     )
 
 
@@ -189,7 +189,7 @@ def test_a_real_model_keeps_the_word_of_the_service(tiny: Any, tmp_path: Path) -
     # Listening for others, so that any name in a Host header will do.
     plan = Plan(
         {MAIN: str(tiny.bundle)}, Keys(open_writes=True), host="0.0.0.0", insecure=True,
-        journal=tmp_path / "journal", exposures=tmp_path / "shown", deadline=60,
+        journal=tmp_path / "journal", impressions=tmp_path / "shown", deadline=60,
     )  # fmt: skip
     with service(plan) as app:
         engine = app.handlers.models.choose(None)[1]

@@ -20,6 +20,7 @@ from serving_cases import table as table
 from recsys.errors import BundleError
 from recsys.serving.manifest import check, read_manifest, write_manifest
 from recsys.serving.models.publish import current, publish, rollback, versions
+from recsys.serving.recommender import Recommender
 
 
 def small(path: Path, says: str, size: int = 2000) -> Path:

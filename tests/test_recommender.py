@@ -220,7 +220,7 @@ def test_a_column_of_the_item_table_never_replaces_the_score(trader: Recommender
     said = answers.to_list()
     assert [round(float(score), 6) for score in answers.scores] == [a["score"] for a in said]
     assert list(said[0]) == ["item", "score", "title"]
-    one = Answers(["a"], np.array([0.5], np.float32), pl.DataFrame({"score": [7], "x": [None]}))
+    one = Answers(["a"], np.array([0.5], np.float32), [{"score": 7, "x": None}])
     assert one.to_list() == [{"item": "a", "score": 0.5, "x": None}]
 
 
@@ -229,7 +229,7 @@ def test_many_queries_at_once_are_as_one_by_one(shopkeeper: Recommender) -> None
     bundle = shopkeeper.bundle
     rows = np.array([3, 0, 5, 0, 1])
     history = Ragged.from_lists([[1, 2], [], [], [7], [4]])
-    got, scores, popular = shopkeeper.answer_rows(Queries(rows, history), 6)
+    got, scores, popular = shopkeeper.recommend_rows(Queries(rows, history), 6)
     assert popular.tolist() == [False, True, True, False, False]
     for query, row in enumerate(rows):
         user = None if row == 0 else bundle.users.ids[int(row) - 1]
@@ -314,5 +314,48 @@ def test_times_and_strengths_of_a_history_reach_the_towers_and_survive_the_bundl
 def test_before_anything_exists_nothing_is_answered(shopkeeper: Recommender) -> None:
     early = shopkeeper.as_of(0)
     assert not early.allowed.any()
-    rows, scores = early.recommend_rows(early.queries(np.array([1, 2])), 3)
-    assert (rows == -1).all() and np.isneginf(scores).all() and rows.shape == (2, 3)
+    rows, scores, _ = early.recommend_rows(early.queries(np.array([1, 2])), 3)
+    assert (rows == -1).all() and np.isneginf(scores).all()
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        ({"user": ["u01", "u02"]}, "user id .* is a list, and ids are text"),
+        ({"user": 7}, "user id 7 is a int"),
+        ({"history": [3, 4]}, "item id 3 is a int"),
+        ({"history": "i03"}, "a list of item ids; 'i03' is one text"),
+        ({"users": "u01"}, "`users` are many; 'u01' is one"),
+        ({"users": ["u01", 2]}, "2 among `users` is a int"),
+    ],
+)
+def test_what_is_no_id_is_refused_and_not_answered_with_popular_items(
+    trader: Recommender, ask: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(QueryError, match=message):
+        trader.recommend(**ask)
+
+
+def test_similar_refuses_what_is_no_id_too(trader: Recommender) -> None:
+    for ask, message in (
+        ({"item": 7}, "item id 7 is a int"),
+        ({"item": ["i01"]}, "is a list"),
+        ({"items": "i01"}, "`items` are many"),
+        ({"items": [1]}, "1 among `items`"),
+    ):
+        with pytest.raises(QueryError, match=message):
+            trader.similar(**ask)
+
+
+def test_frames_of_users_and_histories_are_answered_as_frames(trader: Recommender) -> None:
+    frame = pl.DataFrame({"user": ["a", "b"], "history": [["i03", "i04"], ["i09"]]})
+    found = trader.recommend(users=frame, k=4)
+    assert found.filter(user="b")["item"].to_list() == trader.recommend(history=["i09"], k=4).ids
+    rows = pl.DataFrame({"user": ["a", "a", "b"], "item": ["i03", "i04", "i09"]})
+    assert trader.recommend(users=rows, k=4).equals(found)
+    answers = trader.recommend("u01", k=3)
+    assert answers.frame.columns[:2] == ["item", "score"] and len(answers.frame) == 3
+
+
+def test_it_says_what_it_is(trader: Recommender) -> None:
+    assert repr(trader).startswith("Recommender(version='") and "items=" in repr(trader)

@@ -187,7 +187,7 @@ def test_a_server_that_is_down_costs_seconds_and_no_password(
 
 def begins(host: ModelManager, prefix: str) -> bool:
     """Whether the ids of the model that answers begin so."""
-    return bool(host.choose(None)[1].served.bundle.items.ids[0].startswith(prefix))
+    return bool(host.choose(None)[1].model.bundle.items.ids[0].startswith(prefix))
 
 
 def test_the_service_follows_the_champion_and_survives_the_store(

@@ -127,15 +127,22 @@ def test_answers_of_the_command_are_those_of_the_library(
     user, item = recommender.bundle.users.ids[0], recommender.bundle.items.ids[0]
     asked = {
         ("recommend", "--user", user): recommender.recommend(user=user, k=4),
-        ("recommend", "--history", f"{item}, x"): recommender.recommend(history=[item, "x"], k=4),
+        ("recommend", "--history", item, "--history", "x"): recommender.recommend(
+            history=[item, "x"], k=4
+        ),
         ("recommend", "--user", "nobody"): recommender.recommend(user="nobody", k=4),
         ("similar", "--item", item): recommender.similar(item=item, k=4),
         ("similar", "--text", "oak lamp"): recommender.similar(text="oak lamp", k=4),
     }
     for (verb, *question), answers in asked.items():
         ended = recsys(verb, trained.bundle, *question, "-k", 4, "--json")
-        assert ended.code == 0 and json.loads(ended.out) == answers.to_list()
+        printed = json.loads(ended.out)
+        assert ended.code == 0 and printed["items"] == answers.to_list()
         assert (answers.fallback or "") in ended.err
+        # Popular items say that their scores are counts, and do not compare.
+        popular = "nobody" in question
+        assert printed["score_is"] == ("events" if popular else "model")
+        assert ("do not compare" in str(printed["fallback"])) == popular
         assert recsys(verb, trained.bundle, *question, "-k", 4).code == 0
     out = tmp_path / "c.parquet"
     assert recsys("candidates", trained.bundle, "--k", 3, "--out", out).code == 0

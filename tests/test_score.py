@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from recsys.errors import DataError
+from recsys.errors import ConfigError, DataError
 from recsys.experiments.evaluation.evaluate import (
     test_side as later_side,  # the name is not that of a test
 )
@@ -196,3 +196,21 @@ def test_pairs_that_cannot_be_read_are_refused_and_nothing_is_written(
     with pytest.raises(DataError, match=message):
         write_scores(trader, tmp_path / "p.csv", tmp_path / "s.parquet")
     assert not (tmp_path / "s.parquet").exists()
+
+
+def test_the_names_of_the_log_are_known_and_csv_is_csv(trader: Recommender, tmp_path: Path) -> None:
+    columns = {"user": "who", "item": "what", "time": "at"}
+    manifest = {**trader.bundle.manifest, "config": {"data": {"columns": columns}}}
+    ours = Recommender(replace(trader.bundle, manifest=manifest))
+    pl.DataFrame({"who": ["u01", "u02"], "what": ["i03", "i04"]}).write_csv(tmp_path / "p.csv")
+    pl.DataFrame({"user": ["u01", "u02"], "item": ["i03", "i04"]}).write_csv(tmp_path / "o.csv")
+    write_scores(ours, tmp_path / "p.csv", tmp_path / "s.csv")
+    write_scores(ours, tmp_path / "o.csv", tmp_path / "o.parquet")
+    found = pl.read_csv(tmp_path / "s.csv")
+    assert found.columns == ["who", "what", "score"]
+    wanted = pl.read_parquet(tmp_path / "o.parquet")["score"].to_list()
+    assert found["score"].to_list() == pytest.approx(wanted)
+    frame = ours.score(pl.read_csv(tmp_path / "p.csv"))
+    assert frame["score"].to_list() == pytest.approx(wanted)
+    with pytest.raises(ConfigError, match=r"neither \.parquet nor \.csv"):
+        write_scores(ours, tmp_path / "p.csv", tmp_path / "s.txt")

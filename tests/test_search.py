@@ -11,10 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import recsys.search
-from recsys.errors import QueryError
 from recsys.ragged import Ragged
-from recsys.search import ExactIndex, Index, pair_scores, search_interests, top_k
-from recsys.serving.index import HnswIndex, IndexRules
+from recsys.search import ExactIndex, pair_scores, top_k
 
 
 def naive(
@@ -142,77 +140,8 @@ def test_an_accelerator_gives_the_same_rows() -> None:
         np.testing.assert_array_equal(one, other)
 
 
-@given(st.data())
-def test_several_interests_are_the_best_of_their_score_matrices(data: st.DataObject) -> None:
-    """Small whole numbers: ties between items and between interests are everywhere."""
-    n, d = data.draw(st.integers(0, 30), "n"), data.draw(st.integers(1, 4), "d")
-    q, k = data.draw(st.integers(0, 6), "q"), data.draw(st.integers(1, 35), "k")
-    interests = data.draw(st.integers(1, 5), "interests")
-    random = np.random.default_rng(data.draw(st.integers(0, 1000), "seed"))
-    vectors = random.integers(-2, 3, (n, d)).astype(np.float32)
-    users = random.integers(-2, 3, (q, interests, d)).astype(np.float32)
-    allowed = random.random(n) < random.random() if data.draw(st.booleans(), "filter") else None
-    exclude = None
-    if n and data.draw(st.booleans(), "exclude"):
-        exclude = Ragged.from_lists(
-            [random.integers(0, n, random.integers(0, 2 * n)) for _ in range(q)]
-        )
-    matrix = np.einsum("qid,nd->qin", users, vectors).max(1)  # (q, n)
-    if allowed is not None:
-        matrix[:, ~allowed] = -np.inf
-    if exclude is not None:
-        matrix[exclude.row_of(), exclude.values] = -np.inf
-    order = np.argsort(-matrix, axis=1, kind="stable")[:, :k]
-    wanted = np.full((q, k), -np.inf, np.float32)
-    wanted[:, : order.shape[1]] = np.take_along_axis(matrix, order, 1)
-    rows = np.full((q, k), -1)
-    rows[:, : order.shape[1]] = order
-    rows[np.isneginf(wanted)] = -1
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recsys.search, "MERGED_AT_ONCE", data.draw(st.integers(1, 400), "at once"))
-        found = search_interests(ExactIndex(vectors), users, k, allowed=allowed, exclude=exclude)
-    np.testing.assert_array_equal(found[0], rows)
-    np.testing.assert_array_equal(found[1], wanted)
-    flat = np.nonzero(rows >= 0)
-    pairs = pair_scores(users[flat[0]], vectors[rows[flat]])
-    np.testing.assert_array_equal(pairs, wanted[flat])
-
-
-@pytest.mark.parametrize("kind", ["exact", "graph"])
-def test_interests_get_as_many_distinct_answers_as_there_are(kind: str) -> None:
-    random = np.random.default_rng(3)
-    vectors = random.normal(size=(400, 6)).astype(np.float32)
-    # All interests of the first user are one: every answer comes three times over.
-    users = random.normal(size=(9, 3, 6)).astype(np.float32)
-    users[0] = users[0, 0]
-    index: Index = ExactIndex(vectors)
-    if kind == "graph":
-        index = HnswIndex(vectors, IndexRules(kind="hnsw", ef=30, exact_below=0, exact_breadth=1))
-    allowed = random.random(400) < 0.2
-    exclude = Ragged.from_lists([random.choice(400, 30) for _ in range(9)])
-    free = np.array([(allowed & ~np.isin(np.arange(400), exclude[q])).sum() for q in range(9)])
-    for k in (5, 100):
-        rows, scores = search_interests(index, users, k, allowed=allowed, exclude=exclude)
-        for q in range(9):
-            kept = rows[q][rows[q] >= 0]
-            assert len(kept) == len(set(kept)) == min(k, free[q])
-            assert allowed[kept].all() and not np.isin(kept, exclude[q]).any()
-            exact = (vectors[kept] @ users[q].T).max(1)
-            np.testing.assert_allclose(scores[q][: len(kept)], exact, rtol=1e-4, atol=1e-5)
-            assert (np.diff(scores[q][: len(kept)]) <= 0).all()
-
-
-def test_one_vector_a_user_is_plain_search_and_wrong_shapes_are_refused() -> None:
-    vectors = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
-    index = ExactIndex(vectors)
-    for found, wanted in zip(
-        search_interests(index, vectors[:4], 5), index.search(vectors[:4], 5), strict=True
-    ):
-        np.testing.assert_array_equal(found, wanted)
+def test_pair_scores_are_inner_products_of_rows() -> None:
+    vectors = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     np.testing.assert_allclose(
-        pair_scores(vectors[:4], vectors[4:8]), (vectors[:4] * vectors[4:8]).sum(1), rtol=1e-5
+        pair_scores(vectors[:4], vectors[4:]), (vectors[:4] * vectors[4:]).sum(1), rtol=1e-5
     )
-    with pytest.raises(QueryError, match="4 queries"):
-        search_interests(index, np.ones((4, 2, 3), np.float32), 5, exclude=Ragged.empty(8))
-    with pytest.raises(QueryError, match="3 dimensions"):
-        search_interests(index, np.ones((4, 2, 5), np.float32), 5)

@@ -129,7 +129,7 @@ def test_logs_are_json_lines_with_what_a_record_carries() -> None:
 
 def test_what_runs_is_finished_before_the_end(tmp_path: Path) -> None:
     engine, exposures = FakeEngine(), FakeExposures()
-    app = make_app(FakeHost({"a": engine}), exposures=exposures)
+    app = make_app(FakeHost({"a": engine}), impressions=exposures)
     answers: list[bytes] = []
     body = b'{"text":"slow"}'
     head = b"POST /v1/search HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
@@ -155,7 +155,7 @@ def test_what_runs_is_finished_before_the_end(tmp_path: Path) -> None:
 @contextmanager
 def running(bundle: Path, folder: Path) -> Iterator[tuple[Client, int]]:
     plan = Plan(
-        {MAIN: str(bundle)}, OPEN, journal=folder / "journal", exposures=folder / "shown",
+        {MAIN: str(bundle)}, OPEN, journal=folder / "journal", impressions=folder / "shown",
         deadline=20,
     )  # fmt: skip
     with service(plan) as app, served(app) as port, Client(f"http://127.0.0.1:{port}") as client:

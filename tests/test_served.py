@@ -22,6 +22,7 @@ from recsys.serving import id_table
 from recsys.serving.engine.loaded_model import LoadedModel, give_back, json_rows
 from recsys.serving.id_table import IdTable
 from recsys.serving.manifest import read_manifest
+from recsys.serving.recommender import Recommender
 
 NASTY = ["b", "a", 'say "x"', "back\\slash", "é\n", "\x7f", "\u2028", "日本語", "\x00", "b ", "𝄞"]
 IDS = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=4), unique=True)
@@ -121,7 +122,7 @@ def test_what_is_ready_is_what_the_bundle_says(served: LoadedModel, tiny: Any) -
     bundle = served.bundle
     rows = np.arange(1, bundle.items.size)
     assert [served.row_of(name) for name in bundle.items.ids] == rows.tolist()
-    assert [json.loads(served.fragment(r)) for r in rows] == bundle.items.ids.to_list()
+    assert [json.loads(served.ids.fragment(r)) for r in rows] == bundle.items.ids.to_list()
     assert served.position.dtype == np.int32 and served.position[0] == -1
     assert served.position[bundle.rows].tolist() == list(range(len(bundle.rows)))
     assert (served.position >= 0).sum() == len(bundle.rows)
@@ -197,7 +198,7 @@ def test_an_unverified_load_reads_no_digest_and_a_verified_one_refuses(
     table.write_bytes(bytes(data))
     with pytest.raises(BundleError, match=r"neighbours\.scores\.npy has the SHA-256"):
         LoadedModel.load(copy)
-    assert LoadedModel.load(copy, verify=False).recommender.similar(item="i00001", k=3).ids
+    assert Recommender(LoadedModel.load(copy, verify=False)).similar(item="i00001", k=3).ids
 
 
 def test_a_bundle_is_read_without_drawing_weights_or_copying_vectors(tiny: Any) -> None:

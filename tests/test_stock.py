@@ -72,16 +72,13 @@ def test_min_of_k_and_allowed_best_answers_at_every_selectivity(
         )
         if data.draw(st.booleans()):
             choice = replace(choice, mask=None, given=np.flatnonzero(mask))
-    interests = data.draw(st.sampled_from([1, 3]))
     count = data.draw(st.sampled_from([1, 4]))
-    queries = rng.standard_normal((count, interests, stock.extra.shape[1])).astype(np.float32)
+    queries = rng.standard_normal((count, stock.extra.shape[1])).astype(np.float32)
     near = rng.integers(0, stock.n, count)  # half of the queries lie where items are
-    queries[::2, 0] = stock.exact_index.vectors[near[::2]]
+    queries[::2] = stock.exact_index.vectors[near[::2]]
     out = [rng.choice(stock.size, data.draw(st.sampled_from([0, 1, 30]))) for _ in range(count)]
     exclude = Ragged.from_lists([one.tolist() for one in out])
-    places, scores, sure = stock.search(
-        queries[:, 0] if interests == 1 else queries, k, choice, exclude
-    )
+    places, scores, sure = stock.search(queries, k, choice, exclude)
     for row in range(count):
         expected = _twin(stock, queries[row], k, choice, set(out[row].tolist()))
         found = places[row][places[row] >= 0]

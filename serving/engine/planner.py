@@ -91,7 +91,7 @@ class Planner:
         if mask is None:
             near, scores = near[:wanted], scores[:wanted]
             return None if near[-1] < 0 else (near.astype(np.int64), scores)
-        for one in dict.fromkeys((table, self.table)):
+        for one in [table] if table is self.table else [table, self.table]:
             near, scores = one.rows[seed], one.scores[seed]
             kept = (near >= 0) & mask[near]
             if np.count_nonzero(kept) >= wanted:
