@@ -17,7 +17,7 @@ from recsys.experiments.evaluation.evaluate import EvaluateRules
 from recsys.experiments.tracking.track import TrackRules
 from recsys.features.prepared.skips import SkipRules
 from recsys.features.readers.read import DataSource
-from recsys.features.text.encoder import TextRules
+from recsys.features.text.rules import StaticText, TextRules
 from recsys.serving.index import IndexRules
 from recsys.split import SplitRules
 from recsys.tables import Strict
@@ -37,7 +37,7 @@ class RunConfig(Strict):
     """Which files, in which form, with which columns."""
     split: SplitRules = Field(default_factory=SplitRules)
     skips: SkipRules = Field(default_factory=SkipRules)
-    text: TextRules = Field(default_factory=TextRules)
+    text: TextRules = Field(default_factory=StaticText)
     towers: TowerRules = Field(default_factory=TowerRules)
     training: TrainingRules = Field(default_factory=TrainingRules)
     index: IndexRules = Field(default_factory=IndexRules)

@@ -29,6 +29,7 @@ from recsys.features.prepared.columns import texts as texts_of
 from recsys.features.prepared.dataset import Dataset
 from recsys.features.prepared.prepare import prepare as prepare_log
 from recsys.features.readers import read as logs
+from recsys.features.text.rules import learns_company
 from recsys.files import canonical_json, read_json, sha256_bytes, write_json
 from recsys.serving.manifest import read_manifest
 from recsys.serving.recommender import Recommender
@@ -108,14 +109,16 @@ def text_vectors(
     rows = np.flatnonzero(np.asarray(dataset.item_known).astype(bool) & (written != "").to_numpy())
     parts = dict.fromkeys(("title", *schema.text, *schema.categories))
     fields = [texts_of(catalog, (part,)).gather(rows) for part in parts if part in catalog.columns]
-    rules = config.text.model_copy(update={"seed": config.seed})
+    rules = config.text
     company = None
-    if config.text.learns_company:
+    if learns_company(rules):
         place = np.full(dataset.n_items, -1)
         place[rows] = np.arange(len(rows))
         company = place[consecutive(timeline_until(dataset, until))]
         company = company[:, (company >= 0).all(axis=0)]
-    encoder = fit_encoder(written.gather(rows), rules, fields=fields, company=company, progress=say)
+    encoder = fit_encoder(
+        written.gather(rows), rules, seed=config.seed, fields=fields, company=company, progress=say
+    )
     cache = Path(config.out) / "cache"
     items = encode_cached(encoder, texts, cache) if rules.train == "frozen" else None
     users = None
@@ -134,7 +137,7 @@ def text_tower(
     from recsys.towers.text import TextTower
 
     tokens = tokenise(encoder, dataset.item_text)
-    return partial(TextTower, encoder, tokens, train=config.text.train, chunk=config.text.chunk)
+    return partial(TextTower, encoder, tokens, train=config.text.train)
 
 
 class Untrained:
@@ -160,7 +163,7 @@ class Untrained:
         """Towers that are to learn from the validation side, too: what it is the first to know has
         ids, and its company says more of texts. Where it says nothing of texts, they are read once.
         """
-        texts = Side.VALID if self.config.text.learns_company else Side.TRAIN
+        texts = Side.VALID if learns_company(self.config.text) else Side.TRAIN
         return self._towers(texts, Side.VALID)
 
     def _towers(self, texts: Side, until: Side) -> TwoTower:

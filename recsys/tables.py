@@ -11,7 +11,7 @@ from enum import IntEnum
 from pathlib import Path
 
 import polars as pl
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from recsys.errors import DataError
 
@@ -42,6 +42,22 @@ class Strict(BaseModel):
     """A frozen value that refuses keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def of_kind(default: str) -> BeforeValidator:
+    """A section may leave its `kind` out; a string alone names the kind."""
+
+    def fill(value: object) -> object:
+        if isinstance(value, str):
+            return {"kind": value}
+        if isinstance(value, dict) and "kind" not in value:
+            return {"kind": default, **value}
+        return value
+
+    return BeforeValidator(fill)
+
+
+AS_TUPLE = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
 
 class Schema(Strict):

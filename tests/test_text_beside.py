@@ -8,7 +8,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from recsys.features.text.encoder import TextRules, fit_encoder
+from recsys.features.text.encoder import fit_encoder
+from recsys.features.text.rules import SmallTransformerText, StaticText, learns_company
 from recsys.features.text.static_encoder import tokenize
 from tests.test_text import SMALL, world
 
@@ -16,7 +17,7 @@ from tests.test_text import SMALL, world
 def test_a_second_encoder_stands_beside_the_first() -> None:
     texts = world(200, 0)[0]
     alone = fit_encoder(texts, SMALL)
-    rules = TextRules(**{**SMALL.model_dump(), "beside": ("dropout",), "beside_epochs": 2})
+    rules = SMALL.model_copy(update={"beside": ("dropout",)})
     both = fit_encoder(texts, rules)
     assert both.dimension == 2 * alone.dimension
     first, second = np.split(both.encode(texts), 2, axis=1)
@@ -37,9 +38,7 @@ def test_a_second_encoder_stands_beside_the_first() -> None:
 
 
 def test_what_a_second_encoder_learns_from_the_log_counts() -> None:
-    assert TextRules(views=("split",), beside=("company",)).learns_company
-    assert TextRules(views=("company",), beside=("split",)).learns_company
-    assert not TextRules(views=("split",), beside=("halves",)).learns_company
-    for more in ({"model": "any"}, {"encoder": "small_transformer"}):
-        with pytest.raises(ValueError, match="beside is a second static encoder"):
-            TextRules(beside=("split",), **more)
+    assert learns_company(StaticText(views=("split",), beside=("company",)))
+    assert learns_company(StaticText(views=("company",), beside=("split",)))
+    assert learns_company(SmallTransformerText(views=("company",)))
+    assert not learns_company(StaticText(views=("split",), beside=("halves",)))

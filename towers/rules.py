@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from recsys.metrics import hit_rate_at, ndcg_at, recall_at
 from recsys.split import duration
-from recsys.tables import Strict
+from recsys.tables import AS_TUPLE, Strict, of_kind
 
 LENGTH_SCORES = ("dot", "projection")
 """Scores to which an item's length counts."""
@@ -29,22 +29,6 @@ def _span(text: str | None) -> str | None:
 
 Span = Annotated[str | None, AfterValidator(_span)]
 """A span of time such as "10m", "3h" or "30d"."""
-
-
-def of_kind(default: str) -> BeforeValidator:
-    """A section may leave its `kind` out; a string alone names the kind."""
-
-    def fill(value: object) -> object:
-        if isinstance(value, str):
-            return {"kind": value}
-        if isinstance(value, dict) and "kind" not in value:
-            return {"kind": default, **value}
-        return value
-
-    return BeforeValidator(fill)
-
-
-AS_TUPLE = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 """`of_kind` takes a section from JSON, whose lists are tuples, to Python, whose lists are not."""
 
 

@@ -24,6 +24,9 @@ from recsys.features.text.encoder import SILENT, TextEncoder
 if TYPE_CHECKING:
     from recsys.features.text.tokens import TextTokens
 
+CHUNK = 2**14
+"""Tokens, padding included, whose intermediate results are held at once while a transformer
+learns: memory is bounded, a step takes a third longer."""
 ANSWERING = 2**16
 """Tokens at once where no gradient is wanted."""
 
@@ -52,7 +55,7 @@ class TextTower(nn.Module):
         tokens: TextTokens,
         *,
         train: str = "all",
-        chunk: int | None = None,
+        chunk: int | None = CHUNK,
     ) -> None:
         super().__init__()
         # Halved precision, in which some models are kept, would swallow small steps.

@@ -56,7 +56,8 @@ def towers(items: int, chunk: int | None, dropout: float) -> TwoTower:
     """Towers over `items` rows beside row 0, with the transformer inside, seeded."""
     import torch
 
-    from recsys.features.text.encoder import TextRules, fit_encoder
+    from recsys.features.text.encoder import fit_encoder
+    from recsys.features.text.rules import SmallTransformerText
     from recsys.features.text.tokens import tokenise
     from recsys.towers.embedding import FeatureTable
     from recsys.towers.rules import TowerRules
@@ -64,10 +65,7 @@ def towers(items: int, chunk: int | None, dropout: float) -> TwoTower:
     from recsys.towers.two_tower import TwoTower
 
     written = texts(items)
-    rules = TextRules(
-        encoder="small_transformer", layers=LAYERS, dimension=WIDTH, vocabulary=8192,
-        max_tokens=TOKENS, epochs=0,
-    )  # fmt: skip
+    rules = SmallTransformerText(layers=LAYERS, dimension=WIDTH, epochs=0)
     # Of some of them, so that every size has the same encoder.
     encoder = fit_encoder(texts(ODD), rules)
     for module in encoder.model.modules():

@@ -12,16 +12,19 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
-from pydantic import Field, model_validator
 
 from recsys.errors import BundleError, DataError
 from recsys.features.text.pretrained import open_model, pretrained
+from recsys.features.text.rules import (
+    PretrainedText,
+    SmallTransformerText,
+    StaticText,
+)
 from recsys.files import atomic_folder, atomic_write, canonical_json, sha256_bytes
-from recsys.tables import Strict
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -32,94 +35,9 @@ DIGEST_BYTES = 16
 """Of a text: 128 bits, so that two of a billion texts meet with a chance of 1e-21."""
 SILENT = 1e-6
 """A text vector at most so long says nothing and becomes zero: its direction would be rounding."""
-RATES = {"static": 0.01, "small_transformer": 5e-4}
-"""Learning rate of each kind of encoder that is trained on the catalogue."""
 
-View = Literal["split", "dropout", "halves", "fields", "company"]
 Progress = Callable[[str], None]
 Texts = Sequence[str | None] | pl.Series
-
-
-class TextRules(Strict):
-    """How item text becomes vectors; all below `batch` is for an encoder of the catalogue only."""
-
-    model: Annotated[str, Field(min_length=1)] | None = None
-    """A sentence-transformers model, by name or folder. None: train a small `encoder` on the
-    catalogue's own text, without a network."""
-    train: Literal["frozen", "last", "all"] = "frozen"
-    """What of the encoder goes on learning inside the item tower, from the towers' own loss.
-    frozen: nothing; texts are encoded once and kept. all: every weight. last: the last layer and
-    what follows it; a static encoder is one layer, so that there last is all."""
-    chunk: Annotated[int, Field(ge=1)] | None = 16_384
-    """Tokens, padding included, whose intermediate results are held at once while a transformer
-    learns: a larger batch is encoded in chunks, and each a second time for its gradient (GradCache;
-    Gao et al., 2021). Memory is bounded, a step takes a third longer. None: all at once."""
-    device: Annotated[str, Field(min_length=1)] | None = None
-    """Where `model` runs (cpu, cuda, …); None: the fastest that is there."""
-    batch: Annotated[int, Field(ge=1)] = 64
-    """Texts that `model` encodes at once."""
-    encoder: Literal["static", "small_transformer"] = "static"
-    """static: the mean of token vectors, seconds. small_transformer: a small BERT from random
-    weights, which reads word order; minutes, best with train = "all"."""
-    layers: Annotated[int, Field(ge=1, le=24)] = 2
-    """Of the small transformer."""
-    dimension: Annotated[int, Field(ge=2, le=4096)] = 256
-    """Of the vectors, and the width of the small transformer; 128 halves the memory and costs the
-    static encoder a few per cent of recall."""
-    vocabulary: Annotated[int, Field(ge=300, le=1_000_000)] = 32_768
-    """Tokens at most; a token is a letter, a part of a word or a word that stands twice."""
-    lowercase: bool = True
-    """Whether A and a are the same letter."""
-    max_tokens: Annotated[int, Field(ge=2)] = 256
-    """Of one text; what comes after is not read."""
-    max_texts: Annotated[int, Field(ge=1)] = 200_000
-    """Distinct texts that training looks at; of more, a seeded sample."""
-    views: Annotated[tuple[View, ...], Field(min_length=1)] = ("split", "fields")
-    """What counts as two views of one item. split: each token goes to one view or the other;
-    dropout: each view keeps some of all tokens; halves: before and after a cut; fields: the
-    first field beside each other one (title and description, title and category words); company:
-    the texts of two items that a user chose one after the other, each with some of its tokens, so
-    that what is had together is near, and a new item lies near what its takers had."""
-    keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of the tokens in a view of split (the first), dropout and company (both)."""
-    epochs: Annotated[int, Field(ge=0, le=1000)] = 10
-    """0: latent semantic analysis alone, without contrastive training."""
-    beside: tuple[View, ...] = ()
-    """Of the static encoder: views that a second one learns from, whose vectors stand beside the
-    first's, so that they are twice as long. What texts say and what they are had with, the view
-    company, tell more side by side than drawn together. Empty: no second one."""
-    beside_epochs: Annotated[int, Field(ge=0, le=1000)] = 10
-    """Of the second one."""
-    max_pairs: Annotated[int, Field(ge=1)] = 1_000_000
-    """Pairs seen over all epochs at most: what bounds the time on a large catalogue."""
-    batch_size: Annotated[int, Field(ge=2)] = 512
-    """Pairs a step: each text stands against that many others."""
-    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Of Adam, falling to 0 in a straight line; None: 0.01 of the static encoder, 0.0005 of the
-    small transformer."""
-    scale: Annotated[float, Field(gt=0, le=1000)] = 10.0
-    """Multiplies the cosine (1 / temperature): larger looks at the nearest others only."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """The same texts and seed give the same encoder."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.beside and (self.model is not None or self.encoder != "static"):
-            raise ValueError(
-                "beside is a second static encoder: leave model out and encoder at "
-                '"static", or leave beside empty.'
-            )
-        return self
-
-    @property
-    def learns_company(self) -> bool:
-        """Whether the encoder learns from the log which items are had together."""
-        return self.model is None and "company" in (*self.views, *self.beside)
-
-    @property
-    def rate(self) -> float:
-        """The learning rate, chosen or usual."""
-        return RATES[self.encoder] if self.learning_rate is None else self.learning_rate
 
 
 class TextEncoder:
@@ -258,8 +176,9 @@ class TextEncoder:
 
 def fit_encoder(
     texts: Texts,
-    rules: TextRules | None = None,
+    rules: StaticText | SmallTransformerText | PretrainedText | None = None,
     *,
+    seed: int = 0,
     fields: Sequence[Texts] = (),
     company: np.ndarray | None = None,
     progress: Progress | None = None,
@@ -269,6 +188,7 @@ def fit_encoder(
     Args:
         texts: the whole text of each item known at the cut-off.
         rules: [text] of the configuration.
+        seed: the same texts and seed give the same encoder.
         fields: columns as long as `texts`, the title first, then description, category words, …;
             with the view "fields" the title is drawn to each of the others.
         company: (2, P) places in `texts` of items that a user chose one after the other, for the
@@ -279,9 +199,9 @@ def fit_encoder(
         ConfigError: the model that `rules` name cannot be had.
         DataError: there is no text to learn from.
     """
-    rules = rules or TextRules()
-    if rules.model is not None:
-        return TextEncoder(pretrained(rules.model, rules.device), rules.batch)
+    rules = rules or StaticText()
+    if isinstance(rules, PretrainedText):
+        return TextEncoder(pretrained(rules.model, rules.device or None))
     # Here, so that a model which is only loaded does not pay for scipy and scikit-learn.
     from recsys.features.text.static_encoder import train_static
     from recsys.features.text.transformer_encoder import train_transformer
@@ -295,9 +215,9 @@ def fit_encoder(
                 "Give one text an item in each field, empty where there is none."
             )
     told = progress or (lambda _: None)
-    if rules.encoder == "small_transformer":
-        return TextEncoder(train_transformer(whole, columns, rules, told, company), 256)
-    return TextEncoder(train_static(whole, columns, rules, told, company), 1024)
+    if isinstance(rules, SmallTransformerText):
+        return TextEncoder(train_transformer(whole, columns, rules, seed, told, company), 256)
+    return TextEncoder(train_static(whole, columns, rules, seed, told, company), 1024)
 
 
 def encode_cached(

@@ -28,7 +28,7 @@ def pretrained(name: str, device: str | None) -> SentenceTransformer:
     is_folder = folder.is_dir()
     way_out = (
         "Without a network: copy the model to a folder and set text.model to that folder, "
-        "or leave text.model out to train a static encoder on the catalogue."
+        "or leave [text] out to train a static encoder on the catalogue."
     )
     if not is_folder and (folder.is_absolute() or name.startswith((".", "~"))):
         raise ConfigError(f"text.model names the folder {name!r}, which is not there. {way_out}")

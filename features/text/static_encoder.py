@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from tokenizers import Tokenizer
 
-    from recsys.features.text.encoder import TextRules
+    from recsys.features.text.rules import StaticText, View
 
 Features = Callable[[np.ndarray, np.ndarray], dict[str, "torch.Tensor"]]
 """Tokens (T,) of texts one after another and lengths (n,) to a model's input."""
@@ -38,6 +38,21 @@ FIRST_SYLLABLE = "\u2e80"
 """From here on (Chinese, Japanese, Korean) one letter says something by itself."""
 MAX_WORD = 32
 """Letters of a token at most: in scripts without spaces a whole sentence is one word."""
+VOCABULARY = 32_768
+"""Tokens at most; a token is a letter, a part of a word or a word that stands twice."""
+MAX_TOKENS = 256
+"""Of one text; what comes after is not read."""
+MAX_TEXTS = 200_000
+"""Distinct texts that training looks at; of more, a seeded sample."""
+MAX_PAIRS = 1_000_000
+"""Pairs seen over all epochs at most: what bounds the time on a large catalogue."""
+KEEP = 0.5
+"""Share of the tokens in a view of split (the first), dropout and company (both)."""
+BATCH_SIZE = 512
+"""Pairs a step: each text stands against that many others."""
+SCALE = 10.0
+"""Multiplies the cosine (1 / temperature): larger looks at the nearest others only."""
+LEARNING_RATE = 0.01
 AT_ONCE = 20_000
 """Texts tokenized at once, so that the tokenizer's own objects stay small."""
 
@@ -45,7 +60,8 @@ AT_ONCE = 20_000
 def train_static(
     texts: pl.Series,
     fields: list[pl.Series],
-    rules: TextRules,
+    rules: StaticText,
+    seed: int,
     progress: Callable[[str], None],
     company: np.ndarray | None = None,
 ) -> SentenceTransformer:
@@ -55,6 +71,7 @@ def train_static(
         texts: the whole text of each item.
         fields: columns as long as `texts`, the title first.
         rules: [text] of the configuration.
+        seed: the same texts and seed give the same encoder.
         progress: is told in words what is going on.
         company: (2, P) places in `texts` of items chosen one after the other, or None.
 
@@ -64,24 +81,19 @@ def train_static(
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-    rng = np.random.default_rng(rules.seed)
-    items = learned_from(texts, fields, rules, rng)
-    tokenizer = fit_tokenizer(items["text"].to_list(), rules)
+    rng = np.random.default_rng(seed)
+    items = learned_from(texts, fields, rng)
+    tokenizer = fit_tokenizer(items["text"].to_list())
     tokens = tokenized(tokenizer, items, len(texts), progress)
     together = rows_of(texts, items, company)
-    asked = [rules]
-    if rules.beside:
-        asked.append(
-            rules.model_copy(update={"views": rules.beside, "epochs": rules.beside_epochs})
-        )
     tables = []
     with one_thread():
         start = lsa_vectors(tokens, tokenizer.get_vocab_size(), rules.dimension, rng)
-        for each in asked:
+        for views in filter(None, (rules.views, rules.beside)):
             module = StaticEmbedding(tokenizer, embedding_weights=start.copy())
             model = SentenceTransformer(modules=[module], device="cpu")
-            pairs = make_pairs(tokens, items, tokenizer, each, together)
-            contrast(model, pairs, each, rng, progress)
+            pairs = make_pairs(tokens, items, tokenizer, views, together)
+            contrast(model, pairs, rules.epochs, LEARNING_RATE, rng, progress)
             tables.append(inherit(tokenizer, tokens, module.embedding.weight.detach().numpy()))
     if len(tables) > 1:
         # Means of token vectors side by side are means of what stands side by side: one encoder.
@@ -109,15 +121,15 @@ def usual_length(tokens: Ragged, vectors: np.ndarray) -> float:
 
 
 def learned_from(
-    texts: pl.Series, fields: list[pl.Series], rules: TextRules, rng: np.random.Generator
+    texts: pl.Series, fields: list[pl.Series], rng: np.random.Generator
 ) -> pl.DataFrame:
     """Distinct texts that say something, a sample of very many: column `text`, then `fields`."""
     items = pl.DataFrame({"text": texts, **{f"{i}": field for i, field in enumerate(fields)}})
     items = items.filter(pl.col("text").str.strip_chars() != "")
     items = items.unique("text", keep="first", maintain_order=True)
-    if items.height > rules.max_texts:
+    if items.height > MAX_TEXTS:
         # In the old order: the sample decides the encoder, not the order of drawing.
-        items = items[np.sort(rng.choice(items.height, rules.max_texts, replace=False))]
+        items = items[np.sort(rng.choice(items.height, MAX_TEXTS, replace=False))]
     return items
 
 
@@ -177,7 +189,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def fit_tokenizer(texts: list[str], rules: TextRules) -> Tokenizer:
+def fit_tokenizer(texts: list[str]) -> Tokenizer:
     """Byte-pair encoding of whole words where they are frequent, of parts and letters elsewhere.
 
     No accents are stripped: in Japanese, Thai or Hindi that would make other words of them. An
@@ -186,9 +198,9 @@ def fit_tokenizer(texts: list[str], rules: TextRules) -> Tokenizer:
     from tokenizers import Tokenizer, models, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    alphabet = read_as_words(tokenizer, texts, rules)
+    alphabet = read_as_words(tokenizer, texts)
     trainer = trainers.BpeTrainer(
-        vocab_size=rules.vocabulary,
+        vocab_size=VOCABULARY,
         min_frequency=FREQUENT,
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
@@ -196,23 +208,22 @@ def fit_tokenizer(texts: list[str], rules: TextRules) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
-    tokenizer.enable_truncation(rules.max_tokens)
+    tokenizer.enable_truncation(MAX_TOKENS)
     return tokenizer
 
 
-def read_as_words(tokenizer: Tokenizer, texts: list[str], rules: TextRules) -> list[str]:
+def read_as_words(tokenizer: Tokenizer, texts: list[str]) -> list[str]:
     """Let a tokenizer see words of normal letters; the letters that it has to know are returned."""
     from tokenizers import normalizers, pre_tokenizers
 
-    lower = [normalizers.Lowercase()] if rules.lowercase else []
-    normalizer = normalizers.Sequence([normalizers.NFKC(), *lower])
+    normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.normalizer = normalizer
     # Splits at spaces and punctuation, so that #comic and "# comic" are the same word.
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     letters = Counter(normalizer.normalize_str("\n".join(texts)))
     # Chosen here: among letters of equal count the trainer would choose by chance.
     ranked = sorted((c for c in letters if not c.isspace()), key=lambda c: (-letters[c], c))
-    return ranked[: rules.vocabulary // 2]
+    return ranked[: VOCABULARY // 2]
 
 
 def tokenize(tokenizer: Tokenizer, texts: pl.Series) -> Ragged:
@@ -316,26 +327,26 @@ def make_pairs(
     tokens: Ragged,
     items: pl.DataFrame,
     tokenizer: Tokenizer,
-    rules: TextRules,
+    views: Sequence[View],
     company: np.ndarray | None = None,
 ) -> list[Pairs]:
-    """What `rules.views` make of a catalogue; kinds without two pairs are left out.
+    """What `views` make of a catalogue; kinds without two pairs are left out.
 
     Args:
         tokens: of `items`.
         items: as `learned_from` gives them.
         tokenizer: reads single fields.
-        rules: which views.
+        views: which kinds.
         company: (2, P) rows of `items` chosen one after the other, or None.
     """
     long = np.flatnonzero(tokens.lengths >= 2)
-    of_one = [view for view in rules.views if view not in ("fields", "company")]
+    of_one = [view for view in views if view not in ("fields", "company")]
     kinds = [Pairs(view, tokens, long, long) for view in of_one]
-    if "company" in rules.views and company is not None:
+    if "company" in views and company is not None:
         left, right = company[:, (tokens.lengths[company] > 0).all(axis=0)]
         kinds.append(Pairs("company", tokens, left, right))
     columns = [name for name in items.columns if name != "text"]
-    if "fields" in rules.views:
+    if "fields" in views:
         for other in columns[1:]:
             both = items.select(left=columns[0], right=other).unique(maintain_order=True)
             texts = pl.concat([both["left"], both["right"].alias("left")])
@@ -353,7 +364,8 @@ def make_pairs(
 def contrast(
     model: SentenceTransformer,
     kinds: list[Pairs],
-    rules: TextRules,
+    epochs: int,
+    learning_rate: float,
     rng: np.random.Generator,
     progress: Callable[[str], None],
     features: Features | None = None,
@@ -363,7 +375,8 @@ def contrast(
     Args:
         model: any whose first module reads what `features` gives.
         kinds: pairs to draw views of.
-        rules: epochs, batch, rate and temperature.
+        epochs: over all pairs, of which at most `MAX_PAIRS` are seen.
+        learning_rate: of Adam, falling to 0 in a straight line.
         rng: draws the views.
         progress: is told in words what is going on.
         features: tokens (T,) and lengths (n,) of texts to the model's input; None: as the static
@@ -373,18 +386,18 @@ def contrast(
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     pairs = sum(len(kind.left) for kind in kinds)
-    if not pairs or not rules.epochs:
+    if not pairs or not epochs:
         return
-    # Whole epochs as far as they go, and of the last one what is left of `max_pairs`.
-    steps_each = sum(-(-len(kind.left) // rules.batch_size) for kind in kinds)
-    steps = min(rules.epochs * steps_each, max(1, rules.max_pairs * steps_each // pairs))
+    # Whole epochs as far as they go, and of the last one what is left of `MAX_PAIRS`.
+    steps_each = sum(-(-len(kind.left) // BATCH_SIZE) for kind in kinds)
+    steps = min(epochs * steps_each, max(1, MAX_PAIRS * steps_each // pairs))
     loss_of = MultipleNegativesRankingLoss(
         model,
-        scale=rules.scale,
+        scale=SCALE,
         directions=("query_to_doc", "doc_to_query"),
         partition_mode="per_direction",
     )
-    optimizer = torch.optim.Adam(model.parameters(), lr=rules.rate, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     model.train()
     step, losses = 0, []
@@ -393,12 +406,12 @@ def contrast(
             (kind, part)
             for kind in kinds
             for part in np.array_split(
-                rng.permutation(len(kind.left)), -(-len(kind.left) // rules.batch_size)
+                rng.permutation(len(kind.left)), -(-len(kind.left) // BATCH_SIZE)
             )
         ]
         for number in rng.permutation(len(batches))[: steps - step]:
             kind, part = batches[number]
-            views = draw_views(kind, part, rules.keep, rng, features)
+            views = draw_views(kind, part, KEEP, rng, features)
             if views is not None:
                 loss = loss_of(views, torch.empty(0))
                 optimizer.zero_grad()
@@ -408,9 +421,9 @@ def contrast(
             falling.step()
             step += 1
         if losses:
-            epochs = -(-steps // steps_each)
+            rounds = -(-steps // steps_each)
             progress(
-                f"text: epoch {-(-step // steps_each)} of {epochs}, "
+                f"text: epoch {-(-step // steps_each)} of {rounds}, "
                 f"loss {np.mean(losses[-steps_each:]):.3f}"
             )
 

@@ -19,6 +19,8 @@ import polars as pl
 from recsys.features.text.pretrained import quiet
 from recsys.features.text.static_encoder import (
     FREQUENT,
+    MAX_TOKENS,
+    VOCABULARY,
     contrast,
     learned_from,
     make_pairs,
@@ -33,8 +35,9 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from tokenizers import Tokenizer
 
-    from recsys.features.text.encoder import TextRules
+    from recsys.features.text.rules import SmallTransformerText
 
+LEARNING_RATE = 5e-4
 PAD, UNKNOWN = "[PAD]", "[UNK]"
 HEAD = 64
 """Dimensions of an attention head, as in BERT, where the width allows it."""
@@ -43,7 +46,8 @@ HEAD = 64
 def train_transformer(
     texts: pl.Series,
     fields: list[pl.Series],
-    rules: TextRules,
+    rules: SmallTransformerText,
+    seed: int,
     progress: Callable[[str], None],
     company: np.ndarray | None = None,
 ) -> SentenceTransformer:
@@ -53,35 +57,36 @@ def train_transformer(
         texts: the whole text of each item.
         fields: columns as long as `texts`, the title first.
         rules: [text] of the configuration; with `epochs = 0` the weights stay random.
+        seed: the same texts and seed give the same encoder.
         progress: is told in words what is going on.
         company: (2, P) places in `texts` of items chosen one after the other, or None.
 
     Raises:
         DataError: no text has a letter in it.
     """
-    rng = np.random.default_rng(rules.seed)
-    items = learned_from(texts, fields, rules, rng)
-    tokenizer = fit_wordpiece(items["text"].to_list(), rules)
+    rng = np.random.default_rng(seed)
+    items = learned_from(texts, fields, rng)
+    tokenizer = fit_wordpiece(items["text"].to_list())
     tokens = tokenized(tokenizer, items, len(texts), progress)
-    model = small_transformer(tokenizer, rules)
+    model = small_transformer(tokenizer, rules.dimension, rules.layers, seed)
     together = rows_of(texts, items, company)
-    pairs = make_pairs(tokens, items, tokenizer, rules, together) if rules.epochs else []
+    pairs = make_pairs(tokens, items, tokenizer, rules.views, together) if rules.epochs else []
     import torch
 
     with one_thread(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rules.seed)
-        contrast(model, pairs, rules, rng, progress, padded)
+        torch.manual_seed(seed)
+        contrast(model, pairs, rules.epochs, LEARNING_RATE, rng, progress, padded)
     return model.eval()
 
 
-def fit_wordpiece(texts: list[str], rules: TextRules) -> Tokenizer:
+def fit_wordpiece(texts: list[str]) -> Tokenizer:
     """WordPiece of a catalogue, without marks of begin and end: the vectors' mean needs none."""
     from tokenizers import Tokenizer, models, trainers
 
     drawn = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
-    alphabet = read_as_words(drawn, texts, rules)
+    alphabet = read_as_words(drawn, texts)
     trainer = trainers.WordPieceTrainer(
-        vocab_size=rules.vocabulary,
+        vocab_size=VOCABULARY,
         min_frequency=FREQUENT,
         # Letters within a word are numbered here: else the trainer would number them as it meets
         # them, in the order of a hash, and break ties between pieces by that.
@@ -96,39 +101,42 @@ def fit_wordpiece(texts: list[str], rules: TextRules) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.normalizer, tokenizer.pre_tokenizer = drawn.normalizer, drawn.pre_tokenizer
     tokenizer.add_special_tokens([PAD, UNKNOWN])
-    tokenizer.enable_truncation(rules.max_tokens)
+    tokenizer.enable_truncation(MAX_TOKENS)
     return tokenizer
 
 
-def small_transformer(tokenizer: Tokenizer, rules: TextRules) -> SentenceTransformer:
-    """A BERT of `rules.layers` layers and width `rules.dimension` with seeded random weights.
+def small_transformer(
+    tokenizer: Tokenizer, width: int, layers: int, seed: int
+) -> SentenceTransformer:
+    """A BERT of `layers` layers and `width` with seeded random weights.
 
     Args:
         tokenizer: its token 0 fills up.
-        rules: size, longest text and seed.
+        width: of the vectors.
+        layers: of attention.
+        seed: of the weights.
     """
     import torch
     from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
-    width = rules.dimension
     # DistilBERT: a BERT without a pooler, whose weights nothing would train.
     config = DistilBertConfig(
         vocab_size=tokenizer.get_vocab_size(),
         dim=width,
-        n_layers=rules.layers,
+        n_layers=layers,
         n_heads=heads(width),
         hidden_dim=4 * width,
-        max_position_embeddings=rules.max_tokens,
+        max_position_embeddings=MAX_TOKENS,
         pad_token_id=tokenizer.token_to_id(PAD),
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rules.seed)
+        torch.manual_seed(seed)
         bert = DistilBertModel(config)
     words = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         unk_token=UNKNOWN,
-        model_max_length=rules.max_tokens,
+        model_max_length=MAX_TOKENS,
     )
     # The library makes its modules of files, so files they become.
     with tempfile.TemporaryDirectory(prefix="recsys-text-") as folder, quiet():
