@@ -59,6 +59,14 @@ class Ragged:
         kept = np.flatnonzero(keep)
         return Ragged(np.searchsorted(kept, self.offsets), self.values[kept])
 
+    def distinct(self) -> Ragged:
+        """The distinct values of each row in ascending order; values are whole and at least 0."""
+        if not len(self.values):
+            return self
+        width = int(self.values.max()) + 1
+        row, value = np.divmod(np.unique(self.row_of() * width + self.values), width)
+        return Ragged(np.searchsorted(row, np.arange(len(self) + 1)), value)
+
     @staticmethod
     def from_lists(rows: Sequence[Sequence], dtype: type = np.int64) -> Ragged:
         """From a list of lists; for tests and small requests."""

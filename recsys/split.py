@@ -79,8 +79,6 @@ class SplitRules(Strict):
     cold_items: float = Field(0.0, ge=0, lt=1)
     """Share of the items whose train and valid events are all removed, so that they are new in
     the test."""
-    seed: int = 0
-    """Chooses the cold items."""
 
     @field_validator("test", "valid", mode="before")
     @classmethod
@@ -372,7 +370,7 @@ def _not_empty(size: int, side: str, where: str, total: int) -> None:
         )
 
 
-def cold_items(items: pl.Series, share: float, seed: int) -> pl.Series:
+def cold_items(items: pl.Series, share: float, seed: int = 0) -> pl.Series:
     """The `share` of distinct item ids with the smallest seeded hash, sorted.
 
     The hash is of the id alone, so an item that was cold stays cold when the log grows a little.

@@ -95,7 +95,6 @@ class Schema(Strict):
     """Column that is equal for what was shown together."""
     position: str | None = None
     """Column of declared positions (a list column in impression lists); 1 or 0 is the top."""
-    propensity: str | None = None
     shown: str = "shown"
     """Impression lists: the list of items shown."""
     clicked: str = "clicked"
@@ -137,8 +136,6 @@ class CatalogSchema(Strict):
     """A boolean column; false: never recommended."""
     fields: tuple[str, ...] = ()
     """Further columns that answers carry along."""
-    duplicates: str = "error"
-    """error, or first: keep the first row of an item that stands twice."""
 
 
 class UserSchema(Strict):
@@ -175,7 +172,7 @@ class Catalog:
             twice = ids.filter(ids.is_duplicated())[0]
             raise DataError(
                 f"Item {twice!r} stands {int((ids == twice).sum())} times in the item table. "
-                'Keep one row an item, or set data.catalog.duplicates = "first".'
+                "Keep one row an item."
             )
 
 
@@ -186,9 +183,9 @@ class Log:
     Args:
         interactions: user, item: String; time: Int64; weight: Float32; kind: UInt8 (`Kind`);
             row: Int64, the order of the source. May carry side (UInt8), request (Int64),
-            position (Int32), propensity (Float32) and `context.*` columns.
+            position (Int32) and `context.*` columns.
         impressions: one row a request: request: Int64; user: String; time: Int64; shown, clicked:
-            List(String). May carry position, propensity (lists beside `shown`), side, `context.*`.
+            List(String). May carry position (lists beside `shown`), side, `context.*`.
             Its clicks stand in `interactions` too, as positives of that request.
         catalog: the item table, when there is one.
         users: the user table with the canonical column `user`, when there is one.

@@ -29,7 +29,13 @@ from recsys.files import atomic_folder, read_json, sha256_bytes, write_json
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex, Index
 from recsys.serving.id_table import IdTable
-from recsys.serving.index import HnswIndex, IndexRules, build_index
+from recsys.serving.index import (
+    GraphRules,
+    HnswIndex,
+    IndexRules,
+    build_index,
+    graph_rules,
+)
 from recsys.serving.manifest import Check, begin, digests, may_replace, write_manifest
 from recsys.serving.neighbours import write_neighbours
 from recsys.serving.recall import recall_against_exact
@@ -213,7 +219,7 @@ def save(
             ],
             "index": {
                 "kind": "hnsw" if isinstance(bundle.index, HnswIndex) else "exact",
-                "rules": rules.model_dump(),
+                "rules": graph_rules(rules).model_dump(),
                 "fingerprint": fingerprint,
                 "vectors": sha256_bytes(indexed.data.cast("B") if indexed.size else b""),
                 "recall": _index_recall(bundle, min(recall_k, len(bundle.rows)), seed),
@@ -383,7 +389,7 @@ def _index(path: Path, manifest: dict[str, Any], checked: Check, indexed: np.nda
     if said["kind"] != "hnsw":
         return ExactIndex(indexed, checked="vectors" in said)
     checked.wait("index.bin", "index.bin.json")
-    rules = IndexRules(**said["rules"])
+    rules = GraphRules(**said["rules"])
     return HnswIndex.load(path / "index.bin", indexed, rules, digest=said.get("vectors"))
 
 

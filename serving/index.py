@@ -15,12 +15,12 @@ from collections.abc import Callable, Collection
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import hnswlib
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from recsys.errors import BundleError
 from recsys.files import atomic_write, read_json, sha256_bytes, sha256_file, write_json
@@ -49,12 +49,8 @@ class IndexRules(Strict):
     """How items are searched ([index])."""
 
     kind: Literal["auto", "hnsw", "exact"] = "auto"
-    """auto: exact where `exact_breadth` would answer every lookup exactly (up to 10,000 items with
-    the defaults), else hnsw."""
-    space: Literal["auto", "plain", "lifted"] = "auto"
-    """lifted: one more dimension makes all items equally long, which turns the largest inner
-    product into the nearest neighbour. auto: when lengths differ, but the longest is at most 3
-    times the median. Unit vectors (cosine) are never lifted."""
+    """exact: the product with every item. hnsw: a navigable small-world graph. auto: exact where a
+    graph would not be quicker (up to 10,000 items with the defaults), else hnsw."""
     m: int = Field(16, ge=2, le=128)
     """Links of a node; more is more memory (8 bytes each) and higher recall."""
     ef_construction: int = Field(200, ge=8, le=10_000)
@@ -63,15 +59,43 @@ class IndexRules(Strict):
     """Least breadth of a lookup; it is never less than twice the answers to be fetched."""
     threads: int = Field(1, ge=0)
     """Of the build; 0: all cores. Only a build with one thread gives the same graph twice."""
+    neighbours: int = Field(100, ge=0, le=1000)
+    """Nearest items of every item that a bundle holds ready, so that what is like an item needs no
+    search (8 bytes each on disk); 0: none."""
+
+    @model_validator(mode="after")
+    def _of_the_kind(self) -> Self:
+        if self.kind == "exact":
+            fields = type(self).model_fields
+            for name in ("m", "ef_construction", "ef", "threads"):
+                if getattr(self, name) != fields[name].default:
+                    raise ValueError(
+                        f'{name} is of the graph, and kind = "exact" has none: set kind to "auto" '
+                        f'or "hnsw", or leave {name} out.'
+                    )
+        return self
+
+
+class GraphRules(IndexRules):
+    """What decides a graph and its lookups beyond [index], the same for every run."""
+
+    space: Literal["auto", "plain", "lifted"] = "auto"
+    """lifted: one more dimension makes all items equally long, which turns the largest inner
+    product into the nearest neighbour. auto: when lengths differ, but the longest is at most 3
+    times the median. Unit vectors (cosine) are never lifted."""
     seed: int = Field(0, ge=0, lt=2**31)
     exact_below: float = Field(0.25, ge=0, le=1)
     """A filter that keeps less than this share of the rows is answered by the exact product."""
     exact_breadth: float = Field(0.01, ge=0, le=1)
     """A lookup broader than this share of the rows is answered by the exact product, which is then
     as fast and misses nothing (measured: equally fast at .006 in batches, .0125 one by one)."""
-    neighbours: int = Field(100, ge=0, le=1000)
-    """Nearest items of every item that a bundle holds ready, so that what is like an item needs no
-    search (8 bytes each on disk); 0: none."""
+
+
+def graph_rules(rules: IndexRules | None) -> GraphRules:
+    """The rules of a graph as [index] says, with the rest as it always is."""
+    if isinstance(rules, GraphRules):
+        return rules
+    return GraphRules(**({} if rules is None else rules.model_dump()))
 
 
 def build_index(
@@ -89,7 +113,7 @@ def build_index(
     Raises:
         QueryError: vectors of another shape or dtype, or not finite.
     """
-    rules = rules or IndexRules()
+    rules = graph_rules(rules)
     never = rules.ef >= rules.exact_breadth * len(vectors)  # no lookup would reach the graph
     if rules.kind == "exact" or (rules.kind == "auto" and never):
         return ExactIndex(vectors)
@@ -121,7 +145,7 @@ class HnswIndex:
         rules: IndexRules | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        self._prepare(vectors, rules or IndexRules())
+        self._prepare(vectors, graph_rules(rules))
         if self._nodes == 0:
             return
         self._graph = self._empty_graph()
@@ -139,7 +163,7 @@ class HnswIndex:
                 progress(len(labels))
         self._graph.set_ef(self.rules.ef)
 
-    def _prepare(self, vectors: np.ndarray, rules: IndexRules) -> None:
+    def _prepare(self, vectors: np.ndarray, rules: GraphRules) -> None:
         self.exact = ExactIndex(vectors)
         self.rules = rules
         self._vectors = np.ascontiguousarray(vectors)
@@ -154,7 +178,7 @@ class HnswIndex:
             self._longest = 1.0  # unit vectors: the graph holds them as they are
         self._graph = None
 
-    def _remember(self, vectors: np.ndarray, rules: IndexRules, about: dict[str, Any]) -> None:
+    def _remember(self, vectors: np.ndarray, rules: GraphRules, about: dict[str, Any]) -> None:
         """As `_prepare`, from what was written of vectors that are known to be the same."""
         self.exact = ExactIndex(vectors, checked=True)
         self.rules = rules
@@ -303,8 +327,9 @@ class HnswIndex:
             point = np.append(point, np.float32(0))
         if (found := self._within_reach(point, min(self._nodes, breadth))) is None:
             return None
-        # A few plain numbers are ordered sooner than arrays of them; what is left over is not read.
-        end = None if out else k
+        # A few plain numbers are ordered sooner than arrays of them; what is left over is not read:
+        # many queries at once are answered from so many, too.
+        end = k + room
         pairs = zip(found[1][0, :end].tolist(), found[0][0, :end].tolist(), strict=True)
         kept = sorted(islice((pair for pair in pairs if pair[1] not in out), k))
         if len(kept) < k:
@@ -459,7 +484,7 @@ class HnswIndex:
         about = read_json(_sidecar(path))
         if not isinstance(about, dict) or about.get("format") != FORMAT:
             raise BundleError(f"{_sidecar(path)} does not describe an index of format {FORMAT!r}.")
-        rules = rules or IndexRules()
+        rules = graph_rules(rules)
         self = cls.__new__(cls)
         vouched = digest is not None and {"longest", "lifted", "nodes"} <= set(about)
         if vouched:
@@ -497,4 +522,4 @@ def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-__all__ = ["HnswIndex", "IndexRules", "build_index"]
+__all__ = ["GraphRules", "HnswIndex", "IndexRules", "build_index", "graph_rules"]

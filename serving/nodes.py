@@ -25,7 +25,7 @@ def lengths_of(vectors: np.ndarray) -> np.ndarray:
 
 
 def lifts(lengths: np.ndarray, space: str) -> bool:
-    """Whether vectors of these lengths are lifted, see `IndexRules.space`."""
+    """Whether vectors of these lengths are lifted, see `GraphRules.space`."""
     if not len(lengths) or space == "plain":
         return False
     longest, median = float(lengths.max()), float(np.median(lengths))

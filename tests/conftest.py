@@ -158,7 +158,6 @@ hidden = 16
 epochs = 2
 batch_size = 256
 [evaluate]
-resamples = 100
 """
 
 
@@ -226,7 +225,6 @@ fields = ["score"]
 test = "2d"
 valid = "1d"
 [evaluate]
-resamples = 100
 ks = [1, 5, 20]
 [towers]
 dimension = 8

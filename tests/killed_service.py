@@ -25,7 +25,7 @@ import torch
 
 from recsys.serving import bundle as bundles
 from recsys.serving.bundle import Bundle
-from recsys.serving.index import IndexRules
+from recsys.serving.index import GraphRules
 from recsys.serving.live.journal import FILE
 from recsys.serving.live.new_items import encode_described
 from recsys.serving.models.publish import publish
@@ -91,13 +91,13 @@ def folded(bundle: Bundle, state: dict[str, dict[str, Any] | None]) -> Bundle:
         vectors=encode_items(model.eval(), np.arange(size), timeline, bundle.cutoff or 0),
         rows=np.array(sorted(rows)),
     )
-    return bundles.with_index(changed, IndexRules(**bundle.manifest["index"]["rules"]))
+    return bundles.with_index(changed, GraphRules(**bundle.manifest["index"]["rules"]))
 
 
 def publish_on(base: Path, journal: Path, made: Path, folder: Path) -> None:
     """Publish what the journal holds, again and again."""
     bundle = bundles.load(base)
-    rules = IndexRules(**bundle.manifest["index"]["rules"])
+    rules = GraphRules(**bundle.manifest["index"]["rules"])
     database = sqlite3.connect(f"file:{journal / FILE}?mode=ro", uri=True)
     turn = 0
     while True:

@@ -16,11 +16,11 @@ from recsys.serving import bundle as bundles
 from recsys.serving.engine.engine import Engine, EngineRules
 from recsys.serving.engine.loaded_model import LoadedModel
 from recsys.serving.engine.query import Answers, Query
-from recsys.serving.index import HnswIndex, IndexRules
+from recsys.serving.index import GraphRules, HnswIndex
 from recsys.serving.live.updates import LiveView
 
 FOREVER = np.iinfo(np.int64).max
-EAGER = IndexRules(kind="hnsw", exact_breadth=0.5, exact_below=0.0, ef=40)
+EAGER = GraphRules(kind="hnsw", exact_breadth=0.5, exact_below=0.0, ef=40)
 """Asks the graph wherever the planner of `Stock` may, however few items there are."""
 NEW = {
     "title": "Minimalist watering can", "description": "A watering can in zinc.",

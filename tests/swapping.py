@@ -22,7 +22,7 @@ from recsys.files import atomic_write
 from recsys.serving import bundle as bundles
 from recsys.serving.bundle import Bundle
 from recsys.serving.engine.query import Answers, Query
-from recsys.serving.index import IndexRules
+from recsys.serving.index import GraphRules
 from recsys.serving.live.updates import LiveUpdates
 from recsys.serving.manifest import read_manifest
 from recsys.serving.models.manager import FolderSource, ModelManager
@@ -39,7 +39,7 @@ def renamed(
     ids = prefix + bundle.items.ids
     catalog = bundle.catalog.with_columns(item=pl.lit(prefix) + pl.col("item"))
     bundle = change(replace(bundle, items=Vocab(ids), catalog=catalog))
-    rules = IndexRules(**bundle.manifest["index"]["rules"])
+    rules = GraphRules(**bundle.manifest["index"]["rules"])
     return bundles.save(bundle, path, rules=rules, encoder=bundle.encoder, recall_k=10)
 
 

@@ -199,7 +199,7 @@ def test_ids_of_another_bundle_are_refused(copy: Path, plain: Any) -> None:
 def test_a_graph_index_comes_back_and_one_of_other_vectors_is_refused(
     build: Callable[..., Any], market_run: str, tmp_path: Path
 ) -> None:
-    graph = '[index]\nkind = "hnsw"\nexact_breadth = 1.0\n'
+    graph = '[index]\nkind = "hnsw"\n'
     one = build(f"seed = 1\n{market_run}{graph}", tmp_path / "one").bundle
     two = build(f"seed = 2\n{market_run}{graph}", tmp_path / "two").bundle
     loaded = bundles.load(one)

@@ -139,7 +139,7 @@ def save(
     bundles.save(bundle, run / "bundle", rules=IndexRules(kind="exact"))
     recommender = Recommender(bundle)
     people = np.arange(1, PEOPLE + 1)
-    found, _ = recommender.recommend_rows(recommender.queries(people), 5)
+    found, _, _ = recommender.recommend_rows(recommender.queries(people), 5)
     popular = np.argsort(-timeline.popularity(), kind="stable")[:5]
     hits = {
         "model": (found == seen.held_out[:, None]).any(1).mean(),

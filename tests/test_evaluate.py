@@ -129,7 +129,6 @@ def walks(build: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -
 format = "sequences"
 log = "{folder.as_posix()}/sequences.parquet"
 [evaluate]
-resamples = 100
 ks = [5, 20]
 """
     return build(run, folder / "out")
@@ -225,7 +224,7 @@ def test_the_refresh_that_was_used_is_stated_where_it_is_not_the_one_asked_for(p
         recommender.bundle.cutoff + n * 60_000_000,
         np.empty((len(n), 0), np.int64),
     )
-    asked = {"refresh": "1m", "drop_seen": False, "baselines": ()}
+    asked = {"refresh": "1m", "drop_seen": False}
     rules = plain.config.evaluate.model_copy(update=asked)
     card = judge(recommender, later, rules, each_event=True, protocol={})
     assert card["protocol"]["refresh"] == "1m asked, 4m used"

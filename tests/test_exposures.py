@@ -17,7 +17,6 @@ import pytest
 from conftest import Built
 
 from recsys.errors import DataError
-from recsys.features.prepared.skips import Reason
 from recsys.serving.live.impression_log import SCHEMA, ImpressionLog
 from recsys.serving.live.journal import Event
 from recsys.serving.live.parquet_parts import Parts
@@ -372,17 +371,8 @@ def test_serving_makes_the_next_training_log(tmp_path: Path) -> None:
     first = int(dataset.user_offsets[ann])
     assert ids[dataset.event_item[first] - 1] == "i2"
     part = slice(int(dataset.skip_offsets[first]), int(dataset.skip_offsets[first + 1]))
-    skips = {
-        ids[item - 1]: Reason(reason)
-        for item, reason in zip(
-            dataset.skip_item[part].tolist(), dataset.skip_reason[part].tolist(), strict=True
-        )
-    }
-    assert skips == {
-        "i0": Reason.SKIP_ABOVE,
-        "i1": Reason.SKIP_ABOVE,
-        "i3": Reason.ONE_BELOW_LAST_CLICK,
-    }
+    skips = zip(dataset.skip_item[part].tolist(), dataset.skip_weight[part].tolist(), strict=True)
+    assert {ids[item - 1]: weight for item, weight in skips} == {"i0": 1, "i1": 1, "i3": 0.5}
     assert dataset.manifest["counts"]["unknown_event"] == 1
 
 
@@ -429,8 +419,8 @@ def test_positions_and_propensities_come_back(tmp_path: Path) -> None:
     recipe = Path(config.__file__).parent / "recipes" / "served.toml"
     run = config.load(recipe, [f"data.log={tmp_path / 'log'}"])
     rows = logs.read(run.data).interactions.collect().sort("time", "position")
-    columns = rows.select("item", "kind", "position", "propensity", "request").rows()
-    assert [row[:4] for row in columns] == [
-        ("a", 1, 4, 0.5), ("b", 1, 5, 0.25), ("c", 1, 6, 0.125), ("b", 0, None, None),
+    columns = rows.select("item", "kind", "position", "request").rows()
+    assert [row[:3] for row in columns] == [
+        ("a", 1, 4), ("b", 1, 5), ("c", 1, 6), ("b", 0, None),
     ]  # fmt: skip
-    assert len({row[4] for row in columns}) == 1
+    assert len({row[3] for row in columns}) == 1

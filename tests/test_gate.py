@@ -18,13 +18,13 @@ from recsys.errors import DataError
 from recsys.search import ExactIndex
 from recsys.serving.engine.loaded_model import LoadedModel
 from recsys.serving.engine.query import Filter, Query
-from recsys.serving.index import HnswIndex, IndexRules
+from recsys.serving.index import GraphRules, HnswIndex
 from recsys.serving.models.gate import GateRules, check, golden_questions, write_golden
 from recsys.serving.models.publish import publish
 from recsys.serving.neighbours import Neighbours
 from recsys.serving.recommender import Recommender
 
-GRAPH = IndexRules(kind="hnsw", exact_breadth=1, exact_below=0)
+GRAPH = GraphRules(kind="hnsw", exact_breadth=1, exact_below=0)
 
 
 @pytest.fixture(scope="module")

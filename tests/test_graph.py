@@ -14,7 +14,7 @@ import pytest
 from recsys.errors import BundleError
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex
-from recsys.serving.index import HnswIndex, IndexRules, build_index
+from recsys.serving.index import GraphRules, HnswIndex, build_index
 from recsys.serving.nodes import distinct
 from recsys.serving.recall import recall_against_exact
 
@@ -26,7 +26,7 @@ def clusters(n: int, d: int = 24, seed: int = 0) -> np.ndarray:
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
-GRAPH = IndexRules(exact_breadth=0.1)
+GRAPH = GraphRules(exact_breadth=0.1)
 """Reach for the graph earlier than is fastest."""
 
 
@@ -104,7 +104,7 @@ def test_common_questions_are_answered_by_the_graph_alone(case: str, monkeypatch
     vectors, queries = clusters(3000), clusters(20, seed=1)
     if case == "duplicates":
         vectors = vectors[np.arange(3000) // 30]
-    index = HnswIndex(vectors, IndexRules(ef=60, exact_breadth=0.5))
+    index = HnswIndex(vectors, GraphRules(ef=60, exact_breadth=0.5))
     wanted = index.exact.search(queries, 60)
     exclude = Ragged.from_lists(wanted[0]) if case == "excluding" else None
     allowed = np.arange(3000) % 10 > 2 if case == "filtered" else None
@@ -118,12 +118,12 @@ def test_common_questions_are_answered_by_the_graph_alone(case: str, monkeypatch
 def test_a_broader_lookup_finds_more() -> None:
     vectors = np.random.default_rng(0).normal(size=(3000, 24)).astype(np.float32)
     recall = [
-        recall_against_exact(HnswIndex(vectors, IndexRules(ef=ef, exact_breadth=1)), vectors, k=2)
+        recall_against_exact(HnswIndex(vectors, GraphRules(ef=ef, exact_breadth=1)), vectors, k=2)
         for ef in (2, 100)
     ]
     assert recall[0] < 0.9 < 0.98 < recall[1]
     # Twice the answers to be fetched is the least breadth.
-    narrow = HnswIndex(vectors, IndexRules(ef=1, exact_breadth=1))
+    narrow = HnswIndex(vectors, GraphRules(ef=1, exact_breadth=1))
     assert narrow._breadth(50) == 100
 
 
@@ -153,16 +153,16 @@ def test_threads_that_ask_for_different_k_get_what_each_would_alone(big: HnswInd
 def test_small_catalogues_are_searched_exactly_unless_a_graph_is_asked_for() -> None:
     few = clusters(300)
     assert isinstance(build_index(few), ExactIndex)
-    assert isinstance(build_index(few, IndexRules(kind="hnsw")), HnswIndex)
-    assert isinstance(build_index(few, IndexRules(exact_breadth=0.5)), HnswIndex)
-    exact = IndexRules(kind="exact", exact_breadth=0.5)
+    assert isinstance(build_index(few, GraphRules(kind="hnsw")), HnswIndex)
+    assert isinstance(build_index(few, GraphRules(exact_breadth=0.5)), HnswIndex)
+    exact = GraphRules(kind="exact", exact_breadth=0.5)
     assert isinstance(build_index(few, exact), ExactIndex)
     assert isinstance(build_index(few[:0]), ExactIndex)
 
 
 def test_progress_adds_up_to_the_vectors() -> None:
     told: list[int] = []
-    build_index(clusters(700), IndexRules(kind="hnsw"), told.append)
+    build_index(clusters(700), GraphRules(kind="hnsw"), told.append)
     assert sum(told) == 700
 
 
@@ -180,7 +180,7 @@ def test_a_loaded_index_answers_as_the_saved_one(kind: str, tmp_path: Path) -> N
     vectors = clusters(2000)
     if kind == "duplicates":
         vectors[50:300] = vectors[7]
-    rules = IndexRules(ef=40, exact_breadth=0.1, space="lifted" if kind == "lifted" else "auto")
+    rules = GraphRules(ef=40, exact_breadth=0.1, space="lifted" if kind == "lifted" else "auto")
     if kind == "lifted":
         vectors *= np.linspace(0.5, 1, 2000, dtype=np.float32)[:, None]
     index = HnswIndex(vectors, rules)

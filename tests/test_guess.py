@@ -137,7 +137,6 @@ def test_repeated_items_several_categories_and_vectors_are_noticed(tmp_path):
         }
     ).write_parquet(items)
     section, found = drafted(log, items)
-    assert section["catalog"]["duplicates"] == "first"
     assert section["catalog"]["category_separator"] == ","
     assert section["catalog"]["vector"] == "emb"
     assert section["catalog"]["available"] == "available"

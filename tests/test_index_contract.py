@@ -10,17 +10,17 @@ import pytest
 from recsys.errors import QueryError
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex, Index
-from recsys.serving.index import HnswIndex, IndexRules
+from recsys.serving.index import GraphRules, HnswIndex
 
 # Wide enough to find everything in a small world, and never allowed to hand over to exact search.
-GRAPH_ONLY = IndexRules(kind="hnsw", ef=157, exact_below=0, exact_breadth=1)
+GRAPH_ONLY = GraphRules(kind="hnsw", ef=157, exact_below=0, exact_breadth=1)
 LIFTED = GRAPH_ONLY.model_copy(update={"space": "lifted"})
 
 MAKERS: dict[str, Callable[[np.ndarray], Index]] = {
     "exact": ExactIndex,
     "graph": lambda vectors: HnswIndex(vectors, GRAPH_ONLY),
     "lifted graph": lambda vectors: HnswIndex(vectors, LIFTED),
-    "planned": lambda vectors: HnswIndex(vectors, IndexRules(ef=40, exact_breadth=0.5)),
+    "planned": lambda vectors: HnswIndex(vectors, GraphRules(ef=40, exact_breadth=0.5)),
 }
 
 

@@ -308,6 +308,7 @@ def test_training_leaves_out_who_is_asked_for(
 def test_new_items_are_read_as_cold_ones_of_the_bundle(
     build: Callable[..., Any], context_run: str, tmp_path: Path, table: dict[str, dict[str, Any]]
 ) -> None:
+    from recsys.serving.engine.loaded_model import LoadedModel
     from recsys.serving.live.new_items import encode_described
     from recsys.serving.recommender import Recommender
 
@@ -326,4 +327,4 @@ def test_new_items_are_read_as_cold_ones_of_the_bundle(
     only = bundle.coder.describe({"title": text})
     assert only.text == text
     put = encode_described(bundle, [only], np.zeros(1, np.int64)).vectors
-    np.testing.assert_allclose(Recommender(bundle).text_vectors([text]), put, atol=2e-3)
+    np.testing.assert_allclose(LoadedModel(bundle).text_vectors([text]), put, atol=2e-3)

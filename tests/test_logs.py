@@ -378,12 +378,10 @@ def test_lines_without_a_header_have_one_text(tmp_path, more, says):
         catalog(tmp_path, "B01 soap\n", "names.txt", header=False, **more)
 
 
-def test_an_item_that_stands_twice_is_refused_or_its_first_row_kept(tmp_path):
-    text = "item,title\na,first\na,second\n"
-    with pytest.raises(DataError, match="'a' stands 2 times"):
-        catalog(tmp_path, text, title="title")
-    log = catalog(tmp_path, text, title="title", duplicates="first")
+def test_of_an_item_that_stands_twice_the_first_row_is_kept_and_that_is_noted(tmp_path):
+    log = catalog(tmp_path, "item,title\na,first\na,second\n", title="title")
     assert log.catalog.frame["title"].to_list() == ["first"]
+    assert log.notes["item_rows_of_an_id_met_before"] == 1
 
 
 @pytest.mark.parametrize(
@@ -431,8 +429,9 @@ def test_a_user_table_is_read_and_checked(tmp_path):
         {"user": "02", "city": None, "age": None},
     ]
     write(table, "id,age,city\n01,30,x\n01,31,y\n")
-    with pytest.raises(DataError, match="'01' stands more than once"):
-        read(DataSource(**source, user_table=keys))
+    again = read(DataSource(**source, user_table=keys))
+    assert again.users["age"].to_list() == [30.0]
+    assert again.notes["user_rows_of_an_id_met_before"] == 1
 
 
 # ------------------------------------------------------------------ the configuration
@@ -457,10 +456,8 @@ def test_train_valid_and_test_files_say_the_side(tmp_path):
         ({"train": "b"}, "names no log"),
         ({"log": "a", "format": "evnts"}, "'events'"),
         ({"log": "a", "unknown_items": "lose"}, "unknown_items"),
-        ({"log": "a", "history": "h"}, "ebnerd"),
         ({"log": "a", "columns": {"positive_from": 2.0, "rejected_to": 3.0}}, "both"),
         ({"log": "a", "columns": {"positive": {"x": 1}, "rejected": ("x",)}}, "'x'"),
-        ({"log": "a", "catalog": {"duplicates": "last"}}, "duplicates"),
     ],
 )
 def test_contradictions_in_the_data_section_are_refused(keys, says):

@@ -18,12 +18,12 @@ from recsys.errors import BundleError
 from recsys.search import ExactIndex
 from recsys.serving import bundle as bundles
 from recsys.serving.engine.loaded_model import LoadedModel
-from recsys.serving.index import HnswIndex, IndexRules
+from recsys.serving.index import GraphRules, HnswIndex
 from recsys.serving.manifest import MANIFEST, write_manifest
 from recsys.serving.neighbours import FIRST, Neighbours, write_neighbours
 from recsys.serving.recommender import Recommender
 
-RULES = IndexRules(kind="hnsw", exact_breadth=1.0, exact_below=0.0)
+RULES = GraphRules(kind="hnsw", exact_breadth=1.0, exact_below=0.0)
 
 
 def clusters(n: int, dimension: int = 8, seed: int = 0) -> np.ndarray:
@@ -159,7 +159,7 @@ def test_a_bundle_says_what_its_table_holds_and_may_go_without(
         "sample": said["indexed"], "breadth": None,
     }  # fmt: skip
     assert {"neighbours.rows.npy", "neighbours.scores.npy"} <= set(said["files"])
-    none = bundles.save(bundles.load(few), tmp_path / "none", rules=IndexRules(neighbours=0))
+    none = bundles.save(bundles.load(few), tmp_path / "none", rules=GraphRules(neighbours=0))
     assert not list(none.glob("neighbours*"))
     assert LoadedModel.load(none).neighbours is None
 
@@ -211,5 +211,5 @@ def test_nothing_indexed_has_no_table(plain: Any, tmp_path: Path) -> None:
     bundle = bundles.load(plain.bundle)
     none = np.empty(0, np.int64)
     bare = replace(bundle, rows=none, index=ExactIndex(bundle.vectors[none]))
-    saved = bundles.save(bare, tmp_path / "bare", rules=IndexRules())
+    saved = bundles.save(bare, tmp_path / "bare", rules=GraphRules())
     assert LoadedModel.load(saved).neighbours is None

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from recsys.errors import BundleError, DataError
 from recsys.features.prepared.dataset import MANIFEST, Dataset
 from recsys.features.prepared.prepare import prepare
-from recsys.features.prepared.skips import Reason, SkipRules
+from recsys.features.prepared.skips import SkipRules
 from recsys.split import SplitRules
 from recsys.tables import Catalog, CatalogSchema, Kind, Log, Schema, Side, UserSchema
 
@@ -226,12 +226,12 @@ def test_impressions_become_requests_and_skips_of_their_clicks(tmp_path):
     assert data.request_offsets.tolist() == [0, 3, 5, 7, 10, 11]
     assert "".join(data.items.decode(data.shown_item)) == "xyzxwxyvxzx"
     assert data.shown_clicked.tolist() == [0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1]
-    assert data.shown_position is None and data.shown_propensity is None
+    assert data.shown_position is None
     # Events: a y 1 h, a w 9 h, b z 3 h, b x 12 h.
     assert data.skip_offsets.tolist() == [0, 2, 3, 5, 5]
     skipped = "".join(data.items.decode(data.skip_item))
     assert (sorted(skipped[:2]), skipped[2], sorted(skipped[3:])) == (["x", "z"], "x", ["v", "x"])
-    assert set(data.skip_reason.tolist()) == {int(Reason.SAME_REQUEST)}
+    assert set(data.skip_weight.tolist()) == {0.5}
     assert data.manifest["skips"]["total"] == {"same_request": 5, "no_click": 2}
     assert data.manifest["skips"]["labelled"]
     # v was shown, never chosen; its first appearance counts.
@@ -245,17 +245,11 @@ def test_skips_can_be_switched_off(tmp_path):
     assert data.manifest["skips"] == {"labelled": False, "total": {}, "by_side": {}}
 
 
-def test_positions_and_propensities_stay_beside_the_shown_items(tmp_path):
+def test_positions_stay_beside_the_shown_items(tmp_path):
     position = [[2, 1], [1, 2, 3], [1, None], None, [7]]
-    propensity = [[0.5, 1.0], [1.0, 0.5, 0.25], [1.0, None], None, [0.125]]
-    requests = REQUESTS.with_columns(
-        pl.Series("position", position, dtype=pl.List(pl.Int32)),
-        pl.Series("propensity", propensity, dtype=pl.List(pl.Float32)),
-    )
+    requests = REQUESTS.with_columns(pl.Series("position", position, dtype=pl.List(pl.Int32)))
     data = prepare(a_log(CLICKS, impressions=requests), THIRDS, SkipRules(), tmp_path / "p")
     assert data.shown_position.tolist() == [1, 2, 3, 2, 1, 1, -1, -1, -1, -1, 7]
-    expected = [1, 0.5, 0.25, 0.5, 1, 1, np.nan, np.nan, np.nan, np.nan, 0.125]
-    np.testing.assert_array_equal(data.shown_propensity, np.array(expected, np.float32))
     wrong = requests.with_columns(pl.Series("position", [[1], [1, 2, 3], [1, 2], None, [7]]))
     with pytest.raises(DataError, match="Request 4 shows 2 items, but its 'position' list has 1"):
         prepare(a_log(CLICKS, impressions=wrong), THIRDS, SkipRules(), tmp_path / "q")
@@ -272,7 +266,7 @@ def test_where_only_short_visits_are_rejections_they_are_named_so(tmp_path):
     rows = [("a", "x", 1), ("a", "y", 2), ("a", "x", 3), ("a", "y", 4), ("a", "z", 1, 2)]
     schema = Schema(dwell="seconds", short_dwell=3.0)
     data = prepare(a_log(interactions(*rows), schema=schema), THIRDS, SkipRules(), tmp_path / "p")
-    assert data.skip_reason.tolist() == [int(Reason.SHORT_DWELL)]
+    assert data.manifest["skips"]["total"] == {"short_dwell": 1}
 
 
 def test_cold_items_have_no_event_before_the_test_and_leave_no_trace(tmp_path):

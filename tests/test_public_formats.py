@@ -59,11 +59,8 @@ def test_ebnerd_without_its_history_and_with_bounces(tmp_path):
     write_ebnerd(tmp_path)
     source = {"format": "ebnerd", "log": str(tmp_path / "behaviors.parquet")}
     assert rows(read(DataSource(**source)), "item") == [("11",), ("12",)]
-    bounced = read(
-        DataSource(
-            **source, history=str(tmp_path / "history.parquet"), columns={"short_dwell": 5.0}
-        )
-    )
+    source["log"] = str(tmp_path)
+    bounced = read(DataSource(**source, columns={"short_dwell": 5.0}))
     assert rows(bounced, "item", "kind") == [
         ("9", REJECTED), ("10", POSITIVE), ("11", REJECTED), ("12", POSITIVE),
     ]  # fmt: skip

@@ -37,6 +37,12 @@ def test_the_last_n_of_each_row(rows: list[list[int]], n: int) -> None:
     assert lists(Ragged.from_lists(rows).last(n)) == [row[max(0, len(row) - n) :] for row in rows]
 
 
+def test_distinct_values_of_each_row_by_hand() -> None:
+    found = Ragged.from_lists([[3, 1, 3], [], [0], [2, 2]]).distinct()
+    assert [row.tolist() for row in found] == [[1, 3], [], [0], [2]]
+    assert [row.tolist() for row in Ragged.empty(2).distinct()] == [[], []]
+
+
 @given(LISTS, st.integers(-5, 5))
 def test_where_keeps_every_row_and_only_the_values_that_hold(
     rows: list[list[int]], by: int

@@ -20,7 +20,7 @@ from recsys.experiments.config import load, loads
 
 QUICK = [
     "training.epochs=2", "training.batch_size=256", "towers.dimension=16", "towers.hidden=16",
-    "text.epochs=1", "evaluate.resamples=100", "split.test=2d", "split.valid=1d",
+    "text.epochs=1", "split.test=2d", "split.valid=1d",
 ]  # fmt: skip
 
 

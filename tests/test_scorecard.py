@@ -52,7 +52,7 @@ def _ranking(
     extended = Recommender(bundle)
     questions, moments = questions_of(bundle, coded, rules, each_event=each_event, seed=0)
     cold = np.arange(bundle.items.size) > recommender.bundle.manifest["warm_items"]
-    baselines = Baselines(extended, past, rules)
+    baselines = Baselines(extended, past)
     found = rank(extended, baselines, questions, moments, rules, cold)
     users = bundle.users.decode(questions.queries.users).to_list()
     times = questions.queries.times
@@ -278,7 +278,6 @@ test = "{folder.as_posix()}/test.txt"
 [evaluate]
 ks = [3]
 primary = "recall_at_3"
-resamples = 100
 """
     return build(run, folder / "out")
 
@@ -322,9 +321,12 @@ def test_where_people_come_back_repeats_are_targets_and_seen_items_answers(
     assert len({len(found) for found in answers["model"].values()}) == 1
 
 
-def test_too_many_queries_are_a_seeded_sample(trader: Recommender, plain: Any) -> None:
+def test_too_many_queries_are_a_seeded_sample(
+    trader: Recommender, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     later = later_side(plain.dataset)
-    few = plain.config.evaluate.model_copy(update={"most_queries": 20})
+    monkeypatch.setattr("recsys.experiments.evaluation.queries.MOST_QUERIES", 20)
+    few = plain.config.evaluate
     one, two, other = (
         judge(trader, later, few, each_event=True, protocol={}, seed=seed) for seed in (0, 0, 1)
     )
@@ -414,7 +416,7 @@ def test_the_same_question_twice_gives_the_same_scorecard(
 
 def test_slices_and_chance_by_hand() -> None:
     """Rows 1 to 3 are warm (chosen 9, 2, 1 times), 4 and 5 cold."""
-    rules = EvaluateRules(ks=(1, 2), primary="recall_at_1", resamples=100)
+    rules = EvaluateRules(ks=(1, 2), primary="recall_at_1")
     cold = np.array([False, False, False, False, True, True])
     counts = np.array([0, 9, 2, 1, 0, 0])
     targets = Ragged.from_lists([[1, 4], [2], [5, 3], [4]])
@@ -504,9 +506,8 @@ def test_the_verdict_says_plainly_who_wins(gaps: dict[str, Any], sentence: str) 
         ("ks = [5, 10]", "primary = 'recall_at_20' is not measured.*K one of ks = .5, 10."),
         ("ks = []", "name at least one k"),
         ("ks = [0]", "name at least one k, each 1 or more"),
-        ("baselines = ['popular']", "baselines"),
         ("refresh = '0s'", "no time at all"),
-        ("recent = 'soon'", "'soon' is no duration"),
+        ("refresh = 'soon'", "'soon' is no duration"),
     ],
 )
 def test_a_protocol_that_cannot_be_meant_is_refused(line: str, message: str) -> None:

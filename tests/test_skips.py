@@ -17,7 +17,8 @@ P, S, R = (int(kind) for kind in (Kind.POSITIVE, Kind.SHOWN, Kind.REJECTED))
 TRAIN, VALID = int(Side.TRAIN), int(Side.VALID)
 HOUR = 3_600_000_000
 FAR = 10**15
-RULES = SkipRules(horizon="1h", without_click=False)
+RULES = SkipRules(horizon="1h")
+WITHOUT = {"request_without_click": 0.1}
 EVENTS = {
     "user": pl.String, "item": pl.String, "time": pl.Int64, "kind": pl.UInt8, "side": pl.UInt8,
     "end": pl.Int64, "request": pl.Int64, "position": pl.Int32, "bounce": pl.Boolean,
@@ -67,7 +68,7 @@ def test_a_request_without_a_click_says_nothing_unless_asked():
     shown, _ = request("abc")
     skips = label(events(), shown, RULES, timed=True)
     assert not len(skips.labels) and skips.report["train"] == {"no_click": 3}
-    skips = label(events(), shown, SkipRules(without_click=True), timed=True)
+    skips = label(events(), shown, SkipRules(confidence=WITHOUT), timed=True)
     assert set(reasons(skips).values()) == {"REQUEST_WITHOUT_CLICK"}
 
 
@@ -82,16 +83,6 @@ def test_declared_positions_above_at_one_below_and_deeper_than_the_lowest_click(
         "f": "ONE_BELOW_LAST_CLICK",
     }
     assert skips.report["train"]["unseen"] == 2
-
-
-def test_how_far_below_and_whether_positions_count_can_be_configured():
-    shown, clicks = request("abcd", "a", positions=[1, 2, 3, 4])
-    for rules, expected in (
-        (SkipRules(below_last_click=0), {}),
-        (SkipRules(below_last_click=2), dict.fromkeys("bc", "ONE_BELOW_LAST_CLICK")),
-        (SkipRules(positions=False), dict.fromkeys("bcd", "SAME_REQUEST")),
-    ):
-        assert reasons(label(events(*clicks), shown, rules, timed=True)) == expected
 
 
 def test_the_order_of_a_list_is_not_a_position():
@@ -266,14 +257,15 @@ def naive(rows, shown, rules, horizon):
             if clicked:
                 continue
             if not any_click:
-                why = Reason.REQUEST_WITHOUT_CLICK if rules.without_click else Reason.NO_CLICK
-            elif not rules.positions or place is None or lowest is None:
+                without = rules.confidence["request_without_click"]
+                why = Reason.REQUEST_WITHOUT_CLICK if without else Reason.NO_CLICK
+            elif place is None or lowest is None:
                 why = Reason.SAME_REQUEST
             elif place < lowest:
                 why = Reason.SKIP_ABOVE
             elif place == lowest:
                 why = Reason.SHOWN_BEFORE_LAST_CLICK
-            elif place in below[: rules.below_last_click]:
+            elif place in below[:1]:
                 why = Reason.ONE_BELOW_LAST_CLICK
             else:
                 why = Reason.UNSEEN
@@ -328,17 +320,10 @@ def logs(draw):
     logs(),
     st.booleans(),
     st.booleans(),
-    st.integers(0, 2),
-    st.booleans(),
 )
-def test_labels_are_those_of_a_naive_loop(log, timed, positions, below, without_click):
+def test_labels_are_those_of_a_naive_loop(log, timed, without_click):
     rows, shown = log
-    rules = SkipRules(
-        horizon="0.000003s",
-        positions=positions,
-        below_last_click=below,
-        without_click=without_click,
-    )
+    rules = SkipRules(horizon="0.000003s", confidence=WITHOUT if without_click else {})
     lists = pl.DataFrame(shown, schema=LISTS, orient="row") if shown else None
     skips = label(events(*rows), lists, rules, timed=timed)
     expected = naive(rows, shown, rules, 3 if timed else None)

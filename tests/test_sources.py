@@ -127,18 +127,17 @@ def test_text_where_a_number_must_stand_names_row_and_column(tmp_path, value, co
         read_events(tmp_path, f"user,item,time,w\nu,a,1,1\nu,b,2,{value}\n", **columns)
 
 
-def test_requests_positions_propensities_and_context_are_carried(tmp_path):
+def test_requests_positions_and_context_are_carried(tmp_path):
     log = read_events(
         tmp_path,
-        "user,item,time,r,p,q,dev,temp\nu,a,1,x9,1,0.5,tv,3\nu,b,1,x9,2,0.25,tv,\nu,c,2,,1,,,1.5\n",
+        "user,item,time,r,p,dev,temp\nu,a,1,x9,1,tv,3\nu,b,1,x9,2,tv,\nu,c,2,,1,,1.5\n",
         request="r",
         position="p",
-        propensity="q",
         context_categories=("dev",),
         context_numbers=("temp",),
     )
-    assert rows(log, "request", "position", "propensity", "context.dev", "context.temp") == [
-        (1, 1, 0.5, "tv", 3.0), (1, 2, 0.25, "tv", None), (None, 1, None, None, 1.5),
+    assert rows(log, "request", "position", "context.dev", "context.temp") == [
+        (1, 1, "tv", 3.0), (1, 2, "tv", None), (None, 1, None, 1.5),
     ]  # fmt: skip
     whole = read_events(tmp_path, "user,item,time,r\nu,a,1,-77\nu,b,1,9000000000\n", request="r")
     assert rows(whole, "request") == [(-77,), (9_000_000_000,)]

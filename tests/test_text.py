@@ -23,6 +23,7 @@ from recsys.features.text.encoder import (
     encode_cached,
     fit_encoder,
 )
+from recsys.features.text.rules import PretrainedText, SmallTransformerText, StaticText
 from recsys.features.text.static_encoder import (
     Pairs,
     draw_views,
@@ -32,7 +33,6 @@ from recsys.features.text.static_encoder import (
     rows_of,
     tokenize,
 )
-from recsys.features.text.rules import PretrainedText, SmallTransformerText, StaticText
 from recsys.ragged import Ragged
 
 SMALL = StaticText(dimension=32, epochs=40)

@@ -189,10 +189,15 @@ def dead_address() -> str:
 
 
 def test_a_server_that_is_down_costs_seconds_and_the_run_is_sent_later(
-    open_run: Callable[..., Tracker], client: Any, out: Path, caplog: pytest.LogCaptureFixture
+    open_run: Callable[..., Tracker],
+    client: Any,
+    out: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("recsys.experiments.tracking.track.TIMEOUT", 1)
     begin = time.monotonic()
-    with open_run(rules=TrackRules(uri=dead_address(), timeout=1), params={"seed": 3}) as run:
+    with open_run(rules=TrackRules(uri=dead_address()), params={"seed": 3}) as run:
         for step in range(20):
             run.log_metrics({"loss": 1.0 * step}, step)
         run.log_bundle(bundle_in(run))
@@ -216,12 +221,13 @@ def test_a_server_that_never_answers_does_not_hold_the_run(
 ) -> None:
     for name in ("TIMEOUT", "MAX_RETRIES", "BACKOFF_FACTOR"):
         monkeypatch.delenv(f"MLFLOW_HTTP_REQUEST_{name}", raising=False)
+    monkeypatch.setattr("recsys.experiments.tracking.track.TIMEOUT", 1)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         begin = time.monotonic()
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with open_run(rules=TrackRules(uri=uri, timeout=1)) as run:
+        with open_run(rules=TrackRules(uri=uri)) as run:
             run.log_metrics({"loss": 1.0}, 0)
         assert time.monotonic() - begin < 15
 
@@ -256,7 +262,7 @@ def test_a_store_that_fails_half_way_is_made_good_at_the_end(
 
 
 def test_a_point_costs_next_to_nothing(open_run: Callable[..., Tracker]) -> None:
-    with open_run(rules=TrackRules(register_model=False)) as run:
+    with open_run(rules=TrackRules(model=None)) as run:
         begin = time.monotonic()
         for step in range(500):
             run.log_metrics({"loss": 1.0, "rate": 2.0}, step)

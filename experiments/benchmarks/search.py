@@ -24,7 +24,7 @@ import torch
 
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex
-from recsys.serving.index import HnswIndex, IndexRules
+from recsys.serving.index import GraphRules, HnswIndex
 
 DIMENSION = 64
 BATCH = 32
@@ -66,7 +66,7 @@ def raw_numpy(vectors: np.ndarray) -> Answer:
     return answer
 
 
-def raw_hnswlib(vectors: np.ndarray, rules: IndexRules) -> Answer:
+def raw_hnswlib(vectors: np.ndarray, rules: GraphRules) -> Answer:
     graph = hnswlib.Index("ip", DIMENSION)
     graph.init_index(
         len(vectors), M=rules.m, ef_construction=rules.ef_construction, random_seed=rules.seed
@@ -86,7 +86,7 @@ def methods(
 ) -> tuple[dict[str, Answer], dict[str, float]]:
     """Every way to answer, and the seconds that building the graphs took."""
     # Never hand over to exact search: here the graph itself is measured.
-    rules = IndexRules(kind="hnsw", exact_breadth=1)
+    rules = GraphRules(kind="hnsw", exact_breadth=1)
     exact = ExactIndex(vectors)
     start = clock()
     graph = HnswIndex(vectors, rules)

@@ -19,7 +19,7 @@ from recsys.features.prepared.timeline import Timeline
 from recsys.item_baselines import CoOccurrence, TextSimilarity
 from recsys.ragged import Ragged, slots
 from recsys.serving.recommender import Recommender
-from recsys.split import duration
+from recsys.tables import DAY
 
 MODEL = "model"
 
@@ -30,7 +30,6 @@ class Baselines:
     Args:
         recommender: extended with the later events.
         past: events before the cut-off, which co-occurrence is fitted on.
-        rules: which baselines, and the window of the recent one.
         rivals: name → other towers over the same rows, extended with the same events.
     """
 
@@ -38,20 +37,17 @@ class Baselines:
         self,
         recommender: Recommender,
         past: Timeline,
-        rules: EvaluateRules,
         rivals: Mapping[str, Recommender] | None = None,
     ) -> None:
-        self.bundle, self.rules, self.rivals = recommender.bundle, rules, dict(rivals or {})
+        self.bundle, self.rivals = recommender.bundle, dict(rivals or {})
         n_items = self.bundle.items.size
         counts = np.zeros(n_items, np.float32)
         counts[: past.n_items] = past.popularity()
-        self._static: dict[str, Any] = {}
-        if "co_occurrence" in rules.baselines:
-            self._static["co_occurrence"] = CoOccurrence.fit(
-                past.user, past.item, n_items, popularity=counts
-            )
+        self._static: dict[str, Any] = {
+            "co_occurrence": CoOccurrence.fit(past.user, past.item, n_items, popularity=counts)
+        }
         text = dict(self.bundle.model.items.named_buffers()).get("text")
-        if "text" in rules.baselines and text is not None:
+        if text is not None:
             self._static["text"] = TextSimilarity(text.cpu().numpy(), counts)
         self._counts = Popularity(counts)
 
@@ -64,25 +60,19 @@ class Baselines:
                 the moment has just been shown, so that it is the newest; among all items of a
                 table it may be old stock that nobody ever met.
         """
-        timeline, rules = self.bundle.timeline, self.rules
-        found: dict[str, Any] = {}
-        if "popularity" in rules.baselines:
-            found["popularity"] = (
-                self._counts if moment is None else Popularity(timeline.popularity(moment))
-            )
-        if moment is not None:
-            if "recent_popularity" in rules.baselines:
-                recent = timeline.popularity(moment, duration(rules.recent))
-                # Equal in the window: by all-time count, so that a quiet window is not arbitrary.
-                total = timeline.popularity(moment)
-                found["recent_popularity"] = Popularity(recent + total / (total.max() + 1))
-            if "newest" in rules.baselines:
-                met = timeline.first_seen < moment
-                unmet = moment if shown else np.iinfo(np.int64).min
-                found["newest"] = Popularity(
-                    newest_first(np.where(met, timeline.first_seen, unmet))
-                )
-        return {**found, **self._static}
+        if moment is None:
+            return {"popularity": self._counts, **self._static}
+        timeline = self.bundle.timeline
+        total, recent = timeline.popularity(moment), timeline.popularity(moment, DAY)
+        unmet = moment if shown else np.iinfo(np.int64).min
+        born = np.where(timeline.first_seen < moment, timeline.first_seen, unmet)
+        return {
+            "popularity": Popularity(total),
+            # Equal in the window: by all-time count, so that a quiet window is not arbitrary.
+            "recent_popularity": Popularity(recent + total / (total.max() + 1)),
+            "newest": Popularity(newest_first(born)),
+            **self._static,
+        }
 
 
 @dataclass(frozen=True)

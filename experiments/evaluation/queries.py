@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from recsys.features.batching.examples import Questions, ask
 from recsys.features.prepared.timeline import Timeline
@@ -22,7 +22,10 @@ from recsys.tables import Strict
 from recsys.towers.data import moments_of, refresh_of
 
 RANKED = ("recall", "ndcg", "mrr", "hit_rate")
-Baseline = Literal["popularity", "recent_popularity", "newest", "co_occurrence", "text"]
+MOST_QUERIES = 100_000
+"""A seeded sample is judged when there are more."""
+RESAMPLES = 1000
+"""Of the bootstrap over users that gives the 95 % intervals."""
 
 
 class EvaluateRules(Strict):
@@ -39,15 +42,6 @@ class EvaluateRules(Strict):
     """Seen items are never answered, and are no targets; false where people come back for them."""
     refresh: str = "1h"
     """How often item statistics and new items reach the answers, as a service would do it."""
-    recent: str = "1d"
-    """Window of the recent-popularity baseline."""
-    most_queries: int = Field(100_000, ge=1)
-    """A seeded sample is judged when there are more."""
-    resamples: int = Field(1000, ge=100)
-    """Of the bootstrap over users that gives the 95 % intervals."""
-    baselines: tuple[Baseline, ...] = (
-        "popularity", "recent_popularity", "newest", "co_occurrence", "text",
-    )  # fmt: skip
 
     @field_validator("ks")
     @classmethod
@@ -56,7 +50,7 @@ class EvaluateRules(Strict):
             raise ValueError("name at least one k, each 1 or more")
         return tuple(sorted(set(ks)))
 
-    @field_validator("refresh", "recent")
+    @field_validator("refresh")
     @classmethod
     def _duration(cls, value: str) -> str:
         if duration(value) < 1:
@@ -134,9 +128,9 @@ def questions_of(
         drop_seen=rules.drop_seen,
         context=coded.context if coded.context.shape[1] else None,
     )
-    if len(questions.queries) > rules.most_queries:
+    if len(questions.queries) > MOST_QUERIES:
         rng = np.random.default_rng([seed, 13])
-        some = np.sort(rng.choice(len(questions.queries), rules.most_queries, replace=False))
+        some = np.sort(rng.choice(len(questions.queries), MOST_QUERIES, replace=False))
         questions = Questions(
             questions.queries.take(some), questions.targets.take(some), questions.repeats,
             questions.event[some],

@@ -16,6 +16,7 @@ from recsys.errors import ConfigError
 from recsys.experiments.evaluation import slices as parts
 from recsys.experiments.evaluation.comparison import Baselines, rank
 from recsys.experiments.evaluation.queries import (
+    RESAMPLES,
     EvaluateRules,
     questions_of,
     refresh_said,
@@ -78,7 +79,7 @@ def judge(
     others = {
         name: _rival(recommender, one, later, each_event) for name, one in (rivals or {}).items()
     }
-    baselines = Baselines(extended, past, rules, others)
+    baselines = Baselines(extended, past, others)
     cold = np.ones(bundle.items.size, bool)
     cold[: recommender.bundle.manifest["warm_items"] + 1] = False
     ranking = rank(extended, baselines, questions, moments, rules, cold)
@@ -90,7 +91,7 @@ def judge(
     }
     if told is not None:
         told("targets", values, queries.users)
-    scorecard = parts.compared(values, queries.users, rules, seed)
+    scorecard = parts.compared(values, queries.users, seed)
     n_candidates = int(np.count_nonzero(ranking.candidates))
     for name, found in ranking.ranked.items():
         card = scorecard["baselines"].get(name, scorecard["model"])
@@ -120,7 +121,7 @@ def judge(
         "refresh": refresh,
         "item_statistics": refresh if bundle.model.uses_statistics else "none",
         "search": "exact",
-        "intervals": f"95 %, bootstrap over users, {rules.resamples} resamples",
+        "intervals": f"95 %, bootstrap over users, {RESAMPLES} resamples",
     }
     scorecard["verdict"] = verdict(scorecard, rules.primary, without=others)
     return scorecard

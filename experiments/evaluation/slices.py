@@ -12,7 +12,12 @@ import numpy as np
 
 from recsys.bootstrap import Bootstrap, Estimate
 from recsys.experiments.evaluation.comparison import MODEL, Baselines, Ranking, score_shown
-from recsys.experiments.evaluation.queries import EvaluateRules, refresh_said
+from recsys.experiments.evaluation.queries import (
+    MOST_QUERIES,
+    RESAMPLES,
+    EvaluateRules,
+    refresh_said,
+)
 from recsys.features.batching.examples import Questions
 from recsys.metrics import impression_metrics, recall_at
 from recsys.ragged import Ragged
@@ -33,16 +38,15 @@ def as_json(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, float | No
     return {name: estimate.to_json() for name, estimate in estimates.items()}
 
 
-def compared(values: Values, users: np.ndarray, rules: EvaluateRules, seed: int) -> dict[str, Any]:
+def compared(values: Values, users: np.ndarray, seed: int) -> dict[str, Any]:
     """`model`, `baselines`, and the paired `differences` of the model from each.
 
     Args:
         values: of the model and of every baseline.
         users: (Q,) the user of each query, who is resampled with all queries.
-        rules: how many resamples.
         seed: of the resamples.
     """
-    bootstrap = Bootstrap(users, samples=rules.resamples, seed=seed)
+    bootstrap = Bootstrap(users, samples=RESAMPLES, seed=seed)
     others = {name: found for name, found in values.items() if name != MODEL}
     return {
         "model": as_json(bootstrap.estimates(values[MODEL])),
@@ -70,7 +74,7 @@ def slices(
         depth: (Q,) how many positives each asker had before.
         train_counts: (N,) positives of each item before the cut-off.
         cold: (N,) bool, items that the towers never saw chosen.
-        rules: depths and resamples.
+        rules: depths.
         seed: of the resamples.
     """
     warm = ~cold
@@ -107,7 +111,7 @@ def slices(
             for contestant, found in (ranking.among_cold if among else ranking.ranked).items()
         }
         users = questions.queries.users[judged]
-        out[name] = {"queries": len(judged), **compared(values, users, rules, seed)}
+        out[name] = {"queries": len(judged), **compared(values, users, seed)}
         if among:
             there = np.maximum(ranking.cold_candidates[judged], 1)
             out[name]["candidates"] = round(float(there.mean()))
@@ -139,7 +143,7 @@ def index_recall(
         )
         wanted = Ragged(np.arange(len(users) + 1) * k, exact.ravel())
         hits = recall_at(found, wanted.where(wanted.values > 0), k)
-    estimate = Bootstrap(users, samples=rules.resamples, seed=seed).estimate(hits)
+    estimate = Bootstrap(users, samples=RESAMPLES, seed=seed).estimate(hits)
     return {
         "kind": manifest["kind"],
         "queries": len(users),
@@ -178,9 +182,9 @@ def impressions(
     mixed = np.flatnonzero((clicked_of > 0) & (clicked_of < clicks.lengths))
     if not len(mixed):
         return None
-    if len(mixed) > rules.most_queries:
+    if len(mixed) > MOST_QUERIES:
         rng = np.random.default_rng([seed, 19])
-        mixed = np.sort(rng.choice(mixed, rules.most_queries, replace=False))
+        mixed = np.sort(rng.choice(mixed, MOST_QUERIES, replace=False))
     items, clicked = coded.shown.take(mixed), clicks.take(mixed).values > 0
     users, times = coded.request_user[mixed], coded.request_time[mixed]
     context = coded.request_context[mixed] if coded.request_context.shape[1] else None
@@ -208,13 +212,13 @@ def impressions(
         "requests": len(mixed),
         # Other times than those of the targets may need another one.
         "refresh": refresh_said(times if timed else None, rules, each_event=each_event),
-        **compared(values, users, rules, seed),
+        **compared(values, users, seed),
         "slices": {
             name: {
                 "requests": int(mask.sum()),
                 **compared(
                     {n: {m: v[mask] for m, v in found.items()} for n, found in values.items()},
-                    users[mask], rules, seed,
+                    users[mask], seed,
                 ),
             }
             for name, mask in parts.items()

@@ -36,6 +36,8 @@ Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 log = logging.getLogger(__name__)
 
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
+TIMEOUT = 10.0
+"""Seconds that one request to a tracking server may take; each is tried twice."""
 _EVERY = 2.0
 """Seconds between two batches of curves."""
 _AGAIN = 60.0
@@ -52,14 +54,11 @@ class TrackRules(Strict):
     `out`. Passwords belong in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     experiment: Annotated[str, Field(min_length=1)] = "recsys"
     """Experiment that the runs belong to."""
-    register_model: bool = True
-    """Make the bundle a new version of the registered model."""
-    model: Annotated[str, Field(pattern=r"^[^/:]*$")] = ""
-    """Name of the registered model; empty: the name of the run."""
+    model: Annotated[str, Field(pattern=r"^[^/:]*$")] | None = "auto"
+    """Name of the registered model that the bundle becomes a new version of; auto: the name of the
+    run; empty: no model is registered."""
     alias: Annotated[str, Field(pattern=r"^[\w-]+$")] = "candidate"
     """Alias that the newest version gets; which one serves is said by another."""
-    timeout: Annotated[float, Field(gt=0, le=600)] = 10.0
-    """Seconds that one request to a server may take; each is tried twice."""
 
     @field_validator("alias")
     @classmethod
@@ -121,7 +120,7 @@ class Tracker:
             tags=tags or {},
             uri=_bare(self.uri),
             experiment=rules.experiment,
-            timeout=rules.timeout,
+            timeout=TIMEOUT,
         )
         self.folder = self._spool.folder
         self._down_since: float | None = None
@@ -133,7 +132,7 @@ class Tracker:
         record = self._spool.record
         if self.uri:
             try:
-                self._store = Store(self.uri, rules.timeout)
+                self._store = Store(self.uri, TIMEOUT)
                 self._store.open_run(self._spool)
                 if run_id is None:
                     record["run_id"] = record["mlflow_run_id"]
@@ -181,8 +180,9 @@ class Tracker:
             tags: of the version, e.g. its fingerprint.
         """
         self.log_file(path, "bundle")
-        if self._rules.register_model:
-            name = self._rules.model or self._spool.record["run_name"]
+        if self._rules.model is not None:
+            auto = self._rules.model == "auto"
+            name = self._spool.record["run_name"] if auto else self._rules.model
             entry = self._spool.add_model(name, self._rules.alias, tags or {})
             self._queue.put(("model", entry))
 
@@ -254,7 +254,7 @@ class Tracker:
     def _recover(self, last: bool = False) -> None:
         """Send the whole run again from the spool."""
         try:
-            self._store = Store(self.uri, self._rules.timeout)
+            self._store = Store(self.uri, TIMEOUT)
             self._store.send_all(self._spool)
             self._down_since = None
             log.warning("The tracking store %s answers again; the run is there.", _bare(self.uri))

@@ -215,10 +215,9 @@ def _write_impressions(draft: Draft, look: Look, shown: str, clicked: str) -> st
     _write_time(draft, look, [shown, clicked])
     draft.set("shown", shown, "the items of a request; their order is not taken as a position")
     draft.set("clicked", clicked)
-    for key, among in (("position", names.POSITION), ("propensity", names.PROPENSITY)):
-        found = look.find(among)
-        if found is not None and look.is_list(found):
-            draft.set(key, found, "one number for each item that was shown")
+    found = look.find(names.POSITION)
+    if found is not None and look.is_list(found):
+        draft.set("position", found, "one number for each item that was shown")
     _write_context(draft, look)
     return "time"
 
@@ -247,7 +246,6 @@ def _write_events(
     for key, among in (
         ("request", names.REQUEST),
         ("position", names.POSITION),
-        ("propensity", names.PROPENSITY),
         ("dwell", names.DWELL),
     ):
         found = look.find(among, taken)

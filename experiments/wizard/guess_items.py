@@ -9,7 +9,6 @@ import polars as pl
 from recsys.experiments.wizard.draft import Draft
 from recsys.experiments.wizard.look import Look, plainly
 from recsys.features.readers import aliases as names
-from recsys.features.readers.read import scan
 
 
 def write_catalog(draft: Draft, items: str | None, ids: pl.Series | None, same: str | None) -> None:
@@ -23,10 +22,6 @@ def write_catalog(draft: Draft, items: str | None, ids: pl.Series | None, same: 
         draft.column("item", None, "the id of an item")
     else:
         draft.set("item", item, f"{share:.0%} of the first ids in the log" if share else "")
-        frame, _ = scan(items)
-        column = pl.col(item).drop_nulls()
-        if frame.select(column.n_unique() < column.len()).collect().item():
-            draft.set("duplicates", "first", "ids stand more than once: the first row is kept")
     free = [c for c in look.frame.columns if c != item]
     title = look.find(names.TITLE, [item])
     if title is not None:

@@ -20,7 +20,7 @@ from recsys.ragged import Ragged
 from recsys.vocab import Vocab
 
 FORMAT = "recsys.prepared"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Rises also when a reader gives other rows, so that nothing prepared before is taken for it."""
 MANIFEST = "manifest.json"
 
@@ -39,12 +39,11 @@ class Dataset:
         event_past: (E,) int32, how many events of the same user have a strictly smaller time.
         user_offsets: (U+1,) int64, the events of user u are [user_offsets[u], user_offsets[u+1]).
         event_context: (E, C) int32 codes.
-        skip_offsets: (E+1,) int64; skip_item: (S,) int32; skip_weight: (S,) float32 confidence;
-            skip_reason: (S,) uint8 `skips.Reason`: the skips that belong to each event.
+        skip_offsets: (E+1,) int64; skip_item: (S,) int32; skip_weight: (S,) float32: the
+            skips that belong to each event, and how sure each is.
         request_user: (R,) int32; request_time: (R,) int64; request_side: (R,) uint8;
             request_offsets: (R+1,) int64; request_context: (R, C) int32: sorted by user and time.
         shown_item: (T,) int32; shown_clicked: (T,) uint8; shown_position: (T,) int16 or None;
-            shown_propensity: (T,) float32 or None.
         item_first_seen: (N,) int64, published or first met in the log, the greatest int64 if never.
         item_exists_from: (N,) int64, the same, but the least int64 for an item of a table that
             says nothing of publication.
@@ -65,7 +64,6 @@ class Dataset:
     skip_offsets: np.ndarray
     skip_item: np.ndarray
     skip_weight: np.ndarray
-    skip_reason: np.ndarray
     request_user: np.ndarray
     request_time: np.ndarray
     request_side: np.ndarray
@@ -74,7 +72,6 @@ class Dataset:
     shown_item: np.ndarray
     shown_clicked: np.ndarray
     shown_position: np.ndarray | None
-    shown_propensity: np.ndarray | None
     item_first_seen: np.ndarray
     item_exists_from: np.ndarray
     item_known: np.ndarray
@@ -87,7 +84,6 @@ class Dataset:
 
     OPTIONAL = (
         "shown_position",
-        "shown_propensity",
         "item_available_from",
         "item_available_until",
         "item_available",

@@ -61,14 +61,12 @@ class Requests:
         shown: (R rows, T values) item codes.
         clicked: (T,) bool.
         position: (T,) int16, or None where the log declares none; -1 where it is null.
-        propensity: (T,) float32, or None; NaN where it is null.
     """
 
     frame: pl.DataFrame
     shown: Ragged
     clicked: np.ndarray
     position: np.ndarray | None
-    propensity: np.ndarray | None
 
     def where(self, keep: np.ndarray) -> Requests:
         """Only the shown items for which `keep` (T,) is true."""
@@ -77,7 +75,6 @@ class Requests:
             shown=self.shown.where(keep),
             clicked=self.clicked[keep],
             position=None if self.position is None else self.position[keep],
-            propensity=None if self.propensity is None else self.propensity[keep],
         )
 
     def take(self, order: np.ndarray) -> Requests:
@@ -88,7 +85,6 @@ class Requests:
             self.shown.take(order),
             self.clicked[places],
             None if self.position is None else self.position[places],
-            None if self.propensity is None else self.propensity[places],
         )
 
 
@@ -203,7 +199,7 @@ def _positions(frame: pl.DataFrame) -> pl.DataFrame:
 def _requests(log: Log, users: Codes, items: Codes) -> Requests:
     assert log.impressions is not None
     names = log.impressions.collect_schema().names()
-    kept = ["request", "user", "time", "side", "shown", "clicked", "position", "propensity"]
+    kept = ["request", "user", "time", "side", "shown", "clicked", "position"]
     wanted = [name for name in names if name in kept or name.startswith(CONTEXT)]
     frame = (
         log.impressions.select(wanted)
@@ -222,13 +218,11 @@ def _requests(log: Log, users: Codes, items: Codes) -> Requests:
     width = int(max(shown.values.max(initial=0), chosen.max(initial=0))) + 1
     clicked = np.isin(shown.row_of() * width + shown.values, of * width + chosen)
     position = beside_shown(frame, "position", lengths)
-    propensity = beside_shown(frame, "propensity", lengths)
     return Requests(
-        frame.select(pl.exclude("shown", "clicked", "position", "propensity")),
+        frame.select(pl.exclude("shown", "clicked", "position")),
         shown,
         clicked,
         None if position is None else np.where(np.isnan(position), -1, position).astype(np.int16),
-        None if propensity is None else propensity.astype(np.float32),
     )
 
 
@@ -237,7 +231,7 @@ def beside_shown(frame: pl.DataFrame, name: str, lengths: np.ndarray) -> np.ndar
 
     Args:
         frame: requests, with the column `request` and perhaps the list column `name`.
-        name: "position" or "propensity".
+        name: of the column.
         lengths: (R,) how many items each request shows.
 
     Returns:

@@ -179,7 +179,7 @@ class _Preparation:
         if self.split_rules.cold_items > 0:
             chosen = frame.filter(pl.col("kind") == Kind.POSITIVE)["item"].unique().sort()
             rules = self.split_rules
-            names = cold_items(ids.gather(chosen), rules.cold_items, rules.seed)
+            names = cold_items(ids.gather(chosen), rules.cold_items)
             cold = ids.is_in(names.implode()).to_numpy()
             away = cold[frame["item"].to_numpy()] & (frame["side"] != Side.TEST).to_numpy()
             frame = frame.filter(pl.Series(~away))
@@ -305,10 +305,9 @@ class _Preparation:
         return pl.DataFrame(columns)
 
     def _skips(self, event: pl.DataFrame, labels: skipping.Skips | None) -> None:
-        names = {"item": np.int32, "weight": np.float32, "reason": np.uint8}
         if labels is None or not len(labels.labels):
             offsets = np.zeros(len(event) + 1, np.int64)
-            found = pl.DataFrame({"item": [], "confidence": [], "reason": []})
+            found = pl.DataFrame({"item": [], "confidence": []})
         else:
             found = skipping.attach(labels.labels, event)
             alone = found["event"].null_count()
@@ -318,16 +317,15 @@ class _Preparation:
             per_event = np.bincount(found["event"].to_numpy(), minlength=len(event))
             offsets = np.concatenate([[0], np.cumsum(per_event)])
         self.writer.array("skip_offsets", offsets, np.int64)
-        for name, dtype in names.items():
-            column = "confidence" if name == "weight" else name
-            self.writer.array(f"skip_{name}", found[column].to_numpy(), dtype)
+        self.writer.array("skip_item", found["item"].to_numpy(), np.int32)
+        self.writer.array("skip_weight", found["confidence"].to_numpy(), np.float32)
         self.counts["skips"] = len(found)
 
     def _requests(self, requests: Requests | None, contexts: list[ContextColumn]) -> None:
         if requests is None:
             names = ("request", "user", "time", "side")
             frame = pl.DataFrame(schema=dict.fromkeys(names, pl.Int64))
-            requests = Requests(frame, Ragged.empty(0, np.int32), np.zeros(0, bool), None, None)
+            requests = Requests(frame, Ragged.empty(0, np.int32), np.zeros(0, bool), None)
         frame, write = requests.frame, self.writer.array
         write("request_user", frame["user"].to_numpy(), np.int32)
         write("request_time", frame["time"].to_numpy(), np.int64)
@@ -337,8 +335,6 @@ class _Preparation:
         write("shown_clicked", requests.clicked, np.uint8)
         if requests.position is not None:
             write("shown_position", requests.position, np.int16)
-        if requests.propensity is not None:
-            write("shown_propensity", requests.propensity, np.float32)
         codes = [
             column.encode(frame[CONTEXT + column.name])
             if CONTEXT + column.name in frame.columns

@@ -39,7 +39,7 @@ class Reason(IntEnum):
     SAME_REQUEST = 6
     """No declared position: shown in a request in which something else was chosen."""
     REQUEST_WITHOUT_CLICK = 7
-    """Nothing of the request was chosen; labelled only when `skips.without_click` says so."""
+    """Nothing of the request was chosen; labelled only when `skips.confidence` gives it weight."""
     SHOWN = 8
     """A single "was shown" event with no positive within the horizon."""
     UNSEEN = 64
@@ -62,7 +62,7 @@ _CONFIDENCE = {
     "shown_before_last_click": 0.8,
     "one_below_last_click": 0.5,
     "same_request": 0.5,
-    "request_without_click": 0.1,
+    "request_without_click": 0.0,
     "shown": 0.3,
 }
 
@@ -75,12 +75,6 @@ class SkipRules(Strict):
     horizon: str = "6h"
     """A positive on the same item this long after rescues it; so long before the end of a side
     shown items are censored. In EB-NeRD 83 % of the choices made within two days come in 6 h."""
-    positions: bool = True
-    """Use declared positions; false: treat every request as an unordered list."""
-    below_last_click: int = Field(1, ge=0)
-    """How many declared positions below the lowest click still count as seen."""
-    without_click: bool = False
-    """Label requests in which nothing was chosen, too."""
     confidence: dict[str, float] = Field(default_factory=dict, validate_default=True)
     """Reason → how sure a label is, 0 to 1; 0 drops the reason."""
 
@@ -250,10 +244,10 @@ def _requests(
         chosen.with_columns(pl.lit(True).alias("any")), on=group, how="left", nulls_equal=True
     ).filter(~pl.col("clicked"))
     ranked = pl.col("position").is_not_null() & pl.col("lowest").is_not_null()
-    ranked &= pl.lit(rules.positions)
     below = pl.when(pl.col("position") > pl.col("lowest")).then("position")
     rows = rows.with_columns(below.rank("dense").over(group).alias("depth"))
-    without = Reason.REQUEST_WITHOUT_CLICK if rules.without_click else Reason.NO_CLICK
+    said = rules.confidence["request_without_click"] > 0
+    without = Reason.REQUEST_WITHOUT_CLICK if said else Reason.NO_CLICK
     reason = (
         pl.when(pl.col("any").is_null())
         .then(_code(without))
@@ -263,7 +257,7 @@ def _requests(
         .then(_code(Reason.SKIP_ABOVE))
         .when(pl.col("position") == pl.col("lowest"))
         .then(_code(Reason.SHOWN_BEFORE_LAST_CLICK))
-        .when(pl.col("depth") <= rules.below_last_click)
+        .when(pl.col("depth") == 1)
         .then(_code(Reason.ONE_BELOW_LAST_CLICK))
         .otherwise(_code(Reason.UNSEEN))
     )

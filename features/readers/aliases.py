@@ -20,7 +20,6 @@ interactiontype type click clicked isclick label""")
 VALUE = words("rating score stars value overall grade")
 REQUEST = words("request requestid impressionid queryid slateid pageviewid recommendationid")
 POSITION = words("position positions pos rank slot")
-PROPENSITY = words("propensity propensities propensityscore pscore")
 DWELL = words("dwell dwelltime readtime watchtime playtime timespent durationseconds")
 DEVICE = words("device devicetype page")
 SHOWN = words("""shown shownitems inview articleidsinview impressions impressionlist slate

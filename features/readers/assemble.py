@@ -65,17 +65,19 @@ def assemble(
             + (no_positives or "Every row was left out: look at data.columns.")
         )
     interactions = interactions.with_row_index("row").with_columns(pl.col("row").cast(pl.Int64))
+    notes = {name: count for name, count in (notes or {}).items() if count}
+    if catalog is None and source.items is not None:
+        frame, more = read_catalog(source.items, source.catalog)
+        catalog = (frame, source.catalog)
+        files += more
     read_items = None
     if catalog is not None:
-        read_items = Catalog(*catalog)
-    elif source.items is not None:
-        read_items, more = read_catalog(source.items, source.catalog)
-        files += more
+        read_items = Catalog(_first_rows(catalog[0], "item", notes), catalog[1])
     users = None
     if source.users is not None:
         users, more = read_users(source.users, source.user_table)
+        users = _first_rows(users, "user", notes)
         files += more
-    notes = {name: count for name, count in (notes or {}).items() if count}
     if read_items is not None:
         known = read_items.frame.lazy().select("item")
         interactions, impressions, counts = _unknown(
@@ -96,11 +98,19 @@ def assemble(
     )
 
 
+def _first_rows(frame: pl.DataFrame, column: str, notes: dict[str, int]) -> pl.DataFrame:
+    """The first row of each id; how many others are left out goes into the notes."""
+    kept = frame.unique(column, keep="first", maintain_order=True)
+    if len(kept) < len(frame):
+        notes[f"{column}_rows_of_an_id_met_before"] = len(frame) - len(kept)
+    return kept
+
+
 def _unknown(
     interactions: pl.LazyFrame, impressions: pl.LazyFrame | None, known: pl.LazyFrame, drop: bool
 ) -> tuple[pl.LazyFrame, pl.LazyFrame | None, dict[str, int]]:
     """Count events on items that the item table lacks, and drop them when asked to."""
-    lists = [c for c in ("shown", "position", "propensity") if _has(impressions, c)]
+    lists = [c for c in ("shown", "position") if _has(impressions, c)]
     counted = {"events_on_unknown_items": interactions.select("item")}
     if impressions is not None:
         shown = impressions.select(pl.col("shown").alias("item"))

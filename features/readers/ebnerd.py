@@ -41,7 +41,7 @@ def read(source: DataSource) -> Log:
     named = sides(source)
     parts = [p for paths, side in named for p in open_parts(_inside(paths, "behaviors"), side=side)]
     requests = read_requests(parts, schema)
-    history = _history(source, schema, *named[0])
+    history = _history(schema, *named[0])
     frames, positives = [requests.clicks], requests.positives
     notes, files = dict(requests.notes), list(requests.files)
     if history is not None:
@@ -72,15 +72,12 @@ def _inside(paths: Paths, name: str) -> Paths:
     return paths
 
 
-def _history(source: DataSource, schema: Schema, paths: Paths, side: int | None) -> Rows | None:
+def _history(schema: Schema, paths: Paths, side: int | None) -> Rows | None:
     """The clicks before the log, one row each."""
-    if source.history is not None:
-        parts = open_parts(source.history, side=side)
-    else:
-        file = _inside(paths, "history")
-        if file is paths:
-            return None
-        parts = open_parts(file, side=side)
+    file = _inside(paths, "history")
+    if file is paths:
+        return None
+    parts = open_parts(file, side=side)
     lists = ["impression_time_fixed", "article_id_fixed", "read_time_fixed"]
     exploded = []
     for part in parts:

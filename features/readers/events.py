@@ -117,7 +117,7 @@ def columns_of(schema: Schema, *, item: bool) -> dict[str, str | None]:
     """Configuration key → column, of all that the schema names for a row."""
     keys = ["user", "time", "weight", "dwell"]
     if item:
-        keys += ["item", "event", "value", "request", "position", "propensity"]
+        keys += ["item", "event", "value", "request", "position"]
     # An empty name in a TOML file, which has no null, says that there is no such column.
     wanted = {f"data.columns.{key}": getattr(schema, key) or None for key in keys}
     for key in ("context_categories", "context_numbers"):
@@ -227,8 +227,6 @@ def optional_columns(schema: Schema, rows: Table, found: dict) -> list[pl.Expr]:
         chosen.append(request.alias("request"))
     if schema.position:
         chosen.append(number(schema.position).cast(pl.Int32, strict=False).alias("position"))
-    if schema.propensity:
-        chosen.append(number(schema.propensity).cast(pl.Float32).alias("propensity"))
     return chosen + context_columns(schema)
 
 

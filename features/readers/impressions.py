@@ -64,8 +64,7 @@ def read_requests(parts: Sequence[Part], schema: Schema) -> Requests:
             positions are not beside what was shown.
     """
     wanted = columns_of(schema, item=False)
-    beside = {key: getattr(schema, key) for key in ("position", "propensity")}
-    beside = {key: column for key, column in beside.items() if column is not None}
+    beside = {} if schema.position is None else {"position": schema.position}
     wanted |= {f"data.columns.{key}": column for key, column in beside.items()}
     wanted |= {"data.columns.shown": schema.shown, "data.columns.clicked": schema.clicked}
     if not schema.time:

@@ -19,13 +19,13 @@ from recsys.features.readers.survey import (
     survey,
     table,
 )
-from recsys.tables import Catalog, CatalogSchema, Schema, UserSchema
+from recsys.tables import CatalogSchema, Schema, UserSchema
 
 TRUE = ("true", "1", "yes", "y", "t")
 FALSE = ("false", "0", "no", "n", "f")
 
 
-def read_catalog(paths: Paths, schema: CatalogSchema) -> tuple[Catalog, list[Path]]:
+def read_catalog(paths: Paths, schema: CatalogSchema) -> tuple[pl.DataFrame, list[Path]]:
     """Read an item table.
 
     Returns:
@@ -33,11 +33,10 @@ def read_catalog(paths: Paths, schema: CatalogSchema) -> tuple[Catalog, list[Pat
         microseconds, numbers as Float64, vectors as List(Float32); and the files read.
 
     Raises:
-        DataError: a column is missing, an id is null or stands twice, a time, number or vector
-            cannot be read.
+        DataError: a column is missing, an id is null, a time, number or vector cannot be read.
     """
     parts = open_parts(paths, ids=[schema.item]) if schema.header else _lines(paths, schema)
-    return Catalog(catalog_frame(parts, schema), schema), [part.path for part in parts]
+    return catalog_frame(parts, schema), [part.path for part in parts]
 
 
 def _lines(paths: Paths, schema: CatalogSchema) -> list[Part]:
@@ -103,18 +102,16 @@ def catalog_frame(parts: Sequence[Part], schema: CatalogSchema) -> pl.DataFrame:
             "Rename the column 'item' in the file."
         )
     frame = frame.rename({schema.item: "item"} if schema.item != "item" else {})
-    if schema.duplicates == "first":
-        frame = frame.unique("item", keep="first", maintain_order=True)
     if schema.vector is not None:
         frame = frame.with_columns(_vectors(frame, schema.vector))
     return frame
 
 
 def read_users(paths: Paths, schema: UserSchema) -> tuple[pl.DataFrame, list[Path]]:
-    """Read a user table: the canonical `user`, distinct, and its own columns.
+    """Read a user table: the canonical `user` and its own columns.
 
     Raises:
-        DataError: a column is missing, an id is null or stands twice, a number cannot be read.
+        DataError: a column is missing, an id is null, a number cannot be read.
     """
     parts = open_parts(paths, ids=[schema.user])
     wanted = {"data.user_table.user": schema.user}
@@ -128,12 +125,6 @@ def read_users(paths: Paths, schema: UserSchema) -> tuple[pl.DataFrame, list[Pat
     frame = frame.with_columns(_distinct(columns)).rename(
         {schema.user: "user"} if schema.user != "user" else {}
     )
-    twice = frame["user"].is_duplicated()
-    if twice.any():
-        raise DataError(
-            f"{rows.name}: user {frame['user'].filter(twice)[0]!r} stands more than once in the "
-            "user table. Keep one row a user."
-        )
     return frame, [part.path for part in parts]
 
 

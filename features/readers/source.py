@@ -33,8 +33,6 @@ class DataSource(Strict):
     """Instead of `log`: files that are already split."""
     valid: str | tuple[str, ...] | None = None
     test: str | tuple[str, ...] | None = None
-    history: str | tuple[str, ...] | None = None
-    """EB-NeRD: history.parquet; when `log` is a folder, the one inside is taken."""
     items: str | tuple[str, ...] | None = None
     """The item table."""
     users: str | tuple[str, ...] | None = None
@@ -51,7 +49,6 @@ class DataSource(Strict):
             _one_of("data.format", self.format, FORMATS)
         _one_of("data.unknown_items", self.unknown_items, ("keep", "drop"))
         _one_of("data.columns.time_unit", self.columns.time_unit, UNITS)
-        _one_of("data.catalog.duplicates", self.catalog.duplicates, ("error", "first"))
         given = [key for key in ("train", "valid", "test") if getattr(self, key) is not None]
         if self.log is not None and given:
             raise ConfigError(
@@ -63,8 +60,6 @@ class DataSource(Strict):
                 "[data] names no log: set data.log, or data.train and data.test when the files "
                 "are split already."
             )
-        if self.history is not None and self.format in FORMATS and self.format != "ebnerd":
-            raise ConfigError(f'data.history is for format = "ebnerd", not {self.format!r}.')
         columns = self.columns
         low, high = columns.rejected_to, columns.positive_from
         if low is not None and high is not None and low >= high:

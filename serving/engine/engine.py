@@ -278,10 +278,10 @@ class Engine:
         return ~known & (queries.history.lengths == 0)
 
     def _seen(self, queries: Queries) -> Ragged:
-        """Q ragged index positions of what each user had before, however far back."""
+        """Q ragged index positions of what each user had before, however far back, each once."""
         seen = seen_rows(self.model.bundle.timeline, queries)
         positions = self.model.position[seen.values].astype(np.int64)
-        return Ragged(seen.offsets, positions).where(positions >= 0)
+        return Ragged(seen.offsets, positions).where(positions >= 0).distinct()
 
     def score_rows(self, queries: Queries, items: Ragged) -> np.ndarray:
         """Scores of given item rows for each query, flat in the order of `items`, float32."""
