@@ -8,6 +8,7 @@ answers at once.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,7 +77,8 @@ def init(
 ) -> None:
     """Look at a log and write a commented run.toml.
 
-    It holds the best guess of every column: edit it rather than write one.
+    It holds the best guess of every column, and every other key with the value that is used.
+    What was guessed is printed; where something needed is missing, the exit code is 2.
 
     \b
     Example:
@@ -88,14 +90,41 @@ def init(
 
     if str(out) != "-" and out.exists() and not force:
         raise ConfigError(f"{out} is there already. Name another --out, or give --force.")
+    printed = str(out) == "-"
     with aside():
-        text = guess(log, items)
-    if str(out) == "-":
-        print(text, end="")
-        return
-    with atomic_write(out) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    print(f"{out}\nRead it, mend what was guessed wrong, then: recsys train {out}")
+        draft = guess(log, items, "." if printed else out.parent)
+    if printed:
+        print(draft.text(), end="")
+    else:
+        with atomic_write(out) as temporary:
+            temporary.write_text(draft.text(), encoding="utf-8")
+        from recsys.experiments import show
+
+        show.guesses(draft.guessed)
+    if draft.missing:
+        raise ConfigError(
+            f"{out} is written, but something needed is missing. Write the column's name there:\n"
+            + "\n".join(f"  {line}" for line in draft.missing)
+        )
+    if not printed:
+        print(f"\nWritten to {out}. Mend what was guessed wrong, then: {_command('train', out)}")
+
+
+@app.command()
+def keys(
+    section: Annotated[
+        str | None, typer.Argument(metavar="SECTION", help="Such as training or towers.history.")
+    ] = None,
+) -> None:
+    """Every key of a run file: meaning, default and range.
+
+    \b
+    Example:
+      recsys keys training
+    """
+    from recsys.experiments import keys as keys_
+
+    print(keys_.text(keys_.sections() if section is None else keys_.section(section)), end="")
 
 
 @app.command()
@@ -179,10 +208,10 @@ def evaluate(
     Example:
       recsys evaluate runs/shop/bundle --on next_week.csv --json
     """
-    from recsys.experiments.evaluation.evaluate import evaluate_bundle
+    from recsys.experiments.evaluation.evaluate import evaluate
 
     with aside():
-        scorecard = evaluate_bundle(bundle, on=on, against=against or ())
+        scorecard = evaluate(bundle, on=on, against=against or ())
     if json:
         print_json(scorecard)
     else:
@@ -368,8 +397,8 @@ def simulate(
             users=users, items=items, days=days, requests_per_user=requests_per_user, seed=seed
         )
         world.write(folder)
-    print(f"{folder}\nA simulated shop. Next: recsys init {folder}/impressions.parquet ", end="")
-    print(f"{folder}/items.parquet --out run.toml")
+    files = (folder / "impressions.parquet", folder / "items.parquet")
+    print(f"{folder}\nA simulated shop. Next: {_command('init', *files, '--out', 'run.toml')}")
 
 
 @app.command()
@@ -420,6 +449,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 # --- what the verbs share -------------------------------------------------------------------------
+
+
+def _command(*words: Any) -> str:
+    """A command that can be pasted into a shell."""
+    return shlex.join(["recsys", *map(str, words)])
 
 
 def _one(first: Any, second: Any, names: str) -> None:

@@ -18,7 +18,7 @@ import polars as pl
 
 from recsys.errors import ConfigError, DataError
 from recsys.experiments.bundling import make_bundle
-from recsys.experiments.config import RunConfig, dump, load
+from recsys.experiments.config import RunConfig, absolute, dump, load
 from recsys.experiments.evaluation.evaluate import each_event, protocol, test_side
 from recsys.experiments.evaluation.scorecard import judge
 from recsys.experiments.tracking.spool import Spool, flatten
@@ -29,6 +29,7 @@ from recsys.features.prepared.columns import texts as texts_of
 from recsys.features.prepared.dataset import Dataset
 from recsys.features.prepared.prepare import prepare as prepare_log
 from recsys.features.readers import read as logs
+from recsys.features.readers.source import with_files
 from recsys.features.text.rules import learns_company
 from recsys.files import canonical_json, read_json, sha256_bytes, write_json
 from recsys.serving.manifest import read_manifest
@@ -62,12 +63,24 @@ def say(message: str) -> None:
     print(f"  {message}", file=sys.stderr, flush=True)
 
 
-def prepare(config: RunConfig) -> Dataset:
+def read_config(config: str | Path | RunConfig) -> RunConfig:
+    """A run's configuration, read if it is a file; frames in it become files under `out`."""
+    if not isinstance(config, RunConfig):
+        config = load(config)
+    source = with_files(config.data, Path(config.out) / "frames")
+    return config.model_copy(update={"data": source})
+
+
+def prepare(config: str | Path | RunConfig) -> Dataset:
     """Read the log as `[data]` says, split, label skips and write the prepared dataset.
+
+    Args:
+        config: the run, or its TOML file.
 
     Its folder is named after the configuration of data, split and skips, so that runs that differ
     only in how they learn share one.
     """
+    config = read_config(config)
     asked = config.model_dump(mode="json", include={"data", "split", "skips"})
     name = sha256_bytes(canonical_json(asked).encode())[:12]
     log = logs.read(config.data)
@@ -359,17 +372,18 @@ def best_epoch(folder: Path) -> int:
     return torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)["epoch"] + 1
 
 
-def train(config: RunConfig, *, resume: Path | None = None) -> TrainResult:
+def train(config: str | Path | RunConfig, *, resume: Path | None = None) -> TrainResult:
     """Train, bundle, judge and record.
 
     Args:
-        config: the run.
+        config: the run, or its TOML file.
         resume: folder of a run that was stopped; it goes on from its last checkpoint.
 
     Raises:
         ConfigError: the run to be resumed was another one.
     """
     began = time.perf_counter()
+    config = read_config(config)
     previous = None
     if resume is not None:
         _check_same(config, resume)
@@ -389,7 +403,7 @@ def train(config: RunConfig, *, resume: Path | None = None) -> TrainResult:
         out=config.out,
         run_id=previous,
     ) as tracker:
-        (run / "run.toml").write_text(dump(config), encoding="utf-8")
+        (run / "run.toml").write_text(dump(absolute(config)), encoding="utf-8")
         tracker.log_file(run / "run.toml")
         tracker.log_dict(dataset.manifest, "data.json")
         towers = Untrained(config, dataset)

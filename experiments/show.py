@@ -25,6 +25,17 @@ def facts(values: Mapping[str, Any]) -> None:
     _console().print(table)
 
 
+def guesses(found: Sequence[tuple[str, str, str]]) -> None:
+    """What was guessed of a log: key, value and why."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_column(style="dim", overflow="fold")
+    for row in found:
+        table.add_row(*map(escape, row))
+    _console().print(table)
+
+
 def answers(rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
     """Items with rank, score and fields; what is longer than a line is cut."""
     if not rows:

@@ -10,7 +10,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,13 +22,21 @@ from recsys.errors import ConfigError, nearest
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def read(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
+def read(
+    model: type[Model],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    paths: Collection[str] = (),
+) -> Model:
     """Read a checked value from a file.
 
     Args:
         model: what the file describes.
         path: a TOML file.
         overrides: `section.key=value`; the value is TOML, and a bare word is text.
+        paths: dotted keys that hold paths: in the file they are relative to its folder, in an
+            override to the current one.
 
     Raises:
         ConfigError: the file is missing or no TOML, a key is unknown or a value cannot be meant.
@@ -47,6 +55,8 @@ def read(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) ->
         raise ConfigError(f"{path} is not TOML: {error}.") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    for key in paths:
+        beside(values, key.split("."), path.parent)
     where = str(path)
     for override in overrides:
         _override(values, override)
@@ -84,6 +94,24 @@ def check(model: type[Model], values: dict[str, Any], source: str) -> Model:
         raise ConfigError(f"{source}: {error}") from None
     except ValidationError as error:
         raise ConfigError(_sentence(model, values, source, error)) from None
+
+
+def beside(values: Any, key: Sequence[str], folder: Path) -> None:
+    """Make the path of a key relative to the current folder, in place."""
+    *sections, name = key
+    for part in sections:
+        values = values.get(part)
+        if not isinstance(values, dict):
+            return
+    value = values.get(name)
+    if isinstance(value, str):
+        values[name] = _joined(folder, value)
+    elif isinstance(value, list):
+        values[name] = [_joined(folder, one) if isinstance(one, str) else one for one in value]
+
+
+def _joined(folder: Path, path: str) -> str:
+    return path if not path or "://" in path or path[0] == "~" else str(folder / path)
 
 
 # --- overrides ------------------------------------------------------------------------------------
@@ -184,14 +212,14 @@ def _parts(annotation: Any) -> Iterator[Any]:
             yield from _parts(part)
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The section's class, or one for each kind."""
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The class of a section, or one for each of its kinds; none where it is a plain key."""
     return [p for p in _parts(annotation) if isinstance(p, type) and issubclass(p, BaseModel)]
 
 
 def _model_of(field: FieldInfo, value: Any) -> type[BaseModel] | None:
     """The class of a section; of one with kinds, that of the kind which the value names."""
-    models = _models_in(field.annotation)
+    models = models_in(field.annotation)
     if len(models) > 1 and not field.is_required():
         kind = value.get("kind") if isinstance(value, dict) else None
         default = type(field.get_default(call_default_factory=True))
@@ -199,7 +227,8 @@ def _model_of(field: FieldInfo, value: Any) -> type[BaseModel] | None:
     return models[0] if models else None
 
 
-def _kind_of(model: type[BaseModel]) -> str:
+def kind_of(model: type[BaseModel]) -> str:
+    """The kind that a class of a section stands for."""
     return str(model.model_fields["kind"].default)
 
 
@@ -283,11 +312,11 @@ def _unknown(model: type[BaseModel], values: Any, source: str, key: tuple[str, .
             inside = _model_of(field, values)
     place = f"[{'.'.join(section)}]" if section else "the top level"
     start = f"{source} has the unknown key {name!r} in {place}."
-    others = _models_in(field.annotation) if field and inside else []
-    having = [_kind_of(other) for other in others if name in other.model_fields]
+    others = models_in(field.annotation) if field and inside else []
+    having = [kind_of(other) for other in others if name in other.model_fields]
     if len(others) > 1 and inside:
         start = (
-            f'{source} has the key {name!r} in {place}, but kind = "{_kind_of(inside)}" has no '
+            f'{source} has the key {name!r} in {place}, but kind = "{kind_of(inside)}" has no '
             "such key."
         )
         if having:
@@ -305,7 +334,7 @@ def _sections(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[t
     """Every key of the configuration with the sections above it."""
     for name, field in model.model_fields.items():
         yield (*above, name)
-        for inner in _models_in(field.annotation):
+        for inner in models_in(field.annotation):
             yield from _sections(inner, (*above, name))
 
 
@@ -322,6 +351,7 @@ _TYPES = {
     "model_attributes_type": "a section",
     "none_required": "empty",
     "finite_number": "a finite number",
+    "is_instance_of": "a frame (from Python)",
 }
 
 

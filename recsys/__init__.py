@@ -17,12 +17,14 @@ _DOORS = {
     "TwoTowerModule": "recsys.towers.training",
     "InteractionData": "recsys.towers.data",
     "RunConfig": "recsys.experiments.config",
+    "evaluate": "recsys.experiments.evaluation.evaluate",
     "prepare": "recsys.experiments.run",
     "train": "recsys.experiments.run",
 }
 
 if TYPE_CHECKING:
     from recsys.experiments.config import RunConfig
+    from recsys.experiments.evaluation.evaluate import evaluate
     from recsys.experiments.run import prepare, train
     from recsys.serving.recommender import Recommender
     from recsys.towers.data import InteractionData
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
     from recsys.towers.two_tower import TwoTower
 
 __all__ = [
-    "InteractionData", "Recommender", "RunConfig", "TwoTower", "TwoTowerModule", "prepare", "train",
+    "InteractionData", "Recommender", "RunConfig", "TwoTower", "TwoTowerModule", "evaluate",
+    "prepare", "train",
 ]  # fmt: skip
 
 
@@ -43,3 +46,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_DOORS[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_DOORS})

@@ -64,7 +64,9 @@ class Schema(Strict):
     """Column names of the log and what its events mean."""
 
     user: str = "user"
+    """Column of user ids."""
     item: str = "item"
+    """Column of item ids."""
     time: str | None = "time"
     """None (in TOML ""): rows are in order, and the order is all that is known of time."""
     time_unit: str = "auto"
@@ -104,7 +106,9 @@ class Schema(Strict):
     separator: str = " "
     """Between the items of a list that is written as text."""
     context_categories: tuple[str, ...] = ()
+    """Columns that are known when the question is asked, as categories: device, page, …"""
     context_numbers: tuple[str, ...] = ()
+    """The same, as numbers."""
 
     @property
     def context(self) -> tuple[str, ...]:
@@ -115,6 +119,7 @@ class CatalogSchema(Strict):
     """Column names of the item table."""
 
     item: str = "item"
+    """Column of item ids."""
     header: bool = True
     """false: text files of lines `id text …` without names of columns; the text is the column that
     `title` or `text` names."""
@@ -125,13 +130,17 @@ class CatalogSchema(Strict):
     categories: tuple[str, ...] = ()
     """Columns of one category or several (lists, or text with `category_separator`)."""
     category_separator: str = "|"
+    """Between several categories in one text."""
     numbers: tuple[str, ...] = ()
+    """Columns of numbers: price, length, …"""
     vector: str | None = None
     """A list column of floats: images, audio, another model."""
     published: str | None = None
     """When the item came into being; items later than a query are not candidates for it."""
     available_from: str | None = None
+    """Column of the time from which an item may be recommended."""
     available_until: str | None = None
+    """Column of the time from which it no longer may."""
     available: str | None = None
     """A boolean column; false: never recommended."""
     fields: tuple[str, ...] = ()
@@ -142,10 +151,15 @@ class UserSchema(Strict):
     """Column names of the user table."""
 
     user: str = "user"
+    """Column of user ids."""
     categories: tuple[str, ...] = ()
+    """Columns of one category or several."""
     numbers: tuple[str, ...] = ()
+    """Columns of numbers."""
     text: tuple[str, ...] = ()
+    """Columns that the text encoder reads."""
     category_separator: str = "|"
+    """Between several categories in one text."""
 
 
 @dataclass(frozen=True)

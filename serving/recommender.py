@@ -192,8 +192,13 @@ class Recommender:
         """Write the best k items of many users, see `recsys.serving.candidates`."""
         return write_candidates(self, out, k=k, **options)
 
-    def evaluate(self, log: Any, **options: Any) -> dict[str, Any]:
-        """The scorecard of this bundle on a later log, see `recsys.evaluate`."""
+    def evaluate(self, log: Any = None, **options: Any) -> dict[str, Any]:
+        """The scorecard of this bundle on a later log, or on its own test side.
+
+        Args:
+            log: files or a frame of the form that the bundle was trained on.
+            options: as `recsys.evaluate` takes them.
+        """
         import recsys
 
         card: dict[str, Any] = recsys.evaluate(self, log, **options)

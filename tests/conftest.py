@@ -8,7 +8,8 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -86,6 +87,23 @@ class Built:
     config: RunConfig
     dataset: Dataset
     bundle: Path
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: Any) -> SimpleNamespace:
+    """Run the `recsys` command in this process: code, out, err."""
+    from recsys.experiments import cli
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return SimpleNamespace(code=ended.value.code or 0, out=out, err=err)
+
+
+@pytest.fixture
+def recsys(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """Run the `recsys` command in this process: code, out, err."""
+    return lambda *arguments: call(capsys, *arguments)
 
 
 @pytest.fixture(scope="session")

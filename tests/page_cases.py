@@ -125,7 +125,7 @@ class Shop:
 
     def facts(self) -> dict[str, Any]:
         return {
-            "version": self.served.version, "text": self.text, "dimension": 64, "score": "cosine",
+            "version": self.model.version, "text": self.text, "dimension": 64, "score": "cosine",
             "recall": 0.998, "recall_k": 100, "index": "hnsw", "cutoff": NIGHT, "users": 2,
             "context": [], "neighbours": {"k": 100, "recall": 1.0}, "items": 41,
             "fields": {

@@ -17,8 +17,19 @@ import pytest
 
 from recsys.errors import BundleError, ConfigError
 from recsys.experiments import cli, show
+from recsys.experiments.wizard.draft import Draft
 
-VERBS = ["init", "prepare", "train", "evaluate", "candidates", "similar", "recommend", "score"]
+VERBS = [
+    "init",
+    "keys",
+    "prepare",
+    "train",
+    "evaluate",
+    "candidates",
+    "similar",
+    "recommend",
+    "score",
+]
 VERBS += [
     "doctor",
     "simulate",
@@ -32,21 +43,6 @@ VERBS += [
     "promote",
     "export",
 ]
-
-Ended = SimpleNamespace
-
-
-@pytest.fixture
-def recsys(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Run the command in this process: code, out, err."""
-
-    def run(*arguments: str) -> Any:
-        with pytest.raises(SystemExit) as ended:
-            cli.main(list(arguments))
-        out, err = capsys.readouterr()
-        return Ended(code=ended.value.code, out=out, err=err)
-
-    return run
 
 
 @pytest.fixture
@@ -220,10 +216,10 @@ def test_a_mistake_of_the_user_ends_with_2_and_no_traceback(
 def test_an_error_of_the_library_is_one_message_on_stderr(
     recsys: Callable[..., Any], library: Callable[..., None]
 ) -> None:
-    def evaluate_bundle(bundle: Path, on: str | None = None, against: Any = ()) -> None:
+    def evaluate(bundle: Path, on: str | None = None, against: Any = ()) -> None:
         raise BundleError(f"{bundle}/manifest.json says 128, but index.bin was built with 64.")
 
-    library("recsys.experiments.evaluation.evaluate", evaluate_bundle=evaluate_bundle)
+    library("recsys.experiments.evaluation.evaluate", evaluate=evaluate)
     ended = recsys("evaluate", "b", "--json")
     assert (ended.code, ended.out) == (2, "")
     assert ended.err == "b/manifest.json says 128, but index.bin was built with 64.\n"
@@ -233,10 +229,10 @@ def test_an_error_of_the_library_is_one_message_on_stderr(
 def test_a_mistake_of_ours_ends_with_1_and_says_how_to_see_more(
     recsys: Callable[..., Any], library: Callable[..., None]
 ) -> None:
-    def evaluate_bundle(bundle: Path, on: str | None = None, against: Any = ()) -> None:
+    def evaluate(bundle: Path, on: str | None = None, against: Any = ()) -> None:
         raise ZeroDivisionError("division by zero")
 
-    library("recsys.experiments.evaluation.evaluate", evaluate_bundle=evaluate_bundle)
+    library("recsys.experiments.evaluation.evaluate", evaluate=evaluate)
     ended = recsys("evaluate", "b")
     assert ended.code == 1
     assert "ZeroDivisionError: division by zero" in ended.err and "--verbose" in ended.err
@@ -256,8 +252,8 @@ def test_an_interrupt_ends_with_130_also_as_lightning_passes_it_on(
         except KeyboardInterrupt:
             sys.exit(1)
 
-    for evaluate_bundle in (interrupted, lightning):
-        library("recsys.experiments.evaluation.evaluate", evaluate_bundle=evaluate_bundle)
+    for evaluate in (interrupted, lightning):
+        library("recsys.experiments.evaluation.evaluate", evaluate=evaluate)
         ended = recsys("evaluate", "b")
         assert ended.code == 130 and "Traceback" not in ended.err
 
@@ -267,7 +263,7 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
         "import sys, types\n"
         "module = types.ModuleType('recsys.experiments.evaluation.evaluate')\n"
         "card = {'model': {'x%d' % n: 'y' * 100 for n in range(10_000)}}\n"
-        "module.evaluate_bundle = lambda bundle, on=None, against=(): card\n"
+        "module.evaluate = lambda bundle, on=None, against=(): card\n"
         "sys.modules['recsys.experiments.evaluation.evaluate'] = module\n"
         "from recsys.experiments.cli import main; main(['evaluate', 'b', '--json'])\n"
     )
@@ -359,7 +355,10 @@ def test_the_scorecard_of_people_has_baselines_slices_protocol_and_verdict(
 def test_init_writes_a_file_and_never_over_another(
     recsys: Callable[..., Any], library: Callable[..., None], tmp_path: Path
 ) -> None:
-    library("recsys.experiments.wizard.guess", guess=lambda log, items: f"# {log.name} {items}\n")
+    def guess(log: Path, items: Path | None, folder: Path) -> Draft:
+        return Draft([f"# {log.name} {items}"])
+
+    library("recsys.experiments.wizard.guess", guess=guess)
     out = tmp_path / "run.toml"
     assert recsys("init", "log.csv", "--out", str(out)).code == 0
     assert out.read_text() == "# log.csv None\n"
@@ -373,7 +372,7 @@ def test_init_writes_a_file_and_never_over_another(
 def test_nothing_is_written_when_the_guess_fails(
     recsys: Callable[..., Any], library: Callable[..., None], tmp_path: Path
 ) -> None:
-    def guess(log: Path, items: Path | None) -> str:
+    def guess(log: Path, items: Path | None, folder: Path) -> Draft:
         raise ConfigError("There is no log.csv.")
 
     library("recsys.experiments.wizard.guess", guess=guess)

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from recsys.errors import BundleError, ConfigError, DataError
-from recsys.experiments.evaluation.evaluate import evaluate_bundle, later_log, protocol
+from recsys.experiments.evaluation.evaluate import evaluate, later_log, protocol
 from recsys.experiments.evaluation.evaluate import (
     test_side as later_side,  # the name is not that of a test
 )
@@ -38,14 +38,14 @@ def test_the_log_it_was_made_from_gives_its_own_scorecard(
     """Own test side, the same by hand, and `--on` the whole log: what is before the cut-off falls
     away, and users, items and context are coded from their names."""
     built = request.getfixturevalue(world)
-    own = evaluate_bundle(built.bundle)
+    own = evaluate(built.bundle)
     recommender = Recommender.load(built.bundle)
     by_hand = judge(
         recommender, later_side(built.dataset), built.config.evaluate, each_event=True,
         protocol=protocol(built.config, built.dataset),
     )  # fmt: skip
     assert own == by_hand
-    on = evaluate_bundle(built.bundle, on=str(built.config.data.log))
+    on = evaluate(built.bundle, on=str(built.config.data.log))
     assert _numbers(on) == _numbers(own)
     assert (own["impressions"] is None) == (world == "plain")
     assert on["protocol"]["log"] == built.config.data.log
@@ -70,7 +70,7 @@ def test_users_and_items_never_seen_are_judged_too(plain: Any, tmp_path: Path) -
             ("newcomer", "new thing", 21 * DAY),
         ],
     )
-    card = evaluate_bundle(plain.bundle, on=log)
+    card = evaluate(plain.bundle, on=log)
     said = card["protocol"]
     assert (said["targets"], said["users_judged"], said["queries_judged"]) == (4, 2, 4)
     assert said["cold_targets"] == 2
@@ -83,7 +83,7 @@ def test_a_log_of_strangers_only_is_judged(plain: Any, tmp_path: Path) -> None:
     log = _later_events(
         tmp_path, [("a", "x", 20 * DAY), ("b", "y", 21 * DAY), ("b", "x", 22 * DAY)]
     )
-    card = evaluate_bundle(plain.bundle, on=log)
+    card = evaluate(plain.bundle, on=log)
     assert card["protocol"]["targets"] == 3 and card["model"]["recall_at_20"]["value"] == 0
     assert card["index"]["queries"] == 0
     assert next(v for v in card["index"].values() if isinstance(v, dict))["value"] is None
@@ -103,8 +103,8 @@ def test_impressions_of_strangers_are_judged(tiny: Any, tmp_path: Path) -> None:
         ],
     )
     renamed.write_parquet(tmp_path / "later.parquet")
-    card = evaluate_bundle(tiny.bundle, on=str(tmp_path / "later.parquet"))
-    own = evaluate_bundle(tiny.bundle)
+    card = evaluate(tiny.bundle, on=str(tmp_path / "later.parquet"))
+    own = evaluate(tiny.bundle)
     assert card["impressions"]["requests"] == own["impressions"]["requests"]
     assert card["protocol"]["cold_targets"] == card["protocol"]["targets"] > 20
     assert card["slices"]["cold_items"]["model"]["recall_at_100"]["value"] > 0
@@ -135,7 +135,7 @@ ks = [5, 20]
 
 
 def test_later_sequences_go_on_where_each_user_stood(walks: Any, tmp_path: Path) -> None:
-    own = evaluate_bundle(walks.bundle)
+    own = evaluate(walks.bundle)
     assert own["protocol"]["queries"] == "each event" and own["protocol"]["targets"] == 25
     pl.DataFrame(
         {"user": ["w0", "stranger"], "items": [["s29", "never", "s28"], ["s1", "s2"]]}
@@ -153,7 +153,7 @@ def test_later_sequences_go_on_where_each_user_stood(walks: Any, tmp_path: Path)
     at = np.flatnonzero(coded.user == bundle.users.encode(["w0"])[0])[2:3]
     third = bundle.timeline.histories(coded.user[at], coded.time[at])[0]
     assert bundle.items.decode(third).to_list()[-2:] == ["s29", "never"]
-    card = evaluate_bundle(walks.bundle, on=str(tmp_path / "later.parquet"))
+    card = evaluate(walks.bundle, on=str(tmp_path / "later.parquet"))
     assert card["protocol"]["queries_judged"] == 5 and card["slices"]["new_users"]["queries"] == 1
 
 
@@ -172,7 +172,7 @@ def test_a_log_that_cannot_be_judged_on_is_refused(
     if text is not None:
         (tmp_path / "later.csv").write_text(text)
     with pytest.raises(DataError, match=message):
-        evaluate_bundle(plain.bundle, on=str(tmp_path / "later.csv"))
+        evaluate(plain.bundle, on=str(tmp_path / "later.csv"))
 
 
 def test_prepared_data_that_is_gone_or_another_is_refused_with_the_way_out(
@@ -184,9 +184,9 @@ def test_prepared_data_that_is_gone_or_another_is_refused_with_the_way_out(
     path = built.dataset.path
     path.rename(path.with_name("away"))
     with pytest.raises(BundleError, match=r"is gone.*--on LOG"):
-        evaluate_bundle(built.bundle)
+        evaluate(built.bundle)
     path.with_name("away").rename(path)
-    evaluate_bundle(built.bundle)
+    evaluate(built.bundle)
     # The same configuration, another log in the same place: prepared anew under the same name.
     events = pl.read_csv(own / "events.csv")
     events.head(590).write_csv(own / "events.csv")
@@ -194,23 +194,23 @@ def test_prepared_data_that_is_gone_or_another_is_refused_with_the_way_out(
 
     assert prepare(built.config).path == path
     with pytest.raises(BundleError, match=r"was prepared from other input .* than this bundle"):
-        evaluate_bundle(built.bundle)
+        evaluate(built.bundle)
 
 
 def test_a_bundle_against_itself_differs_by_nothing_and_is_not_in_the_verdict(tiny: Any) -> None:
-    card = evaluate_bundle(tiny.bundle, against=[tiny.bundle])
+    card = evaluate(tiny.bundle, against=[tiny.bundle])
     name = f"against_{tiny.bundle.parent.name}"
     for metric, value in card["differences"][name].items():
         assert value["value"] in (0, None), metric
     shown = card["impressions"]
     assert shown["baselines"][name] == shown["model"]
     assert card["slices"]["warm_items"]["differences"][name]["recall_at_20"]["value"] == 0
-    assert card["verdict"] == evaluate_bundle(tiny.bundle)["verdict"]
+    assert card["verdict"] == evaluate(tiny.bundle)["verdict"]
 
 
 def test_only_bundles_of_the_same_data_can_be_paired(tiny: Any, plain: Any) -> None:
     with pytest.raises(ConfigError, match=r"know different items \(\d+ and \d+"):
-        evaluate_bundle(tiny.bundle, against=[plain.bundle])
+        evaluate(tiny.bundle, against=[plain.bundle])
 
 
 def test_the_refresh_that_was_used_is_stated_where_it_is_not_the_one_asked_for(plain: Any) -> None:

@@ -10,6 +10,7 @@ import pytest
 from source_cases import write_ebnerd
 
 from recsys.errors import DataError
+from recsys.experiments.config import loads
 from recsys.experiments.wizard.draft import comment, toml
 from recsys.experiments.wizard.guess import guess
 from recsys.features.readers.read import DataSource, read
@@ -24,7 +25,9 @@ def write(path: Path, text: str) -> Path:
 
 def drafted(log: Path, items: Path | None = None) -> tuple[dict, Log]:
     """The parsed draft, and what it reads."""
-    section = tomllib.loads(guess(log, items))["data"]
+    text = guess(log, items).text()
+    loads(text)  # all of it can be read
+    section = tomllib.loads(text)["data"]
     return section, read(DataSource(**section))
 
 
@@ -54,7 +57,7 @@ def test_event_rows_are_recognised_with_names_zone_and_item_table(tmp_path):
     assert catalog["categories"] == ["brand"] and catalog["numbers"] == ["price"]
     assert catalog["published"] == "created_at"
     assert found.notes == {"unknown_event": 1}
-    text = guess(log, items)
+    text = guess(log, items).text()
     assert "VIEW (3)" in text and "Left out, for no list names them: ODD ONE" in text
     assert "numbers in s; the first rows are from 2016-06-08" in text
 
@@ -65,7 +68,7 @@ def test_ratings_are_recognised_with_thresholds(tmp_path):
     assert section["columns"]["positive_from"] == 8.0
     assert section["columns"]["rejected_to"] == 4.0
     assert found.interactions.select("kind").collect()["kind"].to_list() == [0, 2]
-    assert "times without a zone are taken as UTC" in guess(log)
+    assert "times without a zone are taken as UTC" in guess(log).text()
 
 
 def test_zeros_and_ones_of_clicks_are_event_names(tmp_path):
@@ -147,12 +150,12 @@ def test_a_log_without_times_is_in_the_order_of_its_rows(tmp_path):
     section, found = drafted(write(tmp_path / "l.csv", "user,item\nu,a\nu,b\n"))
     assert section["columns"]["time"] == ""
     assert not found.timed
-    assert 'kind = "leave_one_out"' in guess(tmp_path / "l.csv")
+    assert 'kind = "leave_one_out"' in guess(tmp_path / "l.csv").text()
 
 
 def test_a_log_without_users_says_which_column_is_missing(tmp_path):
     log = write(tmp_path / "l.csv", "timestamp,item_id,position,click\n2024-01-01,a,1,1\n")
-    assert "MISSING: no column looks like a user" in guess(log)
+    assert "MISSING: no column looks like a user" in guess(log).text()
     with pytest.raises(DataError, match=r"no column 'user', which data\.columns\.user names"):
         drafted(log)
 
@@ -236,6 +239,6 @@ def test_real_logs_that_cannot_be_read_say_why(real_data):
     with pytest.raises(DataError, match="Unpack it"):
         guess(real_data("deskdrop") / "users_interactions.csv.zip")
     log = real_data("obd-sample") / "men" / "men.csv"
-    assert "MISSING: no column looks like a user" in guess(log)
+    assert "MISSING: no column looks like a user" in guess(log).text()
     with pytest.raises(DataError, match="no column 'user'"):
         drafted(log)

@@ -1,193 +1,163 @@
-"""Keys: only hashes are kept, two of a role are valid at once, all are compared."""
+"""The list of keys: every key told, docs/CONFIG.md current, and no key without an effect."""
 
 from __future__ import annotations
 
-import hmac
-import logging
 import os
-import threading
-import time
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
-from service_cases import FakeHost, FakeLiving, served
-from swapping import until
 
 from recsys.errors import ConfigError
-from recsys.serving.api import auth as keys
-from recsys.serving.api.app import make_app
-from recsys.serving.api.auth import KeyFile, Keys, given, make_key
-from recsys.serving.client import Client, ServiceError
+from recsys.experiments import config, keys
+
+ROOT = Path(__file__).parents[1]
 
 
-def test_a_key_opens_its_role_and_two_of_a_role_are_valid_at_once() -> None:
-    old, new, write = make_key("read"), make_key("read"), make_key("write")
-    text = "\n".join(["# rotated in May", *(one.line() for _, one in (old, new, write)), ""])
-    assert all(key not in text for key, _ in (old, new, write))
-    found = Keys.parse(text)
-    assert found.needed
-    assert [found.role(key.encode()) for key, _ in (old, new, write)] == ["read", "read", "write"]
-    for wrong in (None, b"", b"rk_", old[0].encode() + b"x", old[1].digest, b"x" * 10_000):
-        assert found.role(wrong) is None
+def test_every_key_has_a_meaning_a_range_and_a_default_that_can_be_read() -> None:
+    seen = set()
+    for section in keys.sections():
+        for key in section.keys:
+            assert key.meaning and key.range, (section.name, key.name)
+            if key.default is not None:
+                tomllib.loads(f"key = {key.default}")
+            seen.add((section.name, key.name))
+    assert {("training", "epochs"), ("towers.history", "layers"), ("", "seed")} <= seen
 
 
-def test_the_same_key_in_both_roles_may_write() -> None:
-    key, one = make_key("write")
-    read = keys.Hashed("read", one.salt, one.digest)
-    for order in ((one, read), (read, one)):
-        assert Keys(order).role(key.encode()) == "write"
+def test_the_page_of_keys_is_current() -> None:
+    written = (ROOT / "docs" / "CONFIG.md").read_text(encoding="utf-8")
+    assert written == keys.page(), "python -m recsys.experiments.keys > docs/CONFIG.md"
 
 
-def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = [make_key("read") for _ in range(4)]
-    compared, constant = [], hmac.compare_digest
+def test_keys_prints_a_section_with_kinds_defaults_and_ranges(
+    recsys: Callable[..., SimpleNamespace],
+) -> None:
+    said = recsys("keys", "towers.history").out
+    assert '"none" | "mean" | "attention" | "transformer"' in said
+    assert "layers = 1 (kind = transformer)" in said and "whole number, at least 1" in said
+    assert "[training.negatives]" in recsys("keys", "training").out
+    wrong = recsys("keys", "trainings")
+    assert wrong.code == 2 and "Did you mean 'training'?" in wrong.err
 
-    def compare(one: bytes, other: bytes) -> bool:
-        compared.append(1)
-        return constant(one, other)
 
-    monkeypatch.setattr(keys.hmac, "compare_digest", compare)
-    Keys(tuple(one for _, one in made)).role(made[0][0].encode())
-    assert len(compared) == 4
+def test_defaults_written_out_are_the_defaults() -> None:
+    lines = ["[data]", 'log = "x.csv"']
+    for section in keys.sections():
+        if section.name.startswith(("towers", "training", "text", "index", "evaluate")):
+            kind = next((k.default for k in section.keys if k.name == "kind"), None)
+            lines.append(f"[{section.name}]")
+            lines += [
+                f"{key.name} = {key.default}"
+                for key in section.keys
+                if key.default and (not key.kinds or (kind or "").strip('"') in key.kinds)
+            ]
+    assert config.loads("\n".join(lines)) == config.loads('[data]\nlog = "x.csv"')
+
+
+EFFECTLESS = [
+    ("towers.history", 'kind = "attention"', "decay = 1.0"),
+    ("towers.history", 'kind = "attention"', "layers = 2"),
+    ("towers.history", 'kind = "mean"', "heads = 2"),
+    ("towers.history", 'kind = "mean"', "hidden = 64"),
+    ("towers.history", 'kind = "attention"', "entry_dropout = 0.1"),
+    ("towers.history", 'kind = "none"', "length = 5"),
+    ("towers.history", 'kind = "none"', 'inputs = ["recency"]'),
+    ("towers.history", 'kind = "none"', 'table = "own"'),
+    ("training.negatives", 'kind = "all"', "uniform = 8"),
+    ("training.negatives", 'kind = "all"', "queue = 2"),
+    ("training.negatives", 'kind = "all"', "logq = 0.5"),
+    ("training.id_init", 'kind = "random"', "powers = [0, 0, 0]"),
+    ("text", 'kind = "static"', 'model = "m"'),
+    ("text", 'kind = "static"', 'device = "cpu"'),
+    ("text", 'kind = "static"', "layers = 3"),
+    ("text", 'kind = "small_transformer"', 'beside = ["split"]'),
+    ("text", 'kind = "pretrained"\nmodel = "m"', "dimension = 64"),
+    ("text", 'kind = "pretrained"\nmodel = "m"', 'views = ["split"]'),
+    ("text", 'kind = "pretrained"\nmodel = "m"', "epochs = 2"),
+    ("index", 'kind = "exact"', "m = 8"),
+    ("index", 'kind = "exact"', "ef_construction = 50"),
+    ("index", 'kind = "exact"', "ef = 50"),
+    ("index", 'kind = "exact"', "threads = 2"),
+    ("split", 'kind = "leave_one_out"', "test = 0.2"),
+    ("split", 'kind = "leave_one_out"', "valid = 0.2"),
+    ("training", "", "text_learning_rate = 0.5"),
+    ("data.columns", "", 'shown = "list"'),
+    ("data.columns", "", 'clicked = "list"'),
+    ("data.columns", "", 'items = "list"'),
+    ("data.columns", "", 'separator = ";"'),
+    ("data.columns", "", "positive_from = 3"),
+    ("data.columns", "", "rejected_to = 2"),
+    ("data.columns", "", "short_dwell = 2"),
+    ("data.columns", "", "positive = { buy = 2 }"),
+    ("data.columns", "", 'rejected = ["hide"]'),
+    ("data.columns", "", 'shown_events = ["seen"]'),
+    ("data.catalog", "", 'title = "name"'),
+    ("data.user_table", "", 'numbers = ["age"]'),
+]
 
 
 @pytest.mark.parametrize(
-    "line",
-    [
-        "read", "admin sha256 00 00", "read md5 00 00", "read sha256 zz zz",
-        f"read sha256 {'00' * 8} {'00' * 32}", f"read sha256 {'00' * 16} {'00' * 31}",
-        "rk_a-key-that-was-put-here-by-mistake",
-    ],
-)  # fmt: skip
-def test_a_bad_line_is_named_by_its_number_and_never_shown(line: str) -> None:
-    with pytest.raises(ConfigError, match=r"Line 2 of the keys is no hash") as refused:
-        Keys.parse(f"# keys\n{line}\n")
-    assert "rk_" not in str(refused.value)
-    assert "zz" not in str(refused.value)
-
-
-def test_a_file_without_keys_or_with_too_many_is_refused(tmp_path: Any) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
-        Keys.load(tmp_path / "none")
-    with pytest.raises(ConfigError, match="has no key"):
-        Keys.parse("# nothing yet\n")
-    with pytest.raises(ConfigError, match="at most 16"):
-        Keys.parse("\n".join(make_key("read")[1].line() for _ in range(17)))
-    with pytest.raises(ConfigError, match="no role"):
-        make_key("admin")
-
-
-def test_a_key_is_found_in_either_header() -> None:
-    assert given([(b"authorization", b"Bearer  abc")]) == b"abc"
-    assert given([(b"host", b"x"), (b"x-api-key", b"abc")]) == b"abc"
-    assert given([(b"authorization", b"Basic abc")]) is None
-    assert given([]) is None
-
-
-# --- a file that changes --------------------------------------------------------------------------
-
-
-def test_keys_are_rotated_while_the_service_runs(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ("section", "kind", "line"), EFFECTLESS, ids=[f"{s}.{x.split()[0]}" for s, _, x in EFFECTLESS]
+)
+def test_a_key_without_an_effect_is_refused_with_the_way_out(
+    section: str, kind: str, line: str
 ) -> None:
-    (old, one), (new, two), (write, three) = (make_key(r) for r in ("read", "read", "write"))
-    path = tmp_path / "keys"
-
-    def write_down(*lines: str) -> None:
-        """At once: a look in between would find half a file."""
-        (tmp_path / "aside").write_text("\n".join(lines))
-        (tmp_path / "aside").rename(path)
-
-    write_down(one.line())
-    kept = KeyFile(path, every=0.02)
-    app = make_app(FakeHost(), FakeLiving(), keys=kept)
-    kept.watch()
-    try:
-        with served(app) as port:
-
-            def may(key: str, hot: bool = True) -> bool:
-                with Client(f"http://127.0.0.1:{port}", key) as client:
-                    try:
-                        if hot:  # the client posts its questions; this is the other way
-                            got = client._pool.request(
-                                "GET", f"{client.url}/v1/items/i1/similar", headers=client._headers
-                            )
-                            return bool(got.status == 200)
-                        client.put_item("a", {"title": "b"})
-                    except ServiceError as error:
-                        assert error.code in ("no_key", "forbidden")
-                        return False
-                    return True
-
-            def counted(name: str) -> float:
-                with Client(f"http://127.0.0.1:{port}", old) as client:
-                    text = client._pool.request(
-                        "GET", f"{client.url}/metrics", headers=client._headers
-                    ).data.decode()
-                (line,) = [
-                    one for one in text.splitlines() if one.startswith(f"recsys_keys_{name} ")
-                ]
-                return float(line.split()[-1])
-
-            assert may(old) and not may(new)
-            write_down(one.line(), two.line(), three.line())
-            until(lambda: may(new))
-            assert may(old) and may(write, hot=False) and not may(new, hot=False)
-            assert counted("valid") == 3 and counted("broken") == 0
-
-            # A broken file, and none at all, change nothing, and it is said once.
-            caplog.clear()
-            write_down("rk_put_here_by_mistake")
-            until(lambda: counted("broken") == 1)
-            time.sleep(0.1)
-            assert may(old) and may(new) and may(write, hot=False)
-            assert counted("failures_total") == 1
-            (said,) = [record for record in caplog.records if record.levelno == logging.ERROR]
-            assert "Line 1 of" in said.getMessage() and "rk_put" not in said.getMessage()
-            path.unlink()
-            until(lambda: counted("failures_total") == 2)
-            assert may(old) and may(new)
-
-            reads = counted("reads_total")
-            write_down(two.line(), one.line())
-            until(lambda: counted("broken") == 0)
-            assert counted("reads_total") == reads + 1 and not may(write, hot=False)
-            write_down(two.line())
-            until(lambda: not may(old))
-            assert may(new)
-    finally:
-        kept.stop()
+    head = '[data]\nlog = "x.csv"\n'
+    config.loads(f"{head}[{section}]\n{kind}\n")
+    with pytest.raises(ConfigError) as refused:
+        config.loads(f"{head}[{section}]\n{kind}\n{line}\n")
+    said = str(refused.value)
+    assert line.split()[0] in said
+    assert "eave" in said or "Set " in said or "key" in said
 
 
-def test_a_file_that_stays_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "keys"
-    path.write_text(make_key("read")[1].line())
-    kept = KeyFile(path)
-    kept.look()
-    read = []
-    monkeypatch.setattr(Keys, "load", staticmethod(lambda path: read.append(path)))
-    for _ in range(3):
-        kept.look()
-    assert not read and kept.facts()["reads"] == 1
+def test_paths_in_a_file_are_relative_to_it_and_those_of_the_command_to_the_folder_one_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my shop"
+    folder.mkdir()
+    run = folder / "run.toml"
+    run.write_text(
+        'out = "runs"\n[data]\nlog = ["a.csv", "/abs/b.csv"]\nitems = "s3://shop/items.parquet"\n'
+        '[training.negatives]\nfile = "n.csv"\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    found = config.load("my shop/run.toml", ["data.users=people.csv"])
+    assert found.out == os.path.join("my shop", "runs")
+    assert found.data.log == (os.path.join("my shop", "a.csv"), "/abs/b.csv")
+    assert found.data.items == "s3://shop/items.parquet" and found.data.users == "people.csv"
+    assert found.training.negatives.file == os.path.join("my shop", "n.csv")
+    assert config.RunConfig.load(run).data.log == (str(folder / "a.csv"), "/abs/b.csv")
+    # What is written beside a run starts it again from anywhere.
+    again = config.loads(config.dump(config.absolute(found)))
+    assert again.data.log == (str(folder / "a.csv"), "/abs/b.csv")
+    assert again.data.users == str(tmp_path / "people.csv")
 
 
-def test_a_file_of_keys_must_be_there_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
-        KeyFile(tmp_path / "none")
+def test_init_prints_what_it_guessed_and_a_next_command_that_can_be_pasted(
+    recsys: Callable[..., SimpleNamespace], tmp_path: Path
+) -> None:
+    log = tmp_path / "our shop.csv"
+    log.write_text("user_id,product,ts\nu1,a,1700000000\nu1,b,1700000500\nu2,a,1700000900\n")
+    run = tmp_path / "deep folder" / "run.toml"
+    run.parent.mkdir()
+    ended = recsys("init", log, "--out", run)
+    assert ended.code == 0 and f"recsys train '{run}'" in ended.out
+    assert "data.columns.item" in ended.out and "product" in ended.out
+    text = run.read_text()
+    assert 'name = "our_shop"' in text and "# epochs = 30" in text and "[index]" in text
+    assert config.load(run).data.columns.item == "product"
 
 
-def test_a_pipe_of_keys_is_read_once_and_never_waited_for(tmp_path: Path) -> None:
-    path, (key, known) = tmp_path / "pipe", make_key("read")
-    os.mkfifo(path)
-    writer = threading.Thread(target=path.write_text, args=(known.line(),))
-    writer.start()
-    keys = KeyFile(path, every=0.01)
-    writer.join()
-    keys.watch()
-    end = threading.Thread(target=keys.stop, daemon=True)
-    end.start()
-    end.join(5)
-    assert not end.is_alive()
-    assert keys.role(key.encode()) == "read"
-    assert keys.facts() == {"valid": 1, "broken": 0, "reads": 0, "failures": 0}
+def test_init_ends_with_2_where_something_needed_is_missing(
+    recsys: Callable[..., SimpleNamespace], tmp_path: Path
+) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text("user_id,what,ts\nu1,a,1700000000\nu2,b,1700000900\n")
+    run = tmp_path / "run.toml"
+    ended = recsys("init", log, "--out", run)
+    assert ended.code == 2 and run.exists()
+    assert "data.columns.item: no column looks like an item" in ended.err

@@ -58,8 +58,10 @@ def test_ebnerd_is_history_then_clicks_and_its_articles(tmp_path):
 def test_ebnerd_without_its_history_and_with_bounces(tmp_path):
     write_ebnerd(tmp_path)
     source = {"format": "ebnerd", "log": str(tmp_path / "behaviors.parquet")}
+    history = tmp_path / "history.parquet"
+    history.rename(tmp_path / "elsewhere.parquet")
     assert rows(read(DataSource(**source)), "item") == [("11",), ("12",)]
-    source["log"] = str(tmp_path)
+    (tmp_path / "elsewhere.parquet").rename(history)
     bounced = read(DataSource(**source, columns={"short_dwell": 5.0}))
     assert rows(bounced, "item", "kind") == [
         ("9", REJECTED), ("10", POSITIVE), ("11", REJECTED), ("12", POSITIVE),

@@ -24,20 +24,6 @@ QUICK = [
 ]  # fmt: skip
 
 
-def _call(capsys: pytest.CaptureFixture[str], *arguments: object) -> SimpleNamespace:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return SimpleNamespace(code=ended.value.code or 0, out=out, err=err)
-
-
-@pytest.fixture
-def recsys(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
-    """Run the command in this process: code, out, err."""
-    return lambda *arguments: _call(capsys, *arguments)
-
-
 def _sets(*pairs: str) -> list[str]:
     return [word for pair in pairs for word in ("--set", pair)]
 

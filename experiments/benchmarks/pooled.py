@@ -20,7 +20,7 @@ import numpy as np
 from recsys.bootstrap import Bootstrap, Estimate
 from recsys.errors import ConfigError
 from recsys.experiments.evaluation.comparison import MODEL
-from recsys.experiments.evaluation.evaluate import evaluate_bundle, test_side
+from recsys.experiments.evaluation.evaluate import evaluate, test_side
 from recsys.experiments.evaluation.slices import Values
 from recsys.features.prepared.dataset import Dataset
 from recsys.serving.later_events import extend
@@ -78,7 +78,7 @@ def pooled(
                 mine, other = ({m: v[some] for m, v in side.items()} for side in (new, old))
                 found[name] = Bootstrap(users[some], seed=seed).differences(mine, other)
 
-    evaluate_bundle(first, against=others, told=told)
+    evaluate(first, against=others, told=told)
     return found
 
 

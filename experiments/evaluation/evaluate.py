@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import polars as pl
 
 from recsys.errors import BundleError, DataError
 from recsys.experiments.evaluation.scorecard import EvaluateRules, judge
 from recsys.experiments.evaluation.slices import Told
 from recsys.features.prepared.dataset import Dataset
 from recsys.features.readers import read as logs
+from recsys.features.readers.files import Paths
+from recsys.features.readers.source import as_table
 from recsys.ragged import Ragged
 from recsys.serving.later_events import Later, Requests, from_log
 from recsys.serving.recommender import Recommender
@@ -21,7 +24,7 @@ from recsys.tables import Side
 if TYPE_CHECKING:
     from recsys.experiments.config import RunConfig
 
-__all__ = ["EvaluateRules", "each_event", "evaluate_bundle", "later_log", "protocol", "test_side"]
+__all__ = ["EvaluateRules", "each_event", "evaluate", "later_log", "protocol", "test_side"]
 
 
 def each_event(config: RunConfig, dataset: Dataset) -> bool:
@@ -84,30 +87,38 @@ def bundle_config(recommender: Recommender) -> RunConfig:
     return RunConfig.model_validate(recommender.bundle.manifest["config"])
 
 
-def later_log(recommender: Recommender, path: str) -> Later:
+def later_log(recommender: Recommender, log: Paths) -> Later:
     """Read a log of the form that the bundle was trained on; only what is after its cut-off.
+
+    Args:
+        recommender: of the bundle.
+        log: files, or a frame.
 
     Raises:
         DataError: nothing in the log is after the cut-off.
     """
     source = bundle_config(recommender).data
-    fresh = {"log": path, "train": None, "valid": None, "test": None, "history": None}
-    log = logs.read(source.model_copy(update=fresh))
-    later = from_log(log, recommender.bundle)
+    fresh = {"log": log, "train": None, "valid": None, "test": None}
+    read = logs.read(source.model_copy(update=fresh))
+    later = from_log(read, recommender.bundle)
     cutoff = recommender.bundle.cutoff
     if cutoff is None:
         return later
     if not (later.time >= cutoff).any():
         raise DataError(
-            f"{path} has no positive after the bundle's cut-off "
+            f"{_named(log)} has no positive after the bundle's cut-off "
             f"({np.datetime64(cutoff, 'us')} UTC). Judge it on a later log."
         )
     return later.since(cutoff)
 
 
-def evaluate_bundle(
-    bundle: str | Path,
-    on: str | None = None,
+def _named(log: Paths) -> str:
+    return "The frame" if isinstance(log, pl.DataFrame) else str(log)
+
+
+def evaluate(
+    bundle: str | Path | Recommender,
+    on: Paths | None = None,
     against: Sequence[str | Path] = (),
     progress: Callable[[str], None] | None = None,
     told: Told | None = None,
@@ -115,8 +126,9 @@ def evaluate_bundle(
     """The scorecard of a bundle, on its own test side or on a later log.
 
     Args:
-        bundle: its folder.
-        on: a later log of the same form; None: the prepared dataset that it was trained on.
+        bundle: its folder, or a recommender of it.
+        on: a later log of the same form, files or a Polars or pandas frame; None: the prepared
+            dataset that it was trained on.
         against: other bundles made from the same prepared data, to be compared query by query;
             each stands among the baselines under "against_" and the name of its run's folder.
         progress: told what is going on.
@@ -125,7 +137,7 @@ def evaluate_bundle(
     Raises:
         BundleError: the prepared dataset is gone or is not the one that the bundle was made from.
     """
-    recommender = Recommender.load(bundle)
+    recommender = bundle if isinstance(bundle, Recommender) else Recommender.load(bundle)
     config, manifest = bundle_config(recommender), recommender.bundle.manifest
     options: dict[str, Any] = {"seed": config.seed, "told": told}
     options["rivals"] = {
@@ -134,10 +146,11 @@ def evaluate_bundle(
     if progress is not None:
         options["progress"] = progress
     if on is not None:
+        on = as_table(on)
         at_each = config.evaluate.each_event(
             timed=recommender.bundle.timeline.timed, split=manifest["data"]["split"]["kind"]
         )
-        said = {"data": config.data.format, "log": str(on), "trained": manifest["protocol"]}
+        said = {"data": config.data.format, "log": _named(on), "trained": manifest["protocol"]}
         return judge(
             recommender, later_log(recommender, on), config.evaluate,
             each_event=at_each, protocol=said, **options,

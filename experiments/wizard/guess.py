@@ -5,13 +5,15 @@ Only the first rows are looked at, but for event names, which are counted over t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
 
-from recsys.experiments.wizard.draft import Draft
+from recsys.experiments.keys import sections
+from recsys.experiments.wizard.draft import Draft, short
 from recsys.experiments.wizard.guess_items import write_catalog
 from recsys.experiments.wizard.look import LOOK, Look, ids_in, plainly
 from recsys.features.readers import aliases as names
@@ -26,23 +28,25 @@ MANY_NAMES = 40
 """A column with more different values than this does not hold event names."""
 
 
-def guess(log_path: str | Path, items_path: str | Path | None = None) -> str:
-    """The text of a commented `run.toml` for a log and its item table.
+def guess(
+    log_path: str | Path, items_path: str | Path | None = None, folder: str | Path = "."
+) -> Draft:
+    """A commented run file for a log and its item table.
 
     Args:
         log_path: file, glob or folder, as `data.log` takes it.
         items_path: the item table.
+        folder: of the run file, to which paths in it are relative.
 
     Raises:
         DataError: a file is missing or cannot be read.
     """
-    draft = Draft()
-    draft.say(
-        "Written by `recsys init`: a best guess from a look at the files. Read it and mend it,"
-    )
-    draft.say("then: recsys train run.toml")
-    draft.section("data")
+    draft = Draft(folder=Path(folder))
+    draft.say("Written by `recsys init` from a look at the files: mend what was guessed wrong.")
+    draft.say("A line that is switched off shows the value that is used.")
     log, items = str(log_path), None if items_path is None else str(items_path)
+    draft.set("name", _name(log), "of the run's folder and its MLflow run")
+    draft.section("data")
     public = _public(Path(log).expanduser())
     if public is not None:
         kind = _write_public(draft, public, log, items)
@@ -60,7 +64,29 @@ def guess(log_path: str | Path, items_path: str | Path | None = None) -> str:
     if kind == "time":
         draft.offer("test", 0.1, 'a share of the positives, or the last days: "7d", or an ISO time')
         draft.offer("valid", 0.1)
-    return draft.text()
+    _offer_rest(draft)
+    return draft
+
+
+def _name(log: str) -> str:
+    """A run's name after its log: the file, or the folder."""
+    path = Path(log).expanduser()
+    stem = path.name.partition(".")[0] if not path.is_dir() else path.resolve().name
+    return re.sub(r"[^\w.-]+", "_", stem).strip("_.-")[:100] or "run"
+
+
+def _offer_rest(draft: Draft) -> None:
+    """Every other key, switched off, at the value that is used."""
+    for one in sections():
+        if not one.name or one.name.split(".")[0] in ("data", "split"):
+            continue
+        draft.section(one.name)
+        kind = next((key.default for key in one.keys if key.name == "kind"), None) or ""
+        for key in one.keys:
+            if key.default is None or (key.kinds and kind.strip('"') not in key.kinds):
+                continue
+            meaning = key.range if key.name == "kind" else key.meaning.partition(". ")[0]
+            draft.lines.append(f"# {key.name} = {key.default}  # {short(meaning)}")
 
 
 # ---------------------------------------------------------------- public formats
@@ -102,17 +128,13 @@ def _write_public(draft: Draft, name: str, log: str, items: str | None) -> str:
     draft.set("format", name, "recognised by its file names and columns, which need no naming")
     if name == "lightgcn":
         return _write_adjacency(draft, log)
-    draft.set("log", log)
+    draft.path("log", log)
     folder = Path(log).expanduser().is_dir()
     if items is not None:
-        draft.set("items", items)
+        draft.path("items", items)
     elif not folder:
         draft.offer("items", "path of the item table", "titles and texts find new items")
     if name == "ebnerd":
-        if not folder:
-            history = Path(log).expanduser().with_name("history.parquet")
-            say = draft.set if history.is_file() else draft.offer
-            say("history", str(Path(log).with_name("history.parquet")), "clicks before the log")
         known = open_file(_first(log, "behaviors.parquet")).collect_schema().names()
         draft.section("data.columns")
         draft.set("context_categories", [c for c in ("device_type",) if c in known])
@@ -136,12 +158,14 @@ def _write_adjacency(draft: Draft, log: str) -> str:
     near = {path.name: path for path in sorted(train.expanduser().parent.glob("*.txt"))}
     test = near.get("test.txt")
     if test is None:
-        draft.set("log", str(train), "there is no test.txt beside it; name data.test when there is")
+        draft.path(
+            "log", str(train), "there is no test.txt beside it; name data.test when there is"
+        )
         return "leave_one_out"
-    draft.set("train", str(train), "the published split: order within a line means nothing")
+    draft.path("train", str(train), "the published split: order within a line means nothing")
     if "valid.txt" in near:
-        draft.set("valid", str(train.with_name("valid.txt")))
-    draft.set("test", str(train.with_name("test.txt")))
+        draft.path("valid", str(train.with_name("valid.txt")))
+    draft.path("test", str(train.with_name("test.txt")))
     return "given"
 
 
@@ -166,10 +190,10 @@ def _is_lines(log: str) -> bool:
 
 def _write_lines(draft: Draft, log: str, items: str | None) -> str:
     draft.set("format", "sequences", "each line is a user and then items, the oldest first")
-    draft.set("log", log)
+    draft.path("log", log)
     draft.say('If the order within a line means nothing, write format = "lightgcn".')
     if items is not None:
-        draft.set("items", items)
+        draft.path("items", items)
     file = expand(log)[0][0]
     lines = pl.scan_lines(file, n_rows=LOOK).collect().to_series()
     ids = lines.str.extract_all(r"\S+").list.slice(1).explode().drop_nulls()
@@ -192,10 +216,10 @@ def _write_table(draft: Draft, log: str, items: str | None) -> str:
     else:
         shape, why = "events", "a row an event"
     draft.set("format", shape, why)
-    draft.set("log", log)
+    draft.path("log", log)
     if items is not None:
-        draft.set("items", items)
-        draft.offer("unknown_items", "drop", "events on items that the item table lacks")
+        draft.path("items", items)
+        draft.offer("unknown_items", "keep", "or drop: events on items that the item table lacks")
     draft.section("data.columns")
     draft.say(f"Columns of the log: {', '.join(columns)}")
     draft.column("user", user, "a user")

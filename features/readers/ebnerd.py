@@ -74,8 +74,11 @@ def _inside(paths: Paths, name: str) -> Paths:
 
 def _history(schema: Schema, paths: Paths, side: int | None) -> Rows | None:
     """The clicks before the log, one row each."""
-    file = _inside(paths, "history")
-    if file is paths:
+    if not isinstance(paths, (str, Path)):
+        return None
+    log = Path(paths).expanduser()
+    file = (log if log.is_dir() else log.parent) / "history.parquet"
+    if not file.is_file():
         return None
     parts = open_parts(file, side=side)
     lists = ["impression_time_fixed", "article_id_fixed", "read_time_fixed"]

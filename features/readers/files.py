@@ -28,7 +28,8 @@ COMPRESSED = (".gz", ".zst")
 ARCHIVES = (".zip", ".tar", ".7z", ".rar", ".bz2", ".xz", ".tgz")
 SEPARATORS = (",", "\t", ";", "|")
 
-Paths = str | Path | Sequence[str | Path]
+Paths = str | Path | Sequence[str | Path] | pl.DataFrame
+"""Files, globs and folders; or a table that is in memory already."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ def expand(paths: Paths) -> list[tuple[Path, dict[str, str]]]:
     Raises:
         DataError: nothing is there, or a folder holds files of several forms.
     """
+    if isinstance(paths, pl.DataFrame):
+        raise DataError(
+            "A frame stands for a table of events, of impressions or of sequences: set data.format "
+            "to one of them, or name the published files."
+        )
     found: list[tuple[Path, dict[str, str]]] = []
     for spec in [paths] if isinstance(paths, (str, Path)) else paths:
         path = Path(spec).expanduser()
@@ -221,7 +227,9 @@ def open_parts(
     separator: str | None = None,
     ids: Iterable[str] = (),
 ) -> list[Part]:
-    """Scan every file that the paths mean, `key=value` folders as columns."""
+    """Scan every file that the paths mean, `key=value` folders as columns; a frame is one part."""
+    if isinstance(paths, pl.DataFrame):
+        return [Part(Path("the frame"), paths.lazy(), side)]
     parts = []
     for path, keys in expand(paths):
         frame = open_file(path, separator=separator, ids=ids)

@@ -49,6 +49,7 @@ class SmallTransformerText(Strict):
     dimension: int = Field(256, ge=2, le=4096)
     """Of the vectors, and the width of the network."""
     layers: int = Field(2, ge=1, le=24)
+    """Of attention."""
     views: Annotated[Views, Field(min_length=1)] = ("split", "fields")
     """What counts as two views of one item; see kind = "static"."""
     epochs: int = Field(10, ge=0, le=1000)
