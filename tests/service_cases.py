@@ -201,7 +201,7 @@ async def asked(
     app: Any, method: str, target: str, body: Any = None, headers: Mapping[str, str] | None = None,
     *, parts: Sequence[bytes] | None = None,
 ) -> Got:  # fmt: skip
-    """One request to an ASGI application, as uvicorn would hand it over.
+    """One request to an ASGI application, as a server would hand it over.
 
     Args:
         body: bytes as they are, anything else as JSON.

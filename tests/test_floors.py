@@ -15,6 +15,7 @@ EXEMPT = {"recsys/__init__.py", "recsys/__main__.py"}
 OWNERS = {
     "mlflow": "experiments/tracking/store.py",
     "hnswlib": "serving/index.py",
+    "granian": "serving/api/server.py",
 }
 """Foreign worlds that one file each knows."""
 BENCHMARKS = "experiments/benchmarks/"

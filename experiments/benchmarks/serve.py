@@ -190,7 +190,7 @@ def measure(bundle: Path, asked: argparse.Namespace) -> dict[str, Any]:
             (folder / f"{name}.lua").write_text(text + BAD)
         loops = [in_a_loop(served, history, vectors, asked.seconds) for _ in range(asked.rounds)]
         del served
-        ports = {"recsys": 8231, "starlette": 8232, "fastapi": 8233}
+        ports = {"recsys": 8231, "starlette": 8232, "handwritten": 8233}
         serve = ["recsys", "serve", str(bundle)]
         starts = []
         for _ in range(1 + asked.rounds):
@@ -201,14 +201,14 @@ def measure(bundle: Path, asked: argparse.Namespace) -> dict[str, Any]:
             with urllib.request.urlopen(f"{url}/v1/items/i{0:07}/similar?k={K}") as answer:
                 size = len(answer.read())
             noops = [
-                (kind, ["recsys.experiments.benchmarks.noop", kind, "--bytes", str(size)])
-                for kind in ("starlette", "fastapi")
+                ["recsys.experiments.benchmarks.noop", "starlette", "--bytes", str(size)],
+                ["recsys.experiments.benchmarks.noop", "handwritten", "--bundle", str(bundle)],
             ]
             rows: dict[str, list[dict[str, float]]] = {}
             probe = f"/v1/items/i{0:07}/similar"
             with (
-                server(noops[0][1], ports["starlette"], probe),
-                server(noops[1][1], ports["fastapi"], probe),
+                server(noops[0], ports["starlette"], probe),
+                server(noops[1], ports["handwritten"], probe),
             ):
                 for connections in asked.connections:
                     for _ in range(asked.rounds):
@@ -234,6 +234,10 @@ def measure(bundle: Path, asked: argparse.Namespace) -> dict[str, Any]:
             for what, value in {
                 "similar / starlette": middle[f"similar recsys {c}"]["rps"]
                 / middle[f"similar starlette {c}"]["rps"],
+                "similar / handwritten": middle[f"similar recsys {c}"]["rps"]
+                / middle[f"similar handwritten {c}"]["rps"],
+                "similar p99 / starlette": middle[f"similar recsys {c}"]["p99_ms"]
+                / middle[f"similar starlette {c}"]["p99_ms"],
                 "recommend / loop": middle[f"histories recsys {c}"]["rps"] / loop["recommend_rps"],
             }.items()
         },

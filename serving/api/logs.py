@@ -56,7 +56,6 @@ def json_logs(level: str = "info", to: IO[str] | None = None) -> Iterator[None]:
     put = _Put(waiting)
     root.handlers[:] = [put]
     root.setLevel(level.upper())
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     listener.start()
     try:
         yield
