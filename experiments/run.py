@@ -227,17 +227,7 @@ def fit(
         say(f"the {rules.id_init.kind} initialisation alone, without learning")
         return _learn(config, dataset, remake(), None, 0, folder, logger=False, resume=False)[0]
     model = make()
-    validation = validation_side(
-        dataset,
-        rules,
-        each_event=each_event(config, dataset),
-        refresh=duration(config.evaluate.refresh),
-        max_history=config.towers.history.length,
-        drop_seen=config.evaluate.drop_seen,
-        statistics=model.uses_statistics,
-        seed=config.seed,
-        progress=say,
-    )
+    validation = validation_of(config, dataset, model)
     refolder, chosen = folder / "refit", folder / "chosen.json"
     # A checkpoint says for how long nothing had become better, but not that this had been the end:
     # going on from the last one would train an epoch more, and might choose another.
@@ -264,6 +254,21 @@ def fit(
     best = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)
     module.load_state_dict(best["state_dict"])
     return module
+
+
+def validation_of(config: RunConfig, dataset: Dataset, model: TwoTower) -> Validation | None:
+    """The validation side as the run asks for it; None where there is none."""
+    return validation_side(
+        dataset,
+        config.training,
+        each_event=each_event(config, dataset),
+        refresh=duration(config.evaluate.refresh),
+        max_history=config.towers.history.length,
+        drop_seen=config.evaluate.drop_seen,
+        statistics=model.uses_statistics,
+        seed=config.seed,
+        progress=say,
+    )
 
 
 def _learn(

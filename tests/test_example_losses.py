@@ -52,7 +52,7 @@ def test_a_loss_of_ones_own_is_named_in_the_run_and_learns(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("hinge", "'hinge' is no loss; use softmax, bsl, triplet, or a function of your own"),
+        ("hinge", "'hinge' is not known; use softmax, bsl, triplet, or a function of your own"),
         ("losses:nothing", "'losses:nothing' cannot be imported"),
         ("no_such_module:loss", "cannot be imported: No module named 'no_such_module'"),
         ("losses:F", "not a function"),

@@ -9,13 +9,16 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from recsys.metrics import hit_rate_at, ndcg_at, recall_at
 from recsys.split import duration
 from recsys.tables import AS_TUPLE, Strict, of_kind
+
+if TYPE_CHECKING:
+    from torch import nn
 
 LENGTH_SCORES = ("dot", "projection")
 """Scores to which an item's length counts."""
@@ -98,8 +101,37 @@ class TransformerHistory(_History):
     `towers.dropout`."""
 
 
+class CustomHistory(_History):
+    """[towers.history] kind = "custom": a torch module of one's own, see docs/examples/tower.py."""
+
+    kind: Literal["custom"] = "custom"
+    module: str
+    """Its class as "module:Class", found by Python where towers are trained and where they answer;
+    called with the dimension and the length."""
+
+    @field_validator("module")
+    @classmethod
+    def _is_a_module(cls, value: str) -> str:
+        history_class(value)
+        return value
+
+
+def history_class(name: str) -> type[nn.Module]:
+    """The torch module that "module:Class" names.
+
+    Raises:
+        ValueError: there is no such class, or it is no torch module.
+    """
+    from torch import nn
+
+    found = imported(name, 'a class of your own as "module:Class"')
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"{name!r} is no class of torch modules")
+    return found
+
+
 History = Annotated[
-    NoHistory | MeanHistory | AttentionHistory | TransformerHistory,
+    NoHistory | MeanHistory | AttentionHistory | TransformerHistory | CustomHistory,
     Field(discriminator="kind"),
     of_kind("attention"),
 ]
@@ -315,6 +347,7 @@ IdInit = Annotated[
 ]
 
 LOSSES = ("softmax", "bsl", "triplet")
+OWN_LOSS = f'{", ".join(LOSSES)}, or a function of your own as "module:function"'
 
 
 class TrainingRules(Strict):
@@ -397,7 +430,7 @@ class TrainingRules(Strict):
         if self.monitor != "auc":
             metric_at(self.monitor)
         if self.loss not in LOSSES:
-            imported(self.loss)
+            imported(self.loss, OWN_LOSS)
         if self.epochs == 0 and self.id_init.kind == "random":
             raise ValueError(
                 "with epochs = 0 the towers stay as they are initialised, and id_init.kind = "
@@ -407,18 +440,19 @@ class TrainingRules(Strict):
         return self
 
 
-def imported(name: str) -> Callable[..., Any]:
-    """The function that "module:function" names.
+def imported(name: str, wanted: str) -> Callable[..., Any]:
+    """The function or class that "module:name" names.
+
+    Args:
+        name: from a configuration.
+        wanted: what may stand there, in words.
 
     Raises:
         ValueError: the name has another form, or there is no such module or function.
     """
     module, _, attribute = name.partition(":")
     if not module or not attribute:
-        raise ValueError(
-            f"{name!r} is no loss; use {', '.join(LOSSES)}, or a function of your own as "
-            '"module:function"'
-        )
+        raise ValueError(f"{name!r} is not known; use {wanted}")
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

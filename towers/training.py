@@ -32,7 +32,7 @@ from recsys.towers.losses import LOSSES, Loss, skip_softmax, symmetric
 from recsys.towers.memory_bank import MemoryBank
 from recsys.towers.mining import from_state, mine_again, to_state
 from recsys.towers.optimizer import RowAdam, clip_gradients
-from recsys.towers.rules import METRICS, TrainingRules, imported, metric_at
+from recsys.towers.rules import METRICS, OWN_LOSS, TrainingRules, imported, metric_at
 from recsys.towers.text import text_groups
 from recsys.towers.two_tower import TwoTower
 
@@ -336,7 +336,7 @@ class TwoTowerModule(lightning.LightningModule):
 
 def loss_of(rules: TrainingRules) -> Loss:
     """The loss that the rules name, in one direction or both."""
-    loss: Loss = LOSSES[rules.loss] if rules.loss in LOSSES else imported(rules.loss)
+    loss: Loss = LOSSES[rules.loss] if rules.loss in LOSSES else imported(rules.loss, OWN_LOSS)
     if rules.symmetric:
         return partial(symmetric, loss=loss, item_share=rules.symmetric)
     return loss

@@ -14,7 +14,14 @@ from recsys.towers.causal_transformer import CausalTransformer
 from recsys.towers.embedding import FeatureEmbedding, FeatureSpec, FeatureTable, Residual, small
 from recsys.towers.ensemble import side_by_side, unit_vectors
 from recsys.towers.history import PooledHistory, entries_after, user_of_entry
-from recsys.towers.rules import LENGTH_SCORES, MeanHistory, TowerRules, TransformerHistory
+from recsys.towers.rules import (
+    LENGTH_SCORES,
+    CustomHistory,
+    MeanHistory,
+    TowerRules,
+    TransformerHistory,
+    history_class,
+)
 from recsys.towers.text import TextTower
 
 TEXT_DECAY = 0.8
@@ -24,7 +31,7 @@ AHEAD = 0.5
 before them lie behind."""
 
 
-def _history(rules: TowerRules) -> PooledHistory | CausalTransformer:
+def _history(rules: TowerRules) -> nn.Module:
     """Of one tower of the ensemble."""
     history = rules.history
     if isinstance(history, TransformerHistory):
@@ -34,6 +41,8 @@ def _history(rules: TowerRules) -> PooledHistory | CausalTransformer:
             entry_dropout=rules.dropout if history.entry_dropout is None
             else history.entry_dropout,
         )  # fmt: skip
+    if isinstance(history, CustomHistory):
+        return history_class(history.module)(rules.width, history.length)
     decay = history.decay if isinstance(history, MeanHistory) else None
     return PooledHistory(
         rules.width, history.length, decay=decay, inputs=history.inputs, hidden=rules.dropout

@@ -83,11 +83,7 @@ def expand(paths: Paths) -> list[tuple[Path, dict[str, str]]]:
     Raises:
         DataError: nothing is there, or a folder holds files of several forms.
     """
-    if isinstance(paths, pl.DataFrame):
-        raise DataError(
-            "A frame stands for a table of events, of impressions or of sequences: set data.format "
-            "to one of them, or name the published files."
-        )
+    assert not isinstance(paths, pl.DataFrame), "a frame has no files"
     found: list[tuple[Path, dict[str, str]]] = []
     for spec in [paths] if isinstance(paths, (str, Path)) else paths:
         path = Path(spec).expanduser()

@@ -119,6 +119,8 @@ def _open(source: DataSource, schema: Schema) -> Lists:
 
 
 def _has_header(source: DataSource, schema: Schema) -> bool:
+    if any(isinstance(paths, pl.DataFrame) for paths, _ in sides(source)):
+        return True
     paths: list[Path] = [file for paths, _ in sides(source) for file, _ in expand(paths)]
     if form(paths[0]) != "csv":
         return True

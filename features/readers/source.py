@@ -35,6 +35,7 @@ READS = {
     "sequences": {"user", "items", "separator", "time"},
 }
 """Which of data.columns each format reads; published formats bring their own columns."""
+FILES = ("log", "train", "valid", "test", "items", "users")
 NEEDS = {
     "positive_from": "value", "rejected_to": "value", "short_dwell": "dwell", "positive": "event",
     "shown_events": "event", "rejected": "event",
@@ -109,6 +110,12 @@ class DataSource(Strict):
                 "[data] names no log: set data.log, or data.train and data.test when the files "
                 "are split already."
             )
+        frames = [key for key in FILES if isinstance(getattr(self, key), pl.DataFrame)]
+        if frames and self.format not in READS and ":" not in self.format:
+            raise ConfigError(
+                f"data.{frames[0]} is a frame, and format = {self.format!r} is read from files as "
+                f"published. Name the files, or set data.format to {', '.join(READS)}."
+            )
         if self.format in READS:
             self._refuse_what_has_no_effect()
         columns = self.columns
@@ -166,7 +173,7 @@ def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
 def with_files(source: DataSource, folder: Path) -> DataSource:
     """The source with every frame written to a Parquet file named after its content."""
     files = {}
-    for key in ("log", "train", "valid", "test", "items", "users"):
+    for key in FILES:
         frame = getattr(source, key)
         if isinstance(frame, pl.DataFrame):
             buffer = io.BytesIO()
