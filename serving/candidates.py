@@ -20,7 +20,7 @@ from recsys.features.batching.batch import Queries
 from recsys.files import atomic_write, sha256_bytes, write_json
 from recsys.ragged import Ragged
 from recsys.serving.engine.engine import Engine
-from recsys.serving.engine.resolve import NOTHING_KNOWN, unknown_user
+from recsys.serving.engine.planner import NOTHING_KNOWN, unknown_user
 from recsys.serving.user_lists import People, read_people
 
 if TYPE_CHECKING:

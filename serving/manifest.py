@@ -17,7 +17,7 @@ from recsys.errors import BundleError, DataError
 from recsys.files import canonical_json, read_json, sha256_bytes, sha256_file, write_json
 
 FORMAT = "recsys-bundle"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LIBRARIES = ("torch", "sentence-transformers", "tokenizers", "hnswlib", "polars", "numpy")
 MANIFEST = "manifest.json"
 FIRST = ("index.bin", "vectors.safetensors")

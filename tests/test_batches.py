@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from recsys.features.batching.batch import Batch, Queries, query_side
 from recsys.features.batching.batches import Batches, TrainingEvents
-from recsys.features.batching.distinct import Distinct
-from recsys.features.batching.slices import BatchSlice
+from recsys.features.batching.negatives import Distinct
+from recsys.features.batching.samplers import BatchSlice
 from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
 

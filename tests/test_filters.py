@@ -15,8 +15,7 @@ from serving_cases import no_view, small
 
 from recsys.errors import QueryError
 from recsys.serving.engine.availability import Windows
-from recsys.serving.engine.filter_masks import KEPT_MASKS, FilterMasks
-from recsys.serving.engine.filters import KEPT_MOST, Filters, Kept
+from recsys.serving.engine.filters import KEPT_MASKS, KEPT_MOST, FilterMasks, Filters, Kept
 from recsys.serving.engine.query import Filter
 from recsys.serving.engine.snapshot import CatalogSnapshot
 

@@ -16,7 +16,7 @@ from service_cases import FakeHost, FakeLiving, asked, raw, served
 from recsys.experiments.serve import MAIN, Plan, service
 from recsys.serving.api.app import make_app
 from recsys.serving.api.auth import Keys
-from recsys.serving.api.guard import sane_id
+from recsys.serving.api.middleware import sane_id
 
 LIVE = b"GET /v1/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 

@@ -14,7 +14,7 @@ from recsys.features.batching.batch import Batch, Source
 from recsys.features.batching.batches import Batches, TrainingEvents
 from recsys.features.batching.logq import Sampled
 from recsys.features.batching.negatives import UserNegatives
-from recsys.features.batching.slices import BatchSlice
+from recsys.features.batching.samplers import BatchSlice
 from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
 

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from recsys.features.batching.batch import Batch, Queries, query_side
 from recsys.features.batching.batches import Batches, TrainingEvents
-from recsys.features.batching.samplers import Share, Shuffled, Windows
-from recsys.features.batching.slices import UserQueries
+from recsys.features.batching.samplers import Share, Shuffled, UserQueries, Windows
 from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys.features.batching.slices import strictly_before
+from recsys.features.batching.samplers import strictly_before
 from recsys.features.prepared.timeline import (
     NEVER,
     STATISTICS,

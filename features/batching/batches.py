@@ -16,23 +16,26 @@ from typing import Any, Literal
 import numpy as np
 
 from recsys.features.batching.batch import Batch, Source, UserSide, context_codes, tensor
-from recsys.features.batching.distinct import Distinct
 from recsys.features.batching.logq import Inclusion, QueryFrequency, Sampled
 from recsys.features.batching.negatives import (
+    Distinct,
     PerQueryNegatives,
     PositiveMask,
     UserNegatives,
     is_target,
     skips_of,
 )
-from recsys.features.batching.samplers import Sampler, Share, Shuffled, Windows
-from recsys.features.batching.slices import (
+from recsys.features.batching.samplers import (
     BatchQueries,
     BatchSlice,
     EventQueries,
     QueryKind,
+    Sampler,
     SequenceQueries,
+    Share,
+    Shuffled,
     UserQueries,
+    Windows,
     elapsed_seconds,
     events_after,
 )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recsys.features.batching.slices import BatchSlice, EventQueries, QueryKind
+from recsys.features.batching.samplers import BatchSlice, EventQueries, QueryKind
 from recsys.features.prepared.timeline import Timeline
 
 

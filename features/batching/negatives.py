@@ -11,8 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from recsys.features.batching.batch import Source
-from recsys.features.batching.distinct import Distinct
-from recsys.features.batching.slices import BatchQueries
+from recsys.features.batching.samplers import BatchQueries
 from recsys.features.prepared.first_seen import Firsts
 from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged, gather
@@ -204,3 +203,26 @@ def skips_of(queries: BatchQueries, skips: Ragged, weight: np.ndarray) -> PerQue
     weights = gather(weight, start, end).values
     query = queries.query_of(skipped.row_of())
     return PerQueryNegatives.of(query, skipped.values, weights, Source.SKIPPED)
+
+
+class Distinct:
+    """Distinct rows in time linear in their number, by a scratch table of one entry an item.
+
+    Args:
+        n_rows: rows are in [0, n_rows).
+    """
+
+    def __init__(self, n_rows: int) -> None:
+        self.place = np.full(n_rows, -1, np.int64)
+
+    def add(self, rows: np.ndarray, start: int) -> np.ndarray:
+        """Give places from `start` on to rows without one; return those rows, in place order."""
+        new = rows[self.place[rows] < 0]
+        self.place[new] = np.arange(len(new))
+        new = new[self.place[new] == np.arange(len(new))]
+        self.place[new] = start + np.arange(len(new))
+        return new
+
+    def forget(self, rows: np.ndarray) -> None:
+        """Take the places back."""
+        self.place[rows] = -1

@@ -27,10 +27,15 @@ from recsys.serving.api.auth import KeyFile, Keys
 from recsys.serving.api.contract import OPERATIONS, Operation, openapi
 from recsys.serving.api.handlers import MISTAKE, Handlers, ImpressionSink, ServiceRules, refused
 from recsys.serving.api.metrics import Metrics, counter, gauge, of_models
-from recsys.serving.api.middleware import RequestContext, RequestMiddleware, error_response, log
+from recsys.serving.api.middleware import (
+    RequestContext,
+    RequestMiddleware,
+    TableRows,
+    error_response,
+    log,
+)
 from recsys.serving.api.page_files import PageFiles
 from recsys.serving.api.schemas import Code, Refusal
-from recsys.serving.api.table_rows import TableRows
 from recsys.serving.live.impression_log import ImpressionLog
 
 __all__ = ["Keys", "ServiceRules", "make_app"]

@@ -20,10 +20,9 @@ import orjson
 from recsys.errors import QueryError, RecsysError
 from recsys.serving.api.auth import Keys, Role
 from recsys.serving.api.batcher import Batcher, BatchRules, Outcome
-from recsys.serving.api.guard import body, parameters, segment
 from recsys.serving.api.limits import Rate, Rates
 from recsys.serving.api.metrics import Metrics
-from recsys.serving.api.middleware import RequestContext
+from recsys.serving.api.middleware import RequestContext, body, parameters, segment
 from recsys.serving.api.schemas import (
     BatchRequest,
     Code,

@@ -12,8 +12,8 @@ import numpy as np
 from recsys.errors import QueryError
 from recsys.serving.engine.loaded_model import LoadedModel
 from recsys.serving.engine.paging import Cursor, cut, exact_scores, question_of
+from recsys.serving.engine.planner import ResolvedQuery
 from recsys.serving.engine.popular import Popular
-from recsys.serving.engine.resolve import ResolvedQuery
 from recsys.serving.engine.snapshot import CatalogSnapshot
 
 ROUNDING = 2.0**-23

@@ -129,9 +129,9 @@ class Overlay:
             np.empty(16, np.int64),
         )
         self.view = LiveView(
-            (), self._places, self._room[0][:0], self._room[1][:0],
+            (), {}, self._room[0][:0], self._room[1][:0],
             bundle.catalog.select(list(self._types)).clear(), self._room[2][:0],
-            frozenset(), np.empty(0, np.int64), self._events, 0, self._room[3][:0],
+            frozenset(), np.empty(0, np.int64), {}, 0, self._room[3][:0],
         )  # fmt: skip
 
     # ------------------------------------------------------------------ reading items
@@ -299,6 +299,7 @@ class Overlay:
         touched = set(users or ())
         for id in (*ours, *forgotten):
             touched |= self._waiting.get(id, set())
+        before = self._events
         if users:
             self._posted.update(users)
             self._note(users)
@@ -307,7 +308,7 @@ class Overlay:
             none = [user for user, events in told.items() if not events]
             some = {user: events for user, events in told.items() if events}
             self._events = self._events.changed(some, none)
-        if view is not self.view or self._events is not view.events:
+        if view is not self.view or self._events is not before:
             self.view = replace(view, events=self._events, generation=view.generation + 1)
 
     def _items(self, view: LiveView, puts: Sequence[NewItem], gone: Sequence[str]) -> LiveView:
