@@ -26,6 +26,7 @@ from recsys.serving.engine.query import Answers, Kind, Query
 from recsys.serving.live.overlay import Overlay
 from recsys.serving.score import score_frame
 from recsys.serving.user_lists import as_frame, users_of
+from recsys.split import iso
 from recsys.towers.encode import encode_items
 
 if TYPE_CHECKING:
@@ -66,10 +67,11 @@ class Recommender:
 
     def __repr__(self) -> str:
         model = self.bundle.model
+        cutoff = None if self.bundle.cutoff is None else iso(self.bundle.cutoff)
         return (
             f"Recommender(version={self.model.version!r}, items={len(self.bundle.items.ids):,}, "
             f"users={len(self.bundle.users.ids):,}, dimension={model.vector_dimension}, "
-            f"score={model.rules.score!r}, cutoff={self.bundle.cutoff})"
+            f"score={model.rules.score!r}, cutoff={cutoff!r})"
         )
 
     # ------------------------------------------------------------------ by ids

@@ -248,9 +248,10 @@ def _check_ids(query: Query) -> None:
         named.append(("user", query.user))
     for kind, one in named:
         if not isinstance(one, str):
+            many = isinstance(one, list | tuple)
+            way_out = f"For many at once say {kind}s = …" if many else f"Give it as {str(one)!r}"
             raise QueryError(
-                f"The {kind} id {one!r} is a {type(one).__name__}, and ids are text. Give one as "
-                f"it stands in the log, such as {str(one)!r}; for many at once give a list of them."
+                f"The {kind} id {one!r} is a {type(one).__name__}, and ids are text. {way_out}."
             )
 
 
