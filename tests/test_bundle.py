@@ -151,9 +151,9 @@ def test_a_missing_file_is_named(copy: Path) -> None:
         ("{", "is not JSON.* damaged"),
         ("[]", "the format 'list', not 'recsys-bundle'"),
         ('{"format": "recsys.prepared"}', "the format 'recsys.prepared', not 'recsys-bundle'"),
-        ('{"format": "recsys-bundle"}', "format version None; this recsys reads 2"),
-        ('{"format": "recsys-bundle", "format_version": 1}', "version 1; this recsys reads 2"),
-        ('{"format": "recsys-bundle", "format_version": 2}', "says None… of itself"),
+        ('{"format": "recsys-bundle"}', "format version None; this recsys reads 3"),
+        ('{"format": "recsys-bundle", "format_version": 1}', "version 1; this recsys reads 3"),
+        ('{"format": "recsys-bundle", "format_version": 3}', "says None… of itself"),
     ],
 )
 def test_what_is_no_bundle_of_ours_is_refused(

@@ -243,7 +243,9 @@ def _check(query: Query) -> None:
 
 def _check_ids(query: Query) -> None:
     """Refuse what is no id: of a list or a number nobody would find anything."""
-    named = [("item", one) for one in (*query.items, *(query.history or ()))]
+    named: list[tuple[str, object]] = [
+        ("item", one) for one in (*query.items, *(query.history or ()))
+    ]
     if query.user is not None:
         named.append(("user", query.user))
     for kind, one in named:
