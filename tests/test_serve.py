@@ -330,11 +330,46 @@ def test_a_service_that_cannot_start_makes_no_more_digests(
     assert len(digested) == made < len(manifest.read_manifest(plain.bundle)["files"])
 
 
+HANGS = """
+import asyncio
+from recsys.serving.api.server import ServerRules, bind, run, url
+async def app(scope, receive, send):
+    if scope["type"] == "http":
+        await asyncio.sleep(60)
+bound = bind("127.0.0.1", 0)
+print(url(bound), flush=True)
+run(app, bound, ServerRules(drain=1))
+"""
+
+
+@pytest.mark.slow
+def test_a_request_that_never_ends_does_not_hold_a_stop_for_longer_than_the_drain() -> None:
+    process = subprocess.Popen([sys.executable, "-c", HANGS], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        host, port = process.stdout.readline().strip().removeprefix("http://").split(":")
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            try:
+                connection = socket.create_connection((host, int(port)))
+                break
+            except OSError:
+                time.sleep(0.05)
+        with connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            time.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            assert process.wait(10) == 1 and time.monotonic() - began < 5
+    finally:
+        process.kill()
+
+
 @pytest.mark.slow
 def test_sigterm_drains_flushes_and_exits_with_0(tiny: Any, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "recsys", "serve", str(tiny.bundle), "--port", "0", "--open-writes",
-        "--journal", str(tmp_path / "journal"), "--exposures", str(tmp_path / "shown"),
+        "--journal", str(tmp_path / "journal"), "--impressions", str(tmp_path / "shown"),
         "--deadline", "20",
     ]  # fmt: skip
     with started(command) as (process, shop):

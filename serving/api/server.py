@@ -170,6 +170,12 @@ async def serve(
             os._exit(1)  # asked twice: do not wait
         stopping = True
         server.stop()
+        loop.call_later(rules.drain, give_up)
+
+    def give_up() -> None:
+        log.error("requests still run %d s after the stop; the process ends", rules.drain)
+        logging.shutdown()
+        os._exit(1)
 
     if threading.current_thread() is threading.main_thread():
         for one in SIGNALS:
