@@ -179,8 +179,7 @@ def _source(name: str, every: float | None) -> Any:
 
 
 def _serve(plan: Plan) -> None:
-    from recsys.serving.api.logs import json_logs
-    from recsys.serving.api.server import bind, is_local, run, url
+    from recsys.serving.api.server import bind, is_local, json_logs, run, url
 
     if not (plan.keys.needed or plan.insecure or is_local(plan.host)):
         raise ConfigError(
@@ -227,8 +226,9 @@ def service(plan: Plan, begun: Mapping[Path, Check] | None = None) -> Iterator[A
     """
     import torch
 
-    from recsys.serving.api.app import ServiceRules, make_app
+    from recsys.serving.api.app import make_app
     from recsys.serving.api.auth import KeyFile
+    from recsys.serving.api.handlers import ServiceRules
     from recsys.serving.api.server import is_local, own_names
     from recsys.serving.live.impression_log import ImpressionLog
     from recsys.serving.live.updates import LiveUpdates

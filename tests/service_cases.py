@@ -25,7 +25,7 @@ from recsys.errors import QueryError
 from recsys.serving.api.app import make_app
 from recsys.serving.api.auth import Keys
 from recsys.serving.engine.query import Answers, CursorError, Query, UnknownItem
-from recsys.serving.live.updates import Event
+from recsys.serving.live.journal import Event
 
 ITEM = {"id": "i0", "score": 1.0}
 """What a `FakeEngine` finds first."""

@@ -17,7 +17,7 @@ from recsys.serving.engine.engine import Engine, EngineRules
 from recsys.serving.engine.loaded_model import LoadedModel
 from recsys.serving.engine.query import Answers, Query
 from recsys.serving.index import GraphRules, HnswIndex
-from recsys.serving.live.updates import LiveView
+from recsys.serving.live.overlay import LiveView
 
 FOREVER = np.iinfo(np.int64).max
 EAGER = GraphRules(kind="hnsw", exact_breadth=0.5, exact_below=0.0, ef=40)

@@ -17,9 +17,8 @@ import pytest
 from conftest import Built
 
 from recsys.errors import DataError
-from recsys.serving.live.impression_log import SCHEMA, ImpressionLog
+from recsys.serving.live.impression_log import SCHEMA, ImpressionLog, Parts
 from recsys.serving.live.journal import Event
-from recsys.serving.live.parquet_parts import Parts
 from recsys.serving.recommender import Recommender
 from recsys.tables import DAY, SECOND
 
@@ -235,7 +234,7 @@ def test_a_crash_at_any_step_of_joining_loses_and_repeats_nothing(
 def test_parts_that_cannot_become_one_file_are_tried_again_and_never_written_twice(
     step: str, again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recsys.serving.live.parquet_parts.JOIN_AGAIN", 0.0)
+    monkeypatch.setattr("recsys.serving.live.impression_log.JOIN_AGAIN", 0.0)
     replace = os.replace
 
     def full(*_: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from recsys.serving.engine.facets import MOST, facets
+from recsys.serving.engine.ranking import MOST, facets
 
 
 def test_columns_of_few_words_are_told_the_most_frequent_first() -> None:

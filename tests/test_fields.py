@@ -19,7 +19,9 @@ from recsys.errors import QueryError
 from recsys.serving import bundle as bundles
 from recsys.serving.api.app import make_app
 from recsys.serving.engine.loaded_model import LoadedModel
-from recsys.serving.live.updates import Event, LiveUpdates, Overlay
+from recsys.serving.live.journal import Event
+from recsys.serving.live.overlay import Overlay
+from recsys.serving.live.updates import LiveUpdates
 
 BERLIN = "Europe/Berlin"
 MORE = {

@@ -14,8 +14,7 @@ import pytest
 from recsys.errors import BundleError
 from recsys.ragged import Ragged
 from recsys.search import ExactIndex
-from recsys.serving.index import GraphRules, HnswIndex, build_index
-from recsys.serving.nodes import distinct
+from recsys.serving.index import GraphRules, HnswIndex, build_index, distinct
 from recsys.serving.recall import recall_against_exact
 
 

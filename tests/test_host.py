@@ -289,7 +289,7 @@ def test_twenty_seconds_of_swaps_and_writes_under_load(
     written = [0]
 
     def write() -> None:
-        from recsys.serving.live.updates import Event
+        from recsys.serving.live.journal import Event
 
         while not done.is_set():
             id = f"live-{written[0] % 50}"

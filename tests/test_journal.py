@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from recsys.errors import QueryError
-from recsys.serving.live.group_commit import GroupCommit
 from recsys.serving.live.journal import FILE, Change, Event, Journal, JournalError, body_of
+from recsys.serving.live.updates import GroupCommit
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_work_that_fails_fails_for_all_who_wait_and_goes_on() -> None:
 WRITER = """
 import sys, threading
 from recsys.serving.live.journal import Change, Event, Journal
-from recsys.serving.live.group_commit import GroupCommit
+from recsys.serving.live.updates import GroupCommit
 
 folder, start = sys.argv[1], int(sys.argv[2])
 journal = Journal(folder)

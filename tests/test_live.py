@@ -21,10 +21,10 @@ from serving_cases import table as table
 from recsys.errors import QueryError
 from recsys.serving.bundle import Bundle
 from recsys.serving.engine.loaded_model import LoadedModel
-from recsys.serving.live.journal import Journal, JournalError
+from recsys.serving.live.journal import Event, Journal, JournalError
 from recsys.serving.live.new_items import encode_described
-from recsys.serving.live.persistent_map import PersistentMap
-from recsys.serving.live.updates import Event, LiveUpdates, LiveView, Overlay
+from recsys.serving.live.overlay import LiveView, Overlay, PersistentMap
+from recsys.serving.live.updates import LiveUpdates
 from recsys.tables import SECOND
 from recsys.towers.encode import encode_items
 from recsys.towers.rules import TowerRules

@@ -15,8 +15,9 @@ from serving_cases import NEW
 from serving_cases import table as table
 
 from recsys.serving.engine.loaded_model import LoadedModel
+from recsys.serving.live.journal import Event
 from recsys.serving.live.new_items import encode_described
-from recsys.serving.live.updates import Event, LiveUpdates
+from recsys.serving.live.updates import LiveUpdates
 
 
 @pytest.fixture(scope="module")

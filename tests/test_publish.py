@@ -271,7 +271,8 @@ def test_a_journal_forgets_what_every_bundle_holds(
 ) -> None:
     from recsys.experiments import cli
     from recsys.serving.engine.loaded_model import LoadedModel
-    from recsys.serving.live.updates import Event, LiveUpdates
+    from recsys.serving.live.journal import Event
+    from recsys.serving.live.updates import LiveUpdates
 
     def said(*arguments: object, code: int = 0) -> str:
         with pytest.raises(SystemExit) as ended:

@@ -31,8 +31,7 @@ from recsys.serving import manifest
 from recsys.serving.api.app import make_app
 from recsys.serving.api.auth import Keys, make_key
 from recsys.serving.api.limits import parse_rates
-from recsys.serving.api.logs import json_logs
-from recsys.serving.api.server import bind, is_local, own_names, run
+from recsys.serving.api.server import bind, is_local, json_logs, own_names, run
 from recsys.serving.client import Client, ServiceError
 
 OPEN = Keys(open_writes=True)

@@ -26,12 +26,13 @@ from service_cases import exposures as exposures
 from service_cases import host as host
 from service_cases import living as living
 
-from recsys.serving.api.app import ServiceRules, make_app
+from recsys.serving.api.app import make_app
 from recsys.serving.api.auth import Keys, make_key
 from recsys.serving.api.batcher import BatchRules
+from recsys.serving.api.handlers import ServiceRules
 from recsys.serving.client import Client, ServiceError
 from recsys.serving.live.impression_log import ImpressionLog
-from recsys.serving.live.updates import Event
+from recsys.serving.live.journal import Event
 
 # --- questions ------------------------------------------------------------------------------------
 

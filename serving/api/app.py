@@ -11,8 +11,10 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
+from importlib.resources import files
 from typing import Any
 
+import orjson
 from polars.exceptions import PanicException
 from prometheus_client.core import Metric
 from starlette.applications import Starlette
@@ -22,7 +24,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from recsys.errors import RecsysError
-from recsys.files import canonical_json
+from recsys.files import canonical_json, sha256_bytes
 from recsys.serving.api.auth import KeyFile, Keys
 from recsys.serving.api.contract import OPERATIONS, Operation, openapi
 from recsys.serving.api.handlers import MISTAKE, Handlers, ImpressionSink, ServiceRules, refused
@@ -34,11 +36,8 @@ from recsys.serving.api.middleware import (
     error_response,
     log,
 )
-from recsys.serving.api.page_files import PageFiles
 from recsys.serving.api.schemas import Code, Refusal
 from recsys.serving.live.impression_log import ImpressionLog
-
-__all__ = ["Keys", "ServiceRules", "make_app"]
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -182,3 +181,62 @@ def _more_metrics(handlers: Handlers) -> Iterable[Metric]:
 
 if __name__ == "__main__":  # python -m recsys.serving.api.app > docs/openapi.json
     sys.stdout.write(canonical_json(openapi()) + "\n")
+
+
+KINDS = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+}
+HEADERS = {
+    "content-security-policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+
+class PageFiles:
+    """What is served beside the API.
+
+    Args:
+        openapi: gives the description of the API.
+    """
+
+    def __init__(self, openapi: Callable[[], dict[str, Any]]) -> None:
+        self._openapi = openapi
+        self._files: dict[str, tuple[bytes, str, str]] = {}
+        folder = files("recsys.serving.api").joinpath("page")
+        if not folder.is_dir():
+            return
+        for file in sorted(folder.iterdir(), key=lambda one: one.name):
+            kind = KINDS.get("." + file.name.rsplit(".", 1)[-1])
+            if kind is not None:
+                self._add(f"/page/{file.name}", file.read_bytes(), kind)
+        if "/page/index.html" in self._files:
+            self._files["/"] = self._files["/page/index.html"]
+
+    def _add(self, path: str, content: bytes, kind: str) -> None:
+        self._files[path] = content, kind, f'"{sha256_bytes(content)[:32]}"'
+
+    @property
+    def paths(self) -> list[str]:
+        """All there is."""
+        return [*self._files, "/openapi.json"]
+
+    def get(self, path: str, known: str | None) -> tuple[int, bytes, str, dict[str, str]]:
+        """Status, content, type and headers.
+
+        Args:
+            path: one of `paths`.
+            known: If-None-Match of the request.
+        """
+        if path not in self._files:  # the description of the API is made when first asked for
+            self._add(path, orjson.dumps(self._openapi()), "application/json")
+        content, kind, tag = self._files[path]
+        headers = HEADERS | {"etag": tag}
+        if known is not None and tag in known:
+            return 304, b"", kind, headers
+        return 200, content, kind, headers

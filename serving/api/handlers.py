@@ -38,8 +38,7 @@ from recsys.serving.api.schemas import (
     read,
 )
 from recsys.serving.engine.query import Answers, CursorError, Query, UnknownItem
-from recsys.serving.live.journal import JournalError
-from recsys.serving.live.updates import Event
+from recsys.serving.live.journal import Event, JournalError
 
 log = logging.getLogger("recsys.serve")
 

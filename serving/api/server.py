@@ -9,19 +9,26 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import logging.handlers
 import os
+import queue
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from datetime import UTC, datetime
+from typing import IO, TYPE_CHECKING, Any
+
+import orjson
 
 from recsys.errors import ConfigError
 
 if TYPE_CHECKING:
     from granian.server.embed import Server
+
 
 log = logging.getLogger("recsys.serve")
 
@@ -195,3 +202,55 @@ async def serve(
         started(stop_from_anywhere)
         break
     await serving
+
+
+WAITING = 10_000
+"""Lines that may wait for their reader; more are dropped."""
+
+
+class JsonLine(logging.Formatter):
+    """Time, level, logger, message; and what the record carries as `data`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        said: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        said |= getattr(record, "data", {})
+        if record.exc_info:
+            said["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(said, default=str).decode()
+
+
+class _Put(logging.handlers.QueueHandler):
+    """Drops what does not fit: a stuck reader of logs must not stop the service."""
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record  # formatted in the thread; nothing leaves the process in between
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        with suppress(queue.Full):  # there is nowhere to say it
+            self.queue.put_nowait(record)
+
+
+@contextmanager
+def json_logs(level: str = "info", to: IO[str] | None = None) -> Iterator[None]:
+    """All logs as JSON lines on stderr (or `to`) while the block runs; all are out at its end."""
+    handler = logging.StreamHandler(to or sys.stderr)
+    handler.setFormatter(JsonLine())
+    waiting: queue.Queue[logging.LogRecord] = queue.Queue(WAITING)
+    listener = logging.handlers.QueueListener(waiting, handler)
+    root = logging.getLogger()
+    before, before_level = root.handlers[:], root.level
+    put = _Put(waiting)
+    root.handlers[:] = [put]
+    root.setLevel(level.upper())
+    listener.start()
+    try:
+        yield
+    finally:
+        root.handlers[:] = before
+        root.setLevel(before_level)
+        listener.stop()

@@ -26,17 +26,16 @@ from recsys.ragged import Ragged, slots
 from recsys.search import pair_scores
 from recsys.serving.engine.availability import FOREVER, Windows
 from recsys.serving.engine.explain import EXPLAINED, Explainer
-from recsys.serving.engine.facets import facets
 from recsys.serving.engine.filters import KEPT_BYTES, FilterMasks
 from recsys.serving.engine.loaded_model import LoadedModel, json_rows
 from recsys.serving.engine.planner import Planner, ResolvedQuery, Resolver, paged
 from recsys.serving.engine.popular import Popular
 from recsys.serving.engine.query import Answers, Query, UnknownItem
-from recsys.serving.engine.ranking import Ranking
+from recsys.serving.engine.ranking import Ranking, facets
 from recsys.serving.engine.rerank import diversified, with_popularity
 from recsys.serving.engine.snapshot import AllowedItems, CatalogSnapshot
 from recsys.serving.engine.user_inputs import UserInputs
-from recsys.serving.live.updates import LiveView
+from recsys.serving.live.overlay import LiveView
 
 NEWEST = 50
 """History entries in the look-up of a user."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from recsys.serving.engine.loaded_model import LoadedModel
 from recsys.serving.engine.user_inputs import UserInput, UserInputs
-from recsys.serving.live.updates import LiveView
+from recsys.serving.live.overlay import LiveView
 
 EXPLAINED = 20
 """Answers that are explained; what follows has no explanation."""

@@ -25,7 +25,7 @@ from recsys.serving.engine.availability import FOREVER, MINUTE, Windows
 from recsys.serving.engine.loaded_model import LoadedModel
 from recsys.serving.engine.paging import INDEXED, LATE, LIVE, Key
 from recsys.serving.index import HnswIndex
-from recsys.serving.live.updates import LiveView
+from recsys.serving.live.overlay import LiveView
 
 NODE = 40
 """Rows of a narrow filter that are scored in the time in which the graph visits one node."""

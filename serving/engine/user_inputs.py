@@ -24,7 +24,7 @@ from recsys.features.batching.examples import asking
 from recsys.features.prepared.columns import ContextColumn
 from recsys.ragged import Ragged
 from recsys.serving.engine.loaded_model import LoadedModel
-from recsys.serving.live.updates import LiveView
+from recsys.serving.live.overlay import LiveView
 from recsys.tables import SECOND
 
 EMBEDDED_AT_ONCE = ENCODED_AT_ONCE = 16_384

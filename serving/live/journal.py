@@ -1,7 +1,7 @@
 """The journal of items and events: on disk before anybody is told that they were taken.
 
 One SQLite file in WAL mode, one process. Every commit waits for the disk (synchronous = FULL), and
-many writers share one commit (`recsys.serving.live.group_commit`). This file imports nothing heavy.
+many writers share one commit (`recsys.serving.live.updates`). This file imports nothing heavy.
 """
 
 from __future__ import annotations

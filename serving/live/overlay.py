@@ -7,9 +7,10 @@ what histories read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from datetime import UTC, date, datetime
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import polars as pl
@@ -17,13 +18,12 @@ import polars as pl
 from recsys.errors import BundleError, QueryError
 from recsys.features.prepared.item_coder import Described, ItemCoder
 from recsys.ragged import gather
-from recsys.serving.live.fields import field_value
 from recsys.serving.live.new_items import Encoded, encode_described, same_features
-from recsys.serving.live.persistent_map import PersistentMap
 from recsys.tables import Schema
 
 if TYPE_CHECKING:
     from recsys.serving.engine.loaded_model import LoadedModel
+
 
 EVENTS_KEPT = 1000
 """Newest events of a user that a view holds; no tower reads as many."""
@@ -440,3 +440,157 @@ def _write(room: tuple[np.ndarray, ...], at: slice, items: Sequence[NewItem]) ->
         room[1][at] = [item.entry for item in items]
         room[2][at] = [item.window for item in items]
         room[3][at] = [item.since for item in items]
+
+
+_INT = 2**63
+_UNITS = {"ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
+
+
+def field_value(name: str, value: Any, dtype: pl.DataType, separator: str) -> Any:
+    """The value as the column holds it.
+
+    Args:
+        name: of the column.
+        value: JSON value.
+        dtype: of the column.
+        separator: between several categories in one text.
+
+    Raises:
+        QueryError: the column cannot hold the value.
+    """
+    if value is None:
+        return None
+    # Most values take no look by Polars, which costs more than all the rest of an item.
+    if dtype == pl.String:
+        if isinstance(value, str):
+            return value
+        if isinstance(value, (list, tuple)):
+            return (separator or ", ").join(str(one) for one in value if one is not None)
+        if isinstance(value, bool):
+            return "true" if value else "false"
+        if isinstance(value, (int, float)):
+            return str(value)
+    elif dtype == pl.Boolean:
+        if isinstance(value, bool):
+            return value
+    elif isinstance(value, bool):
+        pass
+    elif dtype == pl.Float64 and isinstance(value, (int, float)):
+        return float(value)
+    elif dtype == pl.Int64 and isinstance(value, int) and -_INT <= value < _INT:
+        return value
+    else:
+        try:
+            held = value
+            if isinstance(value, str) and isinstance(dtype, pl.Date | pl.Datetime):
+                held = _moment(name, value, dtype)
+            series = pl.Series(name, [held], dtype=dtype, strict=True)
+            if series.dtype == dtype:  # a list makes one of lists, whatever was wanted
+                if dtype.is_nested():
+                    series.to_list()  # an answer that tells of the item will read what is in it
+                return series[0]
+        except QueryError:
+            raise
+        # Polars refuses in many ways; a time that Python cannot hold makes it panic, which is no
+        # Exception.
+        except (Exception, pl.exceptions.PanicException):
+            pass
+    raise QueryError(
+        f"{name!r} holds {value!r}, but the catalogue has a column of {dtype}. "
+        f"Give {_fitting(dtype)}."
+    )
+
+
+def _fitting(dtype: pl.DataType) -> str:
+    """What a column takes, in words."""
+    if isinstance(dtype, pl.Date):
+        return "a date in ISO 8601, or days since 1970, within the years 1 to 9999"
+    if isinstance(dtype, pl.Datetime):
+        unit = _UNITS[dtype.time_unit]
+        return f"a time in ISO 8601, or {unit} since 1970, within the years 1 to 9999"
+    if isinstance(dtype, pl.Duration):
+        return f"a whole number of {_UNITS[dtype.time_unit]}"
+    if isinstance(dtype, pl.List | pl.Array):
+        return f"a list of {dtype.inner}"
+    if isinstance(dtype, pl.Boolean):
+        return "true or false"
+    if dtype.is_integer():
+        return "a whole number that fits"
+    return "a number" if dtype.is_numeric() else "a value of that type"
+
+
+def _moment(name: str, value: str, dtype: pl.Date | pl.Datetime) -> date | datetime:
+    try:
+        moment = datetime.fromisoformat(value)
+    except ValueError:
+        raise QueryError(f"{name!r} holds {value!r}, which is no time in ISO 8601.") from None
+    if isinstance(dtype, pl.Date):
+        return moment.date()
+    if moment.tzinfo is not None:
+        # A column without a zone holds UTC, as a time without one is read everywhere.
+        moment = moment.astimezone(UTC)
+        if dtype.time_zone is None:
+            moment = moment.replace(tzinfo=None)
+    return moment
+
+
+V = TypeVar("V")
+SHARDS = 1024
+"""A change copies the shards that it touches, a thousandth of the whole each."""
+
+
+class PersistentMap(Mapping[str, V]):
+    """Text keys → values, spread over dictionaries by hash.
+
+    Example:
+        >>> one = PersistentMap().changed({"a": 1, "b": 2})
+        >>> two = one.changed({"a": 3}, ["b"])
+        >>> sorted(one.items()), sorted(two.items())
+        ([('a', 1), ('b', 2)], [('a', 3)])
+    """
+
+    __slots__ = ("_shards", "_size")
+
+    def __init__(self, shards: tuple[dict[str, V], ...] | None = None, size: int = 0) -> None:
+        nothing: dict[str, V] = {}
+        self._shards = (nothing,) * SHARDS if shards is None else shards
+        self._size = size
+
+    def changed(self, new: Mapping[str, V], gone: Iterable[str] = ()) -> PersistentMap[V]:
+        """This mapping without `gone` and with `new`."""
+        shards, own, size = list(self._shards), set[int](), self._size
+
+        def mine(key: str) -> dict[str, V]:
+            place = hash(key) % SHARDS
+            if place not in own:
+                own.add(place)
+                shards[place] = dict(shards[place])
+            return shards[place]
+
+        for key in gone:
+            shard = mine(key)
+            size -= key in shard
+            shard.pop(key, None)
+        for key, value in new.items():
+            shard = mine(key)
+            size += key not in shard
+            shard[key] = value
+        return PersistentMap(tuple(shards), size) if own else self
+
+    def __getitem__(self, key: str) -> V:
+        return self._shards[hash(key) % SHARDS][key]
+
+    # Mapping's own go through an exception.
+    def get(self, key, default=None):  # type: ignore[no-untyped-def]
+        """The value of the key, or the default."""
+        return self._shards[hash(key) % SHARDS].get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._shards[hash(key) % SHARDS]
+
+    def __iter__(self) -> Iterator[str]:
+        for shard in self._shards:
+            yield from shard
+
+    def __len__(self) -> int:
+        return self._size

@@ -20,7 +20,8 @@ from recsys.errors import BundleError, ConfigError, QueryError, RecsysError, nea
 from recsys.serving.engine.engine import Engine
 from recsys.serving.engine.loaded_model import LoadedModel, give_back
 from recsys.serving.engine.query import Query
-from recsys.serving.live.updates import LiveUpdates, Overlay
+from recsys.serving.live.overlay import Overlay
+from recsys.serving.live.updates import LiveUpdates
 from recsys.serving.manifest import Check
 from recsys.serving.models.gate import GateRules, Verdict, check
 from recsys.serving.models.sources import FolderSource, ModelSource
