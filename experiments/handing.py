@@ -115,10 +115,10 @@ def prune(
         if (source / CURRENT).exists():
             folders += [version.path for version in versions(source)]
     folders = list(dict.fromkeys(folder.resolve() for folder in folders))
-    with aside(), LiveUpdates(journal) as living:
+    with aside(), LiveUpdates(journal) as updates:
         for folder in folders:
-            living.attach(LoadedModel.load(folder))
-        forgotten = living.prune()
+            updates.attach(LoadedModel.load(folder))
+        forgotten = updates.prune()
     if json:
         print_json({**forgotten, "bundles": [str(folder) for folder in folders]})
         return
@@ -165,12 +165,12 @@ def golden(
     if out.exists() and not force:
         raise ConfigError(f"{out} is there already. Name another --out, or give --force.")
     with aside():
-        served = LoadedModel.load(FolderSource(bundle).latest()[1])
+        model = LoadedModel.load(FolderSource(bundle).latest()[1])
         count = write_golden(
-            served, out, questions=questions, k=k, min_overlap=min_overlap, seed=seed
+            model, out, questions=questions, k=k, min_overlap=min_overlap, seed=seed
         )
-    said = {"path": str(out), "questions": count, "model": served.version}
-    print_json(said) if json else print(f"{out}: {count} questions, answered by {served.version}")
+    said = {"path": str(out), "questions": count, "model": model.version}
+    print_json(said) if json else print(f"{out}: {count} questions, answered by {model.version}")
 
 
 def promote(

@@ -30,7 +30,7 @@ from recsys.features.prepared.dataset import Dataset
 from recsys.features.prepared.prepare import prepare as prepare_log
 from recsys.features.readers import read as logs
 from recsys.features.readers.source import with_files
-from recsys.features.text.rules import learns_company
+from recsys.features.text.rules import learns_cooccurrence
 from recsys.files import canonical_json, read_json, sha256_bytes, write_json
 from recsys.serving.manifest import read_manifest
 from recsys.serving.recommender import Recommender
@@ -109,7 +109,7 @@ def text_vectors(
     Args:
         config: the run.
         dataset: prepared.
-        until: the last side whose events the view "company" may know.
+        until: the last side whose events the view "cooccurrence" may know.
     """
     texts = dataset.item_text
     if not any(texts):
@@ -123,14 +123,19 @@ def text_vectors(
     parts = dict.fromkeys(("title", *schema.text, *schema.categories))
     fields = [texts_of(catalog, (part,)).gather(rows) for part in parts if part in catalog.columns]
     rules = config.text
-    company = None
-    if learns_company(rules):
+    cooccurrence = None
+    if learns_cooccurrence(rules):
         place = np.full(dataset.n_items, -1)
         place[rows] = np.arange(len(rows))
-        company = place[consecutive(timeline_until(dataset, until))]
-        company = company[:, (company >= 0).all(axis=0)]
+        cooccurrence = place[consecutive(timeline_until(dataset, until))]
+        cooccurrence = cooccurrence[:, (cooccurrence >= 0).all(axis=0)]
     encoder = fit_encoder(
-        written.gather(rows), rules, seed=config.seed, fields=fields, company=company, progress=say
+        written.gather(rows),
+        rules,
+        seed=config.seed,
+        fields=fields,
+        cooccurrence=cooccurrence,
+        progress=say,
     )
     cache = Path(config.out) / "cache"
     items = encode_cached(encoder, texts, cache) if rules.train == "frozen" else None
@@ -174,9 +179,9 @@ class Untrained:
 
     def remake(self) -> TwoTower:
         """Towers that are to learn from the validation side, too: what it is the first to know has
-        ids, and its company says more of texts. Where it says nothing of texts, they are read once.
+        ids, and its co-occurrence says more of texts. Where it says nothing, they are read once.
         """
-        texts = Side.VALID if learns_company(self.config.text) else Side.TRAIN
+        texts = Side.VALID if learns_cooccurrence(self.config.text) else Side.TRAIN
         return self._towers(texts, Side.VALID)
 
     def _towers(self, texts: Side, until: Side) -> TwoTower:

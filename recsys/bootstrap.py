@@ -1,7 +1,7 @@
 """How sure a mean is: bootstrap intervals that resample users, not queries.
 
 Legend: Q queries, U users, G groups of users, B resamples, M metrics.
-Queries of one user are alike, so the user is what was drawn from the world and what is redrawn.
+Queries of one user are alike, so the user is what was resampled from the world and what is redrawn.
 """
 
 from __future__ import annotations
@@ -111,9 +111,9 @@ class Bootstrap:
             judged[m] = (count > 0).sum()
             columns[:, m] = np.bincount(self._group, total)
             columns[:, len(values) + m] = np.bincount(self._group, count)
-        drawn = mean + self._resampled(columns)  # (B, M)
+        resampled = mean + self._resampled(columns)  # (B, M)
         return {
-            name: Estimate(float(mean[m]), *self._ends(drawn[:, m], int(judged[m])))
+            name: Estimate(float(mean[m]), *self._ends(resampled[:, m], int(judged[m])))
             for m, name in enumerate(values)
         }
 
@@ -133,23 +133,23 @@ class Bootstrap:
         groups, metrics = len(columns), columns.shape[1] // 2
         rng = np.random.default_rng((self._seed, 0))
         step = max(1, AT_ONCE // groups)
-        drawn = np.empty((self._samples, metrics))
+        resampled = np.empty((self._samples, metrics))
         for start in range(0, self._samples, step):
             rows = min(step, self._samples - start)
             pick = rng.integers(groups, size=(rows, groups)) + groups * np.arange(rows)[:, None]
             times = np.bincount(pick.ravel(), minlength=rows * groups).reshape(rows, groups)
             totals = times.astype(float) @ columns
             total, count = totals[:, :metrics], totals[:, metrics:]
-            drawn[start : start + rows] = np.divide(
+            resampled[start : start + rows] = np.divide(
                 total, count, out=np.full_like(total, np.nan), where=count > 0
             )
-        return drawn
+        return resampled
 
-    def _ends(self, drawn: np.ndarray, users: int) -> tuple[float, float]:
-        drawn = drawn[~np.isnan(drawn)]
-        if users < 2 or not len(drawn):
+    def _ends(self, resampled: np.ndarray, users: int) -> tuple[float, float]:
+        resampled = resampled[~np.isnan(resampled)]
+        if users < 2 or not len(resampled):
             return float("nan"), float("nan")
         tail = (1 - self._level) / 2
         wide = np.sqrt(users / (users - 1)) * stats.t.ppf(tail, users - 1)
-        low, high = np.quantile(drawn, [stats.norm.cdf(wide), stats.norm.cdf(-wide)])
+        low, high = np.quantile(resampled, [stats.norm.cdf(wide), stats.norm.cdf(-wide)])
         return float(low), float(high)

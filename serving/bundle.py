@@ -104,7 +104,7 @@ class Bundle:
         return TextEncoder.load(self.encoder_folder)
 
 
-def available(window: np.ndarray, moment: int | None) -> np.ndarray:
+def available(window: np.ndarray, as_of: int | None) -> np.ndarray:
     """(N,) bool: what the item table allows to be recommended at the moment; row 0 never.
 
     Args:
@@ -112,18 +112,18 @@ def available(window: np.ndarray, moment: int | None) -> np.ndarray:
         moment: microseconds; None without a clock: only items never available are left out.
     """
     allowed = window[:, 0] < window[:, 1]
-    if moment is not None:
-        allowed = (window[:, 0] <= moment) & (moment < window[:, 1])
+    if as_of is not None:
+        allowed = (window[:, 0] <= as_of) & (as_of < window[:, 1])
     allowed[0] = False
     return allowed
 
 
-def answerable(bundle: Bundle, moment: int | None) -> np.ndarray:
+def answerable(bundle: Bundle, as_of: int | None) -> np.ndarray:
     """(N,) bool: item rows that exist and are available at the moment.
 
     Rows of a later log only where the towers read item statistics: else nothing is known of them.
     """
-    allowed = bundle.timeline.alive(moment) & available(bundle.window, moment)
+    allowed = bundle.timeline.alive(as_of) & available(bundle.window, as_of)
     if bundle.known_items and not bundle.model.uses_statistics:
         allowed[bundle.known_items :] = False
     return allowed

@@ -65,11 +65,11 @@ class Later:
     requests: Requests | None = None
     event_weight: np.ndarray | None = None
 
-    def since(self, moment: int) -> Later:
+    def since(self, as_of: int) -> Later:
         """Only what is at or after the moment."""
-        kept, asked = np.flatnonzero(self.time >= moment), self.requests
+        kept, asked = np.flatnonzero(self.time >= as_of), self.requests
         if asked is not None:
-            rows = np.flatnonzero(asked.time >= moment)
+            rows = np.flatnonzero(asked.time >= as_of)
             offsets, position = asked.shown.offsets, asked.position
             asked = Requests(
                 asked.user.gather(rows), asked.time[rows], asked.shown.take(rows), asked.items,

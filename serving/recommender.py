@@ -267,21 +267,21 @@ class Recommender:
         """Q ragged item rows that each user had before, however far back."""
         return seen_rows(self.bundle.timeline, queries)
 
-    def as_of(self, moment: int | None) -> Recommender:
+    def as_of(self, as_of: int | None) -> Recommender:
         """This recommender as it would have stood at the moment.
 
         Which items exist is as of then and, where the towers read item statistics, vectors are
         made from the statistics strictly before it.
         """
         bundle = self.bundle
-        rows = np.flatnonzero(bundles.answerable(bundle, moment))
+        rows = np.flatnonzero(bundles.answerable(bundle, as_of))
         vectors = bundle.vectors
         if bundle.model.uses_statistics:
             everything = np.arange(bundle.items.size)
-            vectors = encode_items(bundle.model, everything, bundle.timeline, moment)
+            vectors = encode_items(bundle.model, everything, bundle.timeline, as_of)
         exact = ExactIndex(np.ascontiguousarray(vectors[rows]))
         moved = replace(bundle, vectors=vectors, rows=rows, index=exact)
-        return Recommender(LoadedModel(moved, as_of=moment))
+        return Recommender(LoadedModel(moved, as_of=as_of))
 
 
 def _ids(values: Iterable[str], name: str) -> list[str]:

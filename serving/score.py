@@ -19,7 +19,7 @@ from recsys.serving.bundle import Bundle
 from recsys.serving.later_events import Later, extend
 from recsys.serving.user_lists import as_lists, need, rows_of_lists
 from recsys.tables import SECOND, Schema
-from recsys.towers.data import moments_of
+from recsys.towers.data import as_of_times_of
 
 if TYPE_CHECKING:
     from recsys.serving.recommender import Recommender
@@ -93,20 +93,20 @@ def score_frame(
         history = rows_of_lists(as_lists(frame["history"]), bundle)
     context = _context(frame, bundle)
     scores = np.zeros(len(items.values), np.float32)
-    moments = None
+    as_of_times = None
     if times is not None:
-        moments = (
-            moments_of(times, refresh, cutoff=bundle.cutoff)
+        as_of_times = (
+            as_of_times_of(times, refresh, cutoff=bundle.cutoff)
             if bundle.model.uses_statistics
             else None
         )
     groups = [(None, np.arange(len(frame)))]
-    if moments is not None:
-        order = np.argsort(moments, kind="stable")
-        distinct, start = np.unique(moments[order], return_index=True)
+    if as_of_times is not None:
+        order = np.argsort(as_of_times, kind="stable")
+        distinct, start = np.unique(as_of_times[order], return_index=True)
         groups = list(zip(distinct.tolist(), np.split(order, start[1:]), strict=True))
-    for moment, rows in groups:
-        at = recommender if moment is None else recommender.as_of(moment)
+    for as_of, rows in groups:
+        at = recommender if as_of is None else recommender.as_of(as_of)
         when = None if times is None else times[rows]
         codes = None if context is None else context[rows]
         queries = (

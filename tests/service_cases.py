@@ -119,7 +119,7 @@ class FakeHost:
         ]
 
 
-class FakeLiving:
+class FakeUpdates:
     """A journal in memory; item "full" finds the disk full, column "x" is unknown."""
 
     def __init__(self) -> None:
@@ -143,7 +143,7 @@ class FakeLiving:
         return new
 
 
-class FakeExposures:
+class FakeImpressions:
     def __init__(self) -> None:
         self.rows: list[tuple[Any, ...]] = []
         self.posted: list[Event] = []
@@ -165,18 +165,18 @@ def host() -> FakeHost:
 
 
 @pytest.fixture
-def living() -> FakeLiving:
-    return FakeLiving()
+def updates() -> FakeUpdates:
+    return FakeUpdates()
 
 
 @pytest.fixture
-def exposures() -> FakeExposures:
-    return FakeExposures()
+def impressions() -> FakeImpressions:
+    return FakeImpressions()
 
 
 @pytest.fixture
-def app(host: FakeHost, living: FakeLiving, exposures: FakeExposures) -> Any:
-    app = make_app(host, living, exposures, keys=OPEN)
+def app(host: FakeHost, updates: FakeUpdates, impressions: FakeImpressions) -> Any:
+    app = make_app(host, updates, impressions, keys=OPEN)
     yield app
     app.close()
 

@@ -131,7 +131,7 @@ class UserInputs:
     host: ModelManager
     prefix: dict[str, str]
     ids: list[str]
-    living: bool = False
+    updates: bool = False
     threads: int = 4
     faults: list[str] = field(default_factory=list)
     took: list[tuple[float, float, str]] = field(default_factory=list)  # when, seconds, version
@@ -187,5 +187,5 @@ class UserInputs:
         if not ids:
             raise AssertionError("an empty answer")
         for id in ids:
-            if not (id.startswith(prefix) or (self.living and id.startswith("live-"))):
+            if not (id.startswith(prefix) or (self.updates and id.startswith("live-"))):
                 raise AssertionError(f"{id} in an answer of the model with {prefix}")

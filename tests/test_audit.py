@@ -264,12 +264,12 @@ def test_true_probabilities_have_hardly_an_error_and_doubled_ones_log_two() -> N
     draws, truth = watched(1.0)
     right = draws.errors(truth)
     assert right.items > 50 and right.error < 0.12
-    assert right.expected == pytest.approx(right.drawn, rel=0.02)
+    assert right.expected == pytest.approx(right.sampled, rel=0.02)
     assert max(map(abs, right.deciles)) < 0.15
     draws, truth = watched(2.0)
     wrong = draws.errors(truth)
     assert wrong.error == pytest.approx(math.log(2), abs=0.05)
-    assert wrong.expected == pytest.approx(2 * wrong.drawn, rel=0.02)
+    assert wrong.expected == pytest.approx(2 * wrong.sampled, rel=0.02)
     assert all(error == pytest.approx(math.log(2), abs=0.15) for error in wrong.deciles)
 
 
@@ -283,7 +283,7 @@ def test_an_error_of_popular_items_alone_shows_in_the_last_decile() -> None:
 
 def test_nothing_watched_is_no_error() -> None:
     found = Draws(5).errors(np.ones(5))
-    assert found.batches == 0 and found.drawn == 0 and math.isnan(found.error)
+    assert found.batches == 0 and found.sampled == 0 and math.isnan(found.error)
     users, items = torch.eye(2), torch.eye(2)
     one = audit(users, items, batch_of(2, 2, [0, 1]), 1.0, draws=found)
     assert isinstance(one, Audit) and "audit/draws/error" not in one.metrics()

@@ -23,14 +23,14 @@ SEED = st.integers(0, 2**32 - 1)
 PLANS = st.sampled_from(["random", "in_time"])
 
 
-def world(events: int = 60, seed: int = 0, moments: int = 40) -> TrainingEvents:
+def world(events: int = 60, seed: int = 0, as_of_times: int = 40) -> TrainingEvents:
     """Random events with ties in time, repeats, skips, weights and context."""
     rng = np.random.default_rng(seed)
-    first_seen = rng.integers(0, moments // 2, N_ITEMS) * 1_000_000
+    first_seen = rng.integers(0, as_of_times // 2, N_ITEMS) * 1_000_000
     timeline = Timeline.build(
         rng.integers(1, N_USERS, events),
         rng.integers(1, N_ITEMS, events).astype(np.int32),
-        rng.integers(0, moments, events) * 1_000_000,
+        rng.integers(0, as_of_times, events) * 1_000_000,
         n_users=N_USERS,
         first_seen=first_seen,
     )
@@ -218,8 +218,8 @@ def test_statistics_are_those_of_the_first_moment_of_the_batch() -> None:
         assert fits
         assert min(fits) <= by_time.max()
     chosen = np.argsort(events.timeline.time, kind="stable")[20:27]
-    moment = int(by_time[20])
-    batch = batches.make(BatchSlice(chosen, None, moment), np.random.default_rng(0))
+    as_of = int(by_time[20])
+    batch = batches.make(BatchSlice(chosen, None, as_of), np.random.default_rng(0))
     assert np.array_equal(batch.statistics, times[by_time[20]][batch.rows])
     drawn_only = set(batch.rows[: batch.n_candidates].tolist()) - set(
         events.timeline.item[chosen].tolist()
@@ -232,7 +232,7 @@ def test_statistics_are_those_of_the_first_moment_of_the_batch() -> None:
 def test_every_event_comes_once_an_epoch_in_as_many_batches_as_the_length_says(
     total: int, size: int, plan: str, seed: int
 ) -> None:
-    events = world(events=total, seed=seed, moments=2**20)
+    events = world(events=total, seed=seed, as_of_times=2**20)
     batches = Batches(events, batch_size=size, sampler=plan, seed=seed, skips=False)
     for epoch in range(3):
         parts = [part.units for part in batches._sampler.epoch(np.random.default_rng(epoch))]

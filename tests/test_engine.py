@@ -37,7 +37,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 
 @pytest.fixture
-def living() -> Iterator[LiveUpdates]:
+def updates() -> Iterator[LiveUpdates]:
     with LiveUpdates(None) as one:
         yield one
 
@@ -253,11 +253,11 @@ def test_dials_reorder_a_pool_and_leave_scores_alone(graph: LoadedModel) -> None
 
 
 def test_a_live_item_is_found_by_text_filter_and_likeness_and_gone_when_deleted(
-    keeper: LoadedModel, living: LiveUpdates
+    keeper: LoadedModel, updates: LiveUpdates
 ) -> None:
-    engine = Engine(keeper, living.attach(keeper), rules=STILL)
+    engine = Engine(keeper, updates.attach(keeper), rules=STILL)
     title = "Minimalist watering can, mustard yellow zinc"
-    living.put_item("new", {"title": title, "category": "Garden", "price": 31.94})
+    updates.put_item("new", {"title": title, "category": "Garden", "price": 31.94})
     cheap = Filter(ranges={"price": (31.9, 32.0)})
     found = reply_to(
         engine, Query("search", text=title, k=3, filter=cheap, fields=("title", "price"))
@@ -278,7 +278,7 @@ def test_a_live_item_is_found_by_text_filter_and_likeness_and_gone_when_deleted(
     assert "new" in reply_to(
         engine, Query("similar", items=(found.ids[0],), k=99, filter=parts)
     ).ids or (found.ids[0] == "new")
-    living.delete_item("new")
+    updates.delete_item("new")
     gone = reply_to(engine, Query("search", text=title, k=1000))
     assert "new" not in gone.ids
     assert "unknown" in str(reply_to(engine, Query("similar", items=("new",))).fallback)
@@ -287,12 +287,12 @@ def test_a_live_item_is_found_by_text_filter_and_likeness_and_gone_when_deleted(
 
 
 def test_a_replaced_item_stands_once_and_a_deleted_one_never(
-    keeper: LoadedModel, living: LiveUpdates
+    keeper: LoadedModel, updates: LiveUpdates
 ) -> None:
-    engine = Engine(keeper, living.attach(keeper), rules=STILL)
+    engine = Engine(keeper, updates.attach(keeper), rules=STILL)
     first, second = keeper.bundle.items.decode(keeper.bundle.rows[:2]).to_list()
-    living.put_item(first, {"title": "Something else altogether", "price": 3.0})
-    living.delete_item(second)
+    updates.put_item(first, {"title": "Something else altogether", "price": 3.0})
+    updates.delete_item(second)
     everything = reply_to(engine, Query("recommend", user="nobody", k=1000)).ids
     assert everything.count(first) == 1 and second not in everything
     assert engine.item(first)["fields"]["title"] == "Something else altogether"
@@ -305,22 +305,22 @@ def test_a_replaced_item_stands_once_and_a_deleted_one_never(
 
 
 def test_posted_events_count_at_once_and_are_not_recommended_again(
-    trade: LoadedModel, living: LiveUpdates
+    trade: LoadedModel, updates: LiveUpdates
 ) -> None:
-    engine = Engine(trade, living.attach(trade), rules=STILL)
+    engine = Engine(trade, updates.attach(trade), rules=STILL)
     before = reply_to(engine, Query("recommend", user="fresh", k=5))
     assert before.fallback and "unknown" in before.fallback
-    moment = (trade.bundle.cutoff or 0) + 1
-    living.post_events([Event("fresh", "i03", moment), Event("fresh", "i04", moment + 1)])
+    as_of = (trade.bundle.cutoff or 0) + 1
+    updates.post_events([Event("fresh", "i03", as_of), Event("fresh", "i04", as_of + 1)])
     after = reply_to(engine, Query("recommend", user="fresh", k=5))
     same = reply_to(engine, Query("recommend", history=("i03", "i04"), k=5))
     assert after.fallback is None and after.ids == same.ids and not {"i03", "i04"} & set(after.ids)
     user = trade.bundle.users.ids[0]
     old = engine.user(user)
-    living.post_events([Event(user, "i05", moment + 2)])
+    updates.post_events([Event(user, "i05", as_of + 2)])
     new = engine.user(user)
-    assert new["known"] and new["history"] == [*old["history"], {"id": "i05", "time": moment + 2}]
-    assert new["events"] == [{"id": "i05", "time": moment + 2, "strength": 1.0}]
+    assert new["known"] and new["history"] == [*old["history"], {"id": "i05", "time": as_of + 2}]
+    assert new["events"] == [{"id": "i05", "time": as_of + 2, "strength": 1.0}]
     row = trade.bundle.users.encode([user])
     had = trade.bundle.items.decode(trade.bundle.timeline.histories(row).values).to_list()
     told = reply_to(engine, Query("recommend", history=(*had, "i05"), k=5)).ids

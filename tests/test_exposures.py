@@ -384,14 +384,14 @@ def test_the_next_bundle_takes_in_what_was_served(
     from recsys.serving.live.updates import LiveUpdates
 
     items, told = [f"i{n}" for n in range(60)], []
-    with LiveUpdates(None) as living, ImpressionLog(tmp_path / "log") as log:
+    with LiveUpdates(None) as updates, ImpressionLog(tmp_path / "log") as log:
         for n in range(240):
             user, at = f"u{n % 16}", START + n * 3600 * SECOND + n
             shown = [items[(n * 7 + j * (n % 3 + 1)) % 60] for j in range(4)]
             log.shown(f"r{n}", user, at, shown, "main", "v1")
             events = [Event(user, shown[n % 3], at + SECOND, request=f"r{n}", id=f"e{n}")]
             log.events(events)
-            living.post_events(events)
+            updates.post_events(events)
             told += events
         log.close()
         recipe = Path(config.__file__).parent / "recipes" / "served.toml"
@@ -401,7 +401,7 @@ def test_the_next_bundle_takes_in_what_was_served(
         served = LoadedModel.load(built.bundle)
         late = [event for event in told if event.time >= (served.bundle.cutoff or 0)]
         assert 0 < len(late) < len(told)
-        view = living.attach(served).view
+        view = updates.attach(served).view
         assert sorted((user, *one) for user, some in view.events.items() for one in some) == sorted(
             (event.user, event.item, event.time, 1.0) for event in late
         )

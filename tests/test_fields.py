@@ -40,19 +40,19 @@ def served(tiny: Built) -> LoadedModel:
 
 
 @pytest.fixture
-def living() -> Iterator[LiveUpdates]:
-    with LiveUpdates(None) as living:
-        yield living
+def updates() -> Iterator[LiveUpdates]:
+    with LiveUpdates(None) as updates:
+        yield updates
 
 
 @pytest.fixture
-def overlay(living: LiveUpdates, served: LoadedModel) -> Overlay:
-    return living.attach(served)
+def overlay(updates: LiveUpdates, served: LoadedModel) -> Overlay:
+    return updates.attach(served)
 
 
 @pytest.fixture
-def app(living: LiveUpdates, overlay: Overlay) -> Any:
-    app = make_app(FakeHost(), living, keys=OPEN)
+def app(updates: LiveUpdates, overlay: Overlay) -> Any:
+    app = make_app(FakeHost(), updates, keys=OPEN)
     yield app
     app.close()
 
@@ -88,11 +88,11 @@ def test_times_beyond_all_calendars_leave_the_threads_that_write(
     ],
 )  # fmt: skip
 def test_what_a_column_cannot_hold_is_refused_by_name(
-    wrong: dict[str, Any], living: LiveUpdates, overlay: Overlay
+    wrong: dict[str, Any], updates: LiveUpdates, overlay: Overlay
 ) -> None:
     (name,) = wrong
     with pytest.raises(QueryError, match=f"'{name}' holds"):
-        living.put_item("a", NEW | wrong)
+        updates.put_item("a", NEW | wrong)
     assert not overlay.view.ids
 
 
@@ -115,7 +115,7 @@ class Panic(BaseException):
 @pytest.mark.parametrize("error", [ZeroDivisionError("7"), Panic("7")])
 @pytest.mark.parametrize("stage", ["describe", "encode"])
 def test_a_writer_that_breaks_a_model_costs_its_commit_nothing(
-    error: BaseException, stage: str, living: LiveUpdates, overlay: Overlay,
+    error: BaseException, stage: str, updates: LiveUpdates, overlay: Overlay,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     real, failed = getattr(Overlay, stage), dict[str, BaseException]()
@@ -128,15 +128,15 @@ def test_a_writer_that_breaks_a_model_costs_its_commit_nothing(
 
     def put(id: str) -> None:
         try:
-            living.put_item(id, {**NEW, "title": id})
+            updates.put_item(id, {**NEW, "title": id})
         except BaseException as error:
             failed[id] = error
 
     monkeypatch.setattr(Overlay, stage, breaking)
     ids = {f"i{n}" for n in range(10)}
     threads = [Thread(target=put, args=(id,)) for id in ids]
-    threads.append(Thread(target=living.post_events, args=([Event("u", "i1", 1)],)))
-    with living._lock:  # so that they gather
+    threads.append(Thread(target=updates.post_events, args=([Event("u", "i1", 1)],)))
+    with updates._lock:  # so that they gather
         for thread in threads:
             thread.start()
         time.sleep(0.05)
@@ -148,7 +148,7 @@ def test_a_writer_that_breaks_a_model_costs_its_commit_nothing(
 
 
 def test_what_fails_after_it_is_written_is_not_written_again(
-    living: LiveUpdates, overlay: Overlay, monkeypatch: pytest.MonkeyPatch
+    updates: LiveUpdates, overlay: Overlay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any) -> None:
         raise ZeroDivisionError
@@ -157,17 +157,17 @@ def test_what_fails_after_it_is_written_is_not_written_again(
 
     def post(user: str) -> None:
         try:
-            living.post_events([Event(user, "i1", 1)])
+            updates.post_events([Event(user, "i1", 1)])
         except ZeroDivisionError:
             failed.append(user)
 
     threads = [Thread(target=post, args=(user,)) for user in "abc"]
     with monkeypatch.context() as patch:
         patch.setattr(Overlay, "change", broken)
-        with living._lock:
+        with updates._lock:
             for thread in threads:
                 thread.start()
             time.sleep(0.05)
         for thread in threads:
             thread.join()
-    assert sorted(failed) == ["a", "b", "c"] and living._seq == 3
+    assert sorted(failed) == ["a", "b", "c"] and updates._seq == 3

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys.features.prepared.first_seen import Firsts
+from recsys.features.prepared.first_seen import FirstSeen
 from recsys.features.prepared.timeline import Timeline
 
 N_USERS, N_ITEMS = 4, 5
@@ -30,10 +30,10 @@ def test_what_was_had_stands_in_the_whole_history_before(
     past = timeline(events)
     users, items, times = np.array(asked, np.int64).reshape(-1, 3).T
     until = past.user_offsets[users] + past.past(users, times)
-    found = Firsts(past, None if of_all else users).before(users, items, until)
+    found = FirstSeen(past, None if of_all else users).before(users, items, until)
     histories = past.histories(users, times)
     assert found.tolist() == [item in histories[q] for q, item in enumerate(items)]
-    ever = Firsts(past).before(users, items, past.user_offsets[users + 1])
+    ever = FirstSeen(past).before(users, items, past.user_offsets[users + 1])
     assert ever.tolist() == [any(e[:2] == a[:2] for e in events) for a in asked]
 
 
@@ -42,12 +42,12 @@ def test_one_event_of_each_user_and_item_is_the_first(events: list[tuple[int, in
     past = timeline(events)
     pairs = list(zip(past.user.tolist(), past.item.tolist(), strict=True))
     wanted = [pair not in pairs[:place] for place, pair in enumerate(pairs)]
-    assert Firsts(past).are_first.tolist() == wanted
+    assert FirstSeen(past).are_first.tolist() == wanted
 
 
 def test_many_items_do_not_run_over_32_bits() -> None:
     many = 2**30 + 7
     past = timeline([(0, 5, 0), (3, many - 1, 0)], many)
     users, items = np.array([0, 3, 3], np.int32), np.array([5, many - 1, 5], np.int32)
-    found = Firsts(past, users).before(users, items, np.array([1, 2, 2]))
+    found = FirstSeen(past, users).before(users, items, np.array([1, 2, 2]))
     assert found.tolist() == [True, True, False]

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from service_cases import FakeHost, FakeLiving, raw, served
+from service_cases import FakeHost, FakeUpdates, raw, served
 from test_guard import LIVE, content, status
 
 from recsys.serving.api.app import make_app
@@ -23,7 +23,7 @@ BODY = b'{"history": ["i00003"]}'
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    with served(make_app(FakeHost(), FakeLiving(), keys=Keys(open_writes=True)), head=1.0) as port:
+    with served(make_app(FakeHost(), FakeUpdates(), keys=Keys(open_writes=True)), head=1.0) as port:
         yield port
 
 

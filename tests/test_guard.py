@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from malformed_cases import broken, malformed
-from service_cases import FakeHost, FakeLiving, asked, raw, served
+from service_cases import FakeHost, FakeUpdates, asked, raw, served
 
 from recsys.experiments.serve import MAIN, Plan, service
 from recsys.serving.api.app import make_app
@@ -23,7 +23,7 @@ LIVE = b"GET /v1/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    with served(make_app(FakeHost(), FakeLiving(), keys=Keys(open_writes=True))) as port:
+    with served(make_app(FakeHost(), FakeUpdates(), keys=Keys(open_writes=True))) as port:
         yield port
 
 
@@ -112,7 +112,7 @@ def break_all(port: int, count: int, seed: int) -> None:
 
 
 def test_malformed_requests_are_refused() -> None:
-    app = make_app(FakeHost(), FakeLiving(), keys=Keys(open_writes=True))
+    app = make_app(FakeHost(), FakeUpdates(), keys=Keys(open_writes=True))
     seen = refuse_all(app, 500, 0)
     assert set(seen) >= {400, 404, 405, 414, 415}
 

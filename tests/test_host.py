@@ -102,8 +102,8 @@ def test_the_old_model_lives_as_long_as_a_request_holds_it_and_no_longer(
     gc.disable()  # references alone must do
     try:
         heard = Heard()
-        living = LiveUpdates(None)
-        one = host(living=living, on_event=heard)
+        updates = LiveUpdates(None)
+        one = host(updates=updates, on_event=heard)
         request = one.choose(None)[1]
         served = weakref.ref(request.model)
         vectors = weakref.ref(request.model.bundle.vectors)
@@ -126,11 +126,11 @@ def test_the_old_model_lives_as_long_as_a_request_holds_it_and_no_longer(
 
 
 def test_nothing_of_a_model_with_all_features_is_a_cycle(tiny: Any) -> None:
-    served, living = LoadedModel.load(tiny.bundle), LiveUpdates(None)
+    served, updates = LoadedModel.load(tiny.bundle), LiveUpdates(None)
     gc.collect()
     gc.disable()
     try:
-        overlay = living.attach(served)
+        overlay = updates.attach(served)
         engine = Engine(served, overlay)
         item = served.bundle.items.ids[0]
         told: dict[str, Any] = {"explain": True, "fields": ("*",), "popularity": 0.3}
@@ -151,16 +151,16 @@ def test_nothing_of_a_model_with_all_features_is_a_cycle(tiny: Any) -> None:
         engine.facts()
         watched = [weakref.ref(one) for one in (engine, overlay, served, served.bundle)]
         try:
-            living.put_item("new", {"no such column": 1})
+            updates.put_item("new", {"no such column": 1})
             raise AssertionError("it was taken")
         except QueryError:
             pass
-        living.detach(overlay)
+        updates.detach(overlay)
         del engine, overlay, served, answers
         assert [one() for one in watched] == [None] * 4
     finally:
         gc.enable()
-        living.close()
+        updates.close()
 
 
 def test_a_refused_model_leaves_nothing_in_memory(
@@ -280,8 +280,8 @@ def test_twenty_seconds_of_swaps_and_writes_under_load(
     host: Callable[..., ModelManager], root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL)
-    living = LiveUpdates(tmp_path / "journal")
-    one = host(living=living, every=0.5, gate=GateRules())
+    updates = LiveUpdates(tmp_path / "journal")
+    one = host(updates=updates, every=0.5, gate=GateRules())
     ids = [id.removeprefix("a-") for id in one.choose(None)[1].model.bundle.items.ids[:20]]
     prefix = {version(root, name): f"{name}-" for name in NAMES}
     done = threading.Event()
@@ -294,10 +294,10 @@ def test_twenty_seconds_of_swaps_and_writes_under_load(
         while not done.is_set():
             id = f"live-{written[0] % 50}"
             try:
-                living.put_item(id, {"title": f"Thing {id}"})
-                living.post_events([Event("u00", id, 1_705_000_000_000_000 + written[0])])
+                updates.put_item(id, {"title": f"Thing {id}"})
+                updates.post_events([Event("u00", id, 1_705_000_000_000_000 + written[0])])
                 if written[0] % 3 == 2:
-                    living.delete_item(id)
+                    updates.delete_item(id)
             except Exception as error:
                 faults.append(f"{type(error).__name__}: {error}")
             written[0] += 1
@@ -307,7 +307,7 @@ def test_twenty_seconds_of_swaps_and_writes_under_load(
     writer.start()
     swaps = 0
     try:
-        with UserInputs(one, prefix, ids, living=True) as askers:
+        with UserInputs(one, prefix, ids, updates=True) as askers:
             end = time.monotonic() + 20
             while time.monotonic() < end:
                 swaps, again = swaps + 1, min(end, time.monotonic() + 2)
@@ -323,4 +323,4 @@ def test_twenty_seconds_of_swaps_and_writes_under_load(
     facts = one.facts()[0]
     assert facts["failures"] == 0 and facts["swaps"] == swaps
     until(lambda: not one.facts()[0]["old_model_held"])
-    living.close()
+    updates.close()

@@ -152,10 +152,10 @@ def test_going_back_to_the_model_that_answers_clears_the_error(
 def test_an_engine_that_cannot_answer_is_not_swapped_in(
     host: Callable[..., ModelManager], root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    living = LiveUpdates(None)
+    updates = LiveUpdates(None)
     detached: list[Any] = []
-    detach = living.detach
-    living.detach = lambda overlay: (detached.append(overlay), detach(overlay))[1]  # type: ignore
+    detach = updates.detach
+    updates.detach = lambda overlay: (detached.append(overlay), detach(overlay))[1]  # type: ignore
 
     class Broken(Engine):
         def answer(self, asks: Any) -> Any:
@@ -163,7 +163,7 @@ def test_an_engine_that_cannot_answer_is_not_swapped_in(
                 raise ZeroDivisionError("a bug")
             return super().answer(asks)
 
-    one = host(living=living, engine=Broken)
+    one = host(updates=updates, engine=Broken)
     point(root, "b")
     until(lambda: one.facts()[0]["last_error"])
     assert one.facts()[0]["last_error"] == "ZeroDivisionError: a bug"
@@ -175,15 +175,15 @@ def test_an_engine_that_cannot_answer_is_not_swapped_in(
 def test_a_model_that_fails_at_the_last_step_is_detached(
     host: Callable[..., ModelManager], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    living = LiveUpdates(None)
-    one = host(living=living)
+    updates = LiveUpdates(None)
+    one = host(updates=updates)
 
     def broken(*mapped: Any) -> None:
         raise OSError("no such call")
 
     monkeypatch.setattr(hosts, "give_back", broken)
     point(root, "b")
-    until(lambda: one.facts()[0]["failures"] >= 2 and len(living._overlays) == 1)
+    until(lambda: one.facts()[0]["failures"] >= 2 and len(updates._overlays) == 1)
     assert serving(one) == version(root, "a")
     monkeypatch.undo()
     until(lambda: serving(one) == version(root, "b"))

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from serving_cases import table as table
 
 from recsys.errors import ConfigError
-from recsys.features.prepared.cooccurrence import LATE, Around
+from recsys.features.prepared.cooccurrence import LATE, CooccurrenceGraph
 from recsys.features.prepared.item_time import FADE, PRIOR, REACH, Order
 from recsys.features.prepared.timeline import Timeline
 from recsys.towers.build import build_model
@@ -46,14 +46,14 @@ def timeline_of(histories: list[list[int]], n_items: int) -> Timeline:
     )  # fmt: skip
 
 
-def entries(around: Around, item: int) -> list[tuple[int, int, float]]:
+def entries(around: CooccurrenceGraph, item: int) -> list[tuple[int, int, float]]:
     part = slice(around.offsets[item], around.offsets[item + 1])
     found = zip(around.item[part], around.user[part], around.weight[part], strict=True)
     return sorted((int(i), int(u), float(w)) for i, u, w in found)
 
 
 def test_neighbours_by_hand() -> None:
-    around = Around.of(timeline_of([[], [1, 2, 3], [2, 2], [3, 1]], 5), 5, 100, seed=0)
+    around = CooccurrenceGraph.of(timeline_of([[], [1, 2, 3], [2, 2], [3, 1]], 5), 5, 100, seed=0)
     raw = {
         (2, 1, 1): 1 / 2**0.5,  # 1 stands once in front of 2 for user 1, and twice in all
         (3, 2, 1): 1 / 3**0.5,
@@ -72,7 +72,9 @@ def test_neighbours_by_hand() -> None:
 
 def test_of_many_neighbours_a_seeded_sample_stays() -> None:
     histories = [[1, 2]] * 50 + [[3, 2]] * 50 + [[2, 4]]
-    one, again, other = (Around.of(timeline_of(histories, 5), 5, 20, seed) for seed in (0, 0, 1))
+    one, again, other = (
+        CooccurrenceGraph.of(timeline_of(histories, 5), 5, 20, seed) for seed in (0, 0, 1)
+    )
     assert len(entries(one, 2)) == 20
     assert entries(one, 2) == entries(again, 2) != entries(other, 2)
     assert {i for i, *_ in entries(one, 2)} == {1, 3}
@@ -80,7 +82,7 @@ def test_of_many_neighbours_a_seeded_sample_stays() -> None:
 
 
 def surroundings(histories: list[list[int]], n: int, seed: int) -> tuple[ItemContext, Any]:
-    around = Around.of(timeline_of(histories, n), n, 10_000, seed=0)
+    around = CooccurrenceGraph.of(timeline_of(histories, n), n, 10_000, seed=0)
     torch.manual_seed(seed)
     ids = torch.nn.Embedding(n, D)
     return ItemContext(around, D, hidden=0.5), ids

@@ -57,8 +57,8 @@ def test_lists_are_judged_by_pairs_of_clicked_and_passed() -> None:
         TowerRules(dimension=4), items, FeatureTable(N_USERS), items.spec(N_ITEMS, {}),
         FeatureSpec(),
     ).eval()  # fmt: skip
-    users, moments = np.array([1, 2, 3]), np.array([30_000, 30_000, 38_000])
-    queries = Queries(users, past.histories(users, moments), moments)
+    users, as_of_times = np.array([1, 2, 3]), np.array([30_000, 30_000, 38_000])
+    queries = Queries(users, past.histories(users, as_of_times), as_of_times)
     shown = Ragged.from_lists([[3, 9, 27], [9, 4], [40, 5, 6, 9]])
     clicked = np.array([0, 1, 0, 1, 0, 0, 1, 0, 1], bool)
     vectors, people = encode_items(model, np.arange(N_ITEMS)), encode_users(model, queries)
@@ -67,6 +67,6 @@ def test_lists_are_judged_by_pairs_of_clicked_and_passed() -> None:
         score = vectors[shown[row]] @ people[row]
         mine = clicked[shown.offsets[row] : shown.offsets[row + 1]]
         wanted.append(np.mean([float(a > b) for a in score[mine] for b in score[~mine]]))
-    found = ShownLists(queries, shown, clicked, past, moments).auc(model)
+    found = ShownLists(queries, shown, clicked, past, as_of_times).auc(model)
     assert found.tolist() == pytest.approx(wanted)
     assert len(set(wanted)) > 1  # a scorer that says the same of all would be seen

@@ -34,8 +34,8 @@ class Machine(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        self.living = LiveUpdates(self.folder.name)
-        self.overlay = self.living.attach(self.served)
+        self.updates = LiveUpdates(self.folder.name)
+        self.overlay = self.updates.attach(self.served)
         self.items: dict[str, dict[str, Any] | None] = {}
         self.events: list[Event] = []
         ids = self.served.bundle.items.ids
@@ -43,7 +43,7 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "living"):
-            self.living.close()
+            self.updates.close()
             self.folder.cleanup()
 
     def id(self, n: int) -> str:
@@ -52,12 +52,12 @@ class Machine(RuleBasedStateMachine):
     @rule(n=st.integers(0, 5), price=st.integers(1, 3))
     def put(self, n: int, price: int) -> None:
         self.items[self.id(n)] = {**NEW, "price": price}
-        self.living.put_item(self.id(n), {**NEW, "price": price})
+        self.updates.put_item(self.id(n), {**NEW, "price": price})
 
     @rule(n=st.integers(0, 2))
     def put_as_it_was(self, n: int) -> None:
         self.items[self.id(n)] = self.table[self.id(n)]
-        self.living.put_item(self.id(n), self.table[self.id(n)])
+        self.updates.put_item(self.id(n), self.table[self.id(n)])
 
     @rule(n=st.integers(0, 5))
     def delete(self, n: int) -> None:
@@ -65,7 +65,7 @@ class Machine(RuleBasedStateMachine):
         there = self.items[id] is not None if id in self.items else n < 3
         if there:
             self.items[id] = None
-        assert self.living.delete_item(id) == there
+        assert self.updates.delete_item(id) == there
 
     @rule(
         user=st.sampled_from("ab"), n=st.integers(0, 5), time=st.integers(0, 5),
@@ -74,26 +74,26 @@ class Machine(RuleBasedStateMachine):
     def post(self, user: str, n: int, time: int, key: int | None) -> None:
         event = Event(user, self.id(n), 2**51 + time, id=None if key is None else str(key))
         new = key is None or all(one.id != str(key) for one in self.events)
-        assert self.living.post_events([event]) == [event] * new
+        assert self.updates.post_events([event]) == [event] * new
         if new:
             self.events.append(event)
 
     @rule()
     def start_again(self) -> None:
-        self.living.close()
-        self.living = LiveUpdates(self.folder.name)
-        self.overlay = self.living.attach(self.served)
+        self.updates.close()
+        self.updates = LiveUpdates(self.folder.name)
+        self.overlay = self.updates.attach(self.served)
 
     @rule()
     def swap(self) -> None:
-        old, self.overlay = self.overlay, self.living.attach(self.served)
-        self.living.detach(old)
+        old, self.overlay = self.overlay, self.updates.attach(self.served)
+        self.updates.detach(old)
 
     @precondition(lambda self: hasattr(self, "living"))
     @rule()
     def prune(self) -> None:
-        self.living.prune()
-        kept = self.living._items
+        self.updates.prune()
+        kept = self.updates._items
         # What was forgotten is what the bundle says without it.
         for id in [id for id in self.items if id not in kept]:
             item = self.items.pop(id)

@@ -47,7 +47,7 @@ def scene(seed: int = 0, timed: bool = True, **rules: Any) -> tuple[TwoTower, Ti
 def ranks(model: TwoTower, timeline: Timeline, user: int) -> list[int]:
     """Items that the user has not had, best first; a slow twin of the search."""
     vectors = encode_items(model, np.arange(N_ITEMS))
-    asked = asking(timeline, np.array([user]), last=5, moment=int(timeline.time.max()) + 1)
+    asked = asking(timeline, np.array([user]), last=5, as_of=int(timeline.time.max()) + 1)
     scores = vectors @ encode_users(model, asked)[0]
     had = set(timeline.by_user[user].tolist())
     return sorted(set(range(1, N_ITEMS)) - had, key=lambda item: -scores[item])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from service_cases import FakeHost, FakeLiving, ask
+from service_cases import FakeHost, FakeUpdates, ask
 
 from recsys.experiments.serve import MAIN, Plan, service
 from recsys.files import canonical_json
@@ -109,7 +109,7 @@ def keeps_its_word(examples: int, app: Any = None, positive: dict[str, Any] = DE
     config = schemathesis.Config.from_dict(
         {"checks": {"negative_data_rejection": {"expected-statuses": rejected}}}
     )
-    app = app or make_app(FakeHost(), FakeLiving(), keys=Keys(open_writes=True))
+    app = app or make_app(FakeHost(), FakeUpdates(), keys=Keys(open_writes=True))
     seen = Seen()
     for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
         described = positive if mode == GenerationMode.POSITIVE else without_columns(DESCRIBED)

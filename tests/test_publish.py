@@ -282,8 +282,8 @@ def test_a_journal_forgets_what_every_bundle_holds(
         return err if code else out
 
     def kept() -> tuple[set[str], int]:
-        with LiveUpdates(journal) as living:
-            return set(living._items), living.facts()["journal"]["events"]
+        with LiveUpdates(journal) as updates:
+            return set(updates._items), updates.facts()["journal"]["events"]
 
     journal, shop, bundle = (
         tmp_path / "live",
@@ -297,10 +297,12 @@ def test_a_journal_forgets_what_every_bundle_holds(
         for column in (bundle.timeline.user, bundle.timeline.item, bundle.timeline.time)
     )
     name, item = bundle.users.ids[user - 1], bundle.items.ids[row - 1]
-    with LiveUpdates(journal) as living:
-        living.put_item(item, table[item])
-        living.put_item("new", NEW)
-        living.post_events([Event(name, item, at), Event(name, item, at + 1), Event("x", item, at)])
+    with LiveUpdates(journal) as updates:
+        updates.put_item(item, table[item])
+        updates.put_item("new", NEW)
+        updates.post_events(
+            [Event(name, item, at), Event(name, item, at + 1), Event("x", item, at)]
+        )
         assert "open in another process" in said(journal, tiny.bundle, code=2)
     # What the service may be rolled back to counts, too.
     assert said(journal, shop) == f"{journal}: 0 items and 0 events forgotten that 2 bundles hold\n"

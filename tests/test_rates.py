@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from service_cases import FakeHost, FakeLiving, ask, raw, served
+from service_cases import FakeHost, FakeUpdates, ask, raw, served
 from typer.testing import CliRunner
 
 from recsys.errors import ConfigError
@@ -94,7 +94,7 @@ def test_no_second_has_more_than_its_share() -> None:
         if not rates.take(None):
             taken.append(clock.now)
     for n, start in enumerate(taken):
-        assert sum(start <= moment < start + 1 for moment in taken[n:]) <= 15
+        assert sum(start <= as_of < start + 1 for as_of in taken[n:]) <= 15
     assert len(taken) == pytest.approx(10 * (taken[-1] - taken[0]), rel=0.02)
 
 
@@ -118,15 +118,15 @@ WAYS = [
 def test_every_way_but_a_look_at_the_service_takes_from_one_bucket(
     method: str, target: str, body: Any
 ) -> None:
-    living = FakeLiving()
-    app = make_app(FakeHost(), living, rules=ServiceRules(rates=ONCE), keys=Keys(open_writes=True))
+    updates = FakeUpdates()
+    app = make_app(FakeHost(), updates, rules=ServiceRules(rates=ONCE), keys=Keys(open_writes=True))
     assert ask(app, "GET", "/v1/items/i2/similar").status == 200
     assert ask(app, method, target, body).status in (200, 404)
-    before = dict(living.items), list(living.posted)
+    before = dict(updates.items), list(updates.posted)
     got = ask(app, method, target, body)
     assert (got.status, got.code) == (429, "rate_limited")
     assert 99 <= int(got.headers["retry-after"]) <= 100
-    assert (living.items, living.posted) == before
+    assert (updates.items, updates.posted) == before
     for _ in range(5):
         for open_to_all in ("/v1/live", "/v1/ready", "/metrics", "/openapi.json"):
             assert ask(app, "GET", open_to_all).status == 200

@@ -254,21 +254,21 @@ def test_an_earlier_moment_knows_only_what_was_before_it(shopkeeper: Recommender
     """The events at and after the moment may be any others: nothing changes."""
     bundle = shopkeeper.bundle
     timeline = bundle.timeline
-    moment = int(np.quantile(timeline.time, 0.6))
+    as_of = int(np.quantile(timeline.time, 0.6))
     rng = np.random.default_rng(0)
-    late = timeline.time >= moment
+    late = timeline.time >= as_of
     changed = replace(
         timeline,
         item=np.where(late, rng.integers(1, bundle.items.size, len(late)), timeline.item),
         shown=None if timeline.shown is None else Ragged(
             timeline.shown.offsets,
-            np.where(timeline.shown.values >= moment, moment, timeline.shown.values),
+            np.where(timeline.shown.values >= as_of, as_of, timeline.shown.values),
         ),
     )  # fmt: skip
-    other = Recommender(replace(bundle, timeline=changed)).as_of(moment)
-    here = shopkeeper.as_of(moment)
+    other = Recommender(replace(bundle, timeline=changed)).as_of(as_of)
+    here = shopkeeper.as_of(as_of)
     users = np.arange(1, bundle.users.size)
-    times = np.full(len(users), moment)
+    times = np.full(len(users), as_of)
     for a, b in zip(
         here.recommend_rows(here.queries(users, times), 9),
         other.recommend_rows(other.queries(users, times), 9),

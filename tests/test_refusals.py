@@ -7,11 +7,11 @@ import json
 from typing import Any
 
 import pytest
-from service_cases import ITEM, OPEN, FakeHost, FakeLiving, ask
+from service_cases import ITEM, OPEN, FakeHost, FakeUpdates, ask
 from service_cases import app as app
-from service_cases import exposures as exposures
 from service_cases import host as host
-from service_cases import living as living
+from service_cases import impressions as impressions
+from service_cases import updates as updates
 
 from recsys.serving.api.app import ServiceRules, make_app
 from recsys.serving.api.auth import Keys, make_key
@@ -208,7 +208,7 @@ def test_other_hosts_are_refused_where_names_are_given(host: FakeHost) -> None:
 
 
 def test_without_keys_reading_is_free_and_writing_is_not(host: FakeHost) -> None:
-    app = make_app(host, FakeLiving())
+    app = make_app(host, FakeUpdates())
     assert ask(app, "GET", "/v1/items/i1/similar").status == 200
     got = ask(app, "PUT", "/v1/items/a", {"title": "b"})
     assert (got.status, got.code) == (403, "forbidden")
@@ -217,7 +217,7 @@ def test_without_keys_reading_is_free_and_writing_is_not(host: FakeHost) -> None
 
 def test_keys_open_what_their_role_allows(host: FakeHost) -> None:
     pairs = {role: make_key(role) for role in ("read", "write")}
-    app = make_app(host, FakeLiving(), keys=Keys(tuple(one for _, one in pairs.values())))
+    app = make_app(host, FakeUpdates(), keys=Keys(tuple(one for _, one in pairs.values())))
     put = ("PUT", "/v1/items/a", {"title": "b"})
     gets = ["/v1/items/i1/similar", "/v1/items/i1", "/v1/model", "/metrics", "/v1/users/u"]
     wrong = {"authorization": "Bearer rk_wrong"}
@@ -241,6 +241,6 @@ def test_keys_open_what_their_role_allows(host: FakeHost) -> None:
 
 def test_a_read_only_service_writes_for_nobody(host: FakeHost) -> None:
     rules = ServiceRules(read_only=True)
-    for one in (make_app(host, keys=OPEN), make_app(host, FakeLiving(), rules=rules, keys=OPEN)):
+    for one in (make_app(host, keys=OPEN), make_app(host, FakeUpdates(), rules=rules, keys=OPEN)):
         got = ask(one, "DELETE", "/v1/items/a")
         assert (got.status, got.code) == (403, "forbidden")

@@ -418,7 +418,7 @@ def test_texts_learn_company_of_the_train_side_first_and_of_both_for_the_refit(
     from recsys.experiments.run import Untrained, fit, prepare, text_vectors
     from recsys.tables import Side
 
-    toml = shop_run.replace("[text]\n", '[text]\nviews = ["company"]\ndimension = 8\n')
+    toml = shop_run.replace("[text]\n", '[text]\nviews = ["cooccurrence"]\ndimension = 8\n')
     config = loads(f'out = "{tmp_path.as_posix()}"\n{toml}')
     dataset = prepare(config)
     fingerprint = {}

@@ -21,13 +21,13 @@ SEED = st.integers(0, 2**32 - 1)
 N_USERS, N_ITEMS, SECOND = 7, 15, 1_000_000
 
 
-def world(events: int, seed: int, moments: int = 12) -> TrainingEvents:
+def world(events: int, seed: int, as_of_times: int = 12) -> TrainingEvents:
     """Random events with ties in time, repeats, weights and context; user 0 has none."""
     rng = np.random.default_rng(seed)
     timeline = Timeline.build(
         rng.integers(1, N_USERS, events),
         rng.integers(1, N_ITEMS, events).astype(np.int32),
-        rng.integers(0, moments, events) * SECOND,
+        rng.integers(0, as_of_times, events) * SECOND,
         n_users=N_USERS,
         first_seen=np.zeros(N_ITEMS, np.int64),
     )
@@ -258,7 +258,7 @@ def test_a_rank_that_is_none_of_the_world_is_refused() -> None:
 
 @pytest.mark.parametrize("plan", ["random", "in_time", "by_user", "sequences"])
 def test_two_ranks_share_the_examples_and_draw_for_themselves(plan: Any) -> None:
-    events = world(60, 3, moments=2**20)
+    events = world(60, 3, as_of_times=2**20)
     one, two = (
         list(
             Batches(

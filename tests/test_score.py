@@ -123,10 +123,10 @@ def test_with_a_time_only_what_was_strictly_before_it_is_known(
         _product(
             trader,
             row,
-            [int(i) for i, t in zip(items, times, strict=True) if t < moment][-50:],
+            [int(i) for i, t in zip(items, times, strict=True) if t < as_of][-50:],
             "i04",
         )
-        for moment in asked
+        for as_of in asked
     ]
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     assert len(set(wanted)) == 4
@@ -136,17 +136,17 @@ def test_a_later_log_is_known_strictly_before_each_pair(
     trader: Recommender, plain: Any, tmp_path: Path
 ) -> None:
     later = later_side(plain.dataset)
-    user, moment = later.user[5], int(later.time[5])
+    user, as_of = later.user[5], int(later.time[5])
     (tmp_path / "p.csv").write_text(
-        f"user,item,time\n{user},i04,{moment // SECOND}\n{user},i04,{moment // SECOND + 1}\n"
+        f"user,item,time\n{user},i04,{as_of // SECOND}\n{user},i04,{as_of // SECOND + 1}\n"
     )
     write_scores(trader, tmp_path / "p.csv", tmp_path / "s.parquet", log=later)
     at, after = pl.read_parquet(tmp_path / "s.parquet")["score"].to_list()
     assert at != after
-    gone = later.since(moment + 1)
+    gone = later.since(as_of + 1)
     write_scores(trader, tmp_path / "p.csv", tmp_path / "s.parquet", log=gone)
     # The event itself and whatever follows make no difference at its own time.
-    earlier = later.user.filter(pl.Series(later.time < moment)).to_list()
+    earlier = later.user.filter(pl.Series(later.time < as_of)).to_list()
     if user not in earlier:
         assert pl.read_parquet(tmp_path / "s.parquet")["score"][0] == at
 

@@ -50,10 +50,10 @@ def _ranking(
     if not each_event:
         bundle = without_later_events(bundle, past)
     extended = Recommender(bundle)
-    questions, moments = questions_of(bundle, coded, rules, each_event=each_event, seed=0)
+    questions, as_of_times = questions_of(bundle, coded, rules, each_event=each_event, seed=0)
     cold = np.arange(bundle.items.size) > recommender.bundle.manifest["warm_items"]
     baselines = Baselines(extended, past)
-    found = rank(extended, baselines, questions, moments, rules, cold)
+    found = rank(extended, baselines, questions, as_of_times, rules, cold)
     users = bundle.users.decode(questions.queries.users).to_list()
     times = questions.queries.times
     keys = list(zip(users, [0] * len(users) if times is None else times.tolist(), strict=True))
@@ -91,11 +91,11 @@ def _slow(recommender: Recommender, events: pl.DataFrame, cutoff: int) -> dict[s
         targets = {i for i in chosen if i not in had}
         if not targets:
             continue
-        moment = t // HOUR * HOUR
-        counts = Counter(i for _, i, s in rows if s < moment)
+        as_of = t // HOUR * HOUR
+        counts = Counter(i for _, i, s in rows if s < as_of)
         offered = [
             i for i in known - set(had)
-            if (i != "i05") and i != "i06" and (i != "i07" or moment >= recommender_from(bundle))
+            if (i != "i05") and i != "i06" and (i != "i07" or as_of >= recommender_from(bundle))
         ]  # fmt: skip
         popular = sorted(offered, key=lambda i: (-counts[i], order[i]))[:5]
         history = bundle.items.encode([i for i in had if i in known][-50:]).astype(np.int64)
@@ -172,12 +172,12 @@ def test_a_query_sees_nothing_at_or_after_its_time(
         {"trader": plain, "shopkeeper": tiny}[world],
     )
     later, rules = later_side(built.dataset), built.config.evaluate
-    moment = int(np.quantile(later.time, 0.5))
-    changed = _scrambled(later, later.time < moment)
+    as_of = int(np.quantile(later.time, 0.5))
+    changed = _scrambled(later, later.time < as_of)
     if later.requests is not None:
         asked = later.requests
         rng = np.random.default_rng(2)
-        late = np.repeat(asked.time >= moment, asked.shown.lengths)
+        late = np.repeat(asked.time >= as_of, asked.shown.lengths)
         other = rng.permutation(len(late))
         values = np.where(late, asked.shown.values[other], asked.shown.values)
         changed = replace(
@@ -185,12 +185,12 @@ def test_a_query_sees_nothing_at_or_after_its_time(
         )
     before, _ = _ranking(recommender, later, rules)
     after, _ = _ranking(recommender, changed, rules)
-    same = [key for key in before["model"] if key[1] <= moment and key in after["model"]]
+    same = [key for key in before["model"] if key[1] <= as_of and key in after["model"]]
     assert len(same) > 10
     for name in before:
         for key in same:
             assert before[name][key] == after[name][key], (name, key)
-    rest = [key for key in before["model"] if key[1] > moment and key in after["model"]]
+    rest = [key for key in before["model"] if key[1] > as_of and key in after["model"]]
     assert any(before["popularity"][key] != after["popularity"][key] for key in rest)
 
 
@@ -247,10 +247,10 @@ def test_an_item_shown_for_the_first_time_is_the_newest_of_what_was_shown(
     shopkeeper: Recommender,
 ) -> None:
     bundle = shopkeeper.bundle
-    moment = int(np.median(bundle.timeline.first_seen[1:]))
+    as_of = int(np.median(bundle.timeline.first_seen[1:]))
     rules = EvaluateRules(ks=(5,), primary="recall_at_5")
-    newest = Baselines(shopkeeper, bundle.timeline, rules).at(moment, shown=True)["newest"]
-    unmet = bundle.timeline.first_seen >= moment
+    newest = Baselines(shopkeeper, bundle.timeline, rules).at(as_of, shown=True)["newest"]
+    unmet = bundle.timeline.first_seen >= as_of
     unmet[0] = False
     assert unmet.any() and (newest.scores[unmet] == newest.scores.max()).all()
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from service_cases import FakeEngine, FakeExposures, FakeHost, raw, served
+from service_cases import FakeEngine, FakeHost, FakeImpressions, raw, served
 from swapping import until
 from typer.testing import CliRunner
 
@@ -127,8 +127,8 @@ def test_logs_are_json_lines_with_what_a_record_carries() -> None:
 
 
 def test_what_runs_is_finished_before_the_end(tmp_path: Path) -> None:
-    engine, exposures = FakeEngine(), FakeExposures()
-    app = make_app(FakeHost({"a": engine}), impressions=exposures)
+    engine, impressions = FakeEngine(), FakeImpressions()
+    app = make_app(FakeHost({"a": engine}), impressions=impressions)
     answers: list[bytes] = []
     body = b'{"text":"slow"}'
     head = b"POST /v1/search HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
@@ -142,8 +142,8 @@ def test_what_runs_is_finished_before_the_end(tmp_path: Path) -> None:
     thread.join()
     idle.close()
     assert answers[0].startswith(b"HTTP/1.1 200")
-    assert {row[1] for row in exposures.rows} == {None}
-    assert len(exposures.rows) == 2
+    assert {row[1] for row in impressions.rows} == {None}
+    assert len(impressions.rows) == 2
     with pytest.raises(ConnectionError):
         socket.create_connection(("127.0.0.1", port), 1).close()
 

@@ -14,17 +14,17 @@ from service_cases import (
     ITEM,
     OPEN,
     FakeEngine,
-    FakeExposures,
     FakeHost,
-    FakeLiving,
+    FakeImpressions,
+    FakeUpdates,
     ask,
     asked,
     served,
 )
 from service_cases import app as app
-from service_cases import exposures as exposures
 from service_cases import host as host
-from service_cases import living as living
+from service_cases import impressions as impressions
+from service_cases import updates as updates
 
 from recsys.serving.api.app import make_app
 from recsys.serving.api.auth import Keys, make_key
@@ -209,10 +209,10 @@ def test_what_breaks_on_one_of_a_batch_stands_in_its_place(
 # --- items, users, events -------------------------------------------------------------------------
 
 
-def test_items_are_put_looked_up_and_deleted(app: Any, living: FakeLiving) -> None:
+def test_items_are_put_looked_up_and_deleted(app: Any, updates: FakeUpdates) -> None:
     got = ask(app, "PUT", "/v1/items/new", {"title": "A lamp", "price": 3.5, "tags": ["a"]})
     assert (got.status, got.json()["written"]) == (200, 1)
-    assert living.items == {"new": {"title": "A lamp", "price": 3.5, "tags": ["a"]}}
+    assert updates.items == {"new": {"title": "A lamp", "price": 3.5, "tags": ["a"]}}
     assert ask(app, "GET", "/v1/items/new").json()["item"] == {
         "id": "new",
         "fields": {"price": None},
@@ -232,17 +232,17 @@ def test_an_unknown_column_and_a_full_disk_are_told_apart(app: Any) -> None:
 
 
 def test_events_are_journalled_and_logged(
-    app: Any, living: FakeLiving, exposures: FakeExposures
+    app: Any, updates: FakeUpdates, impressions: FakeImpressions
 ) -> None:
     events = [{"user": "u1", "item": "i1", "time": 5, "id": "e1"}, {"user": "u1", "item": "i2"}]
     assert ask(app, "POST", "/v1/events", {"events": events}).json()["written"] == 2
-    assert living.posted == exposures.posted
-    assert (living.posted[0].time, living.posted[0].event, living.posted[0].id) == (
+    assert updates.posted == impressions.posted
+    assert (updates.posted[0].time, updates.posted[0].event, updates.posted[0].id) == (
         5,
         "click",
         "e1",
     )
-    assert living.posted[1].time > 1_700_000_000_000_000
+    assert updates.posted[1].time > 1_700_000_000_000_000
 
 
 def test_users_models_and_health(app: Any, host: FakeHost) -> None:
@@ -262,22 +262,24 @@ def test_users_models_and_health(app: Any, host: FakeHost) -> None:
 # --- what was shown -------------------------------------------------------------------------------
 
 
-def test_what_was_shown_is_written_down_hot_answers_too(app: Any, exposures: FakeExposures) -> None:
+def test_what_was_shown_is_written_down_hot_answers_too(
+    app: Any, impressions: FakeImpressions
+) -> None:
     ask(app, "GET", "/v1/items/i1/similar?k=2", headers={"x-request-id": "hot"})
     ask(app, "GET", "/v1/users/b1/recommendations?k=1", headers={"x-request-id": "user"})
     app.close()
-    assert sorted(exposures.rows) == [
+    assert sorted(impressions.rows) == [
         ("hot", None, ("i0", "i1"), "a", "abc123abc123"),
         ("user", "b1", ("i0",), "b", "def456def456"),
     ]
 
 
-def test_what_no_user_is_shown_is_not_written_down(app: Any, exposures: FakeExposures) -> None:
+def test_what_no_user_is_shown_is_not_written_down(app: Any, impressions: FakeImpressions) -> None:
     unseen = {"x-exposure": "none"}
     for target in ("/v1/items/i1/similar?k=2", "/v1/users/b1/recommendations?k=1"):
         assert ask(app, "GET", target, headers=unseen).status == 200
     app.close()
-    assert not exposures.rows
+    assert not impressions.rows
 
 
 # --- load -----------------------------------------------------------------------------------------
@@ -332,26 +334,26 @@ def test_a_deadline_and_a_full_queue_say_try_again(host: FakeHost) -> None:
 
 
 def test_the_log_has_the_events_that_the_journal_has(
-    host: FakeHost, exposures: FakeExposures
+    host: FakeHost, impressions: FakeImpressions
 ) -> None:
     """One sent twice stands there once, and one that came too late to be answered stands there."""
-    living = Slow()
-    app = make_app(host, living, exposures, ServiceRules(deadline=0.05), OPEN)
+    updates = Slow()
+    app = make_app(host, updates, impressions, ServiceRules(deadline=0.05), OPEN)
     one, two = ({"user": "u", "item": "i", "id": name} for name in ("e1", "e2"))
     assert ask(app, "POST", "/v1/events", {"events": [one]}).code == "deadline"
-    living.seconds = 0.0
+    updates.seconds = 0.0
     app.handlers.rules = ServiceRules()
     for _ in range(2):
         assert ask(app, "POST", "/v1/events", {"events": [two]}).json()["written"] == 1
     app.close()
-    for posted in (exposures.posted, living.posted):
+    for posted in (impressions.posted, updates.posted):
         assert sorted(str(event.id) for event in posted) == ["e1", "e2"]
 
 
 def test_a_write_past_its_deadline_is_not_asked_for_again(host: FakeHost) -> None:
     """It is still done; a client that heard of a time to ask again would have it done twice."""
-    living = Slow()
-    app = make_app(host, living, rules=ServiceRules(deadline=0.05), keys=OPEN)
+    updates = Slow()
+    app = make_app(host, updates, rules=ServiceRules(deadline=0.05), keys=OPEN)
     with served(app) as port, Client(f"http://127.0.0.1:{port}") as client:
         with pytest.raises(ServiceError, match="again with the same event ids") as late:
             client.post_events([{"user": "u", "item": "i"}])
@@ -360,10 +362,10 @@ def test_a_write_past_its_deadline_is_not_asked_for_again(host: FakeHost) -> Non
             client.put_item("i", {"title": "t"})
         assert (late.value.code, late.value.retry_after) == ("deadline", None)
     app.close()
-    assert len(living.posted) == 1
+    assert len(updates.posted) == 1
 
 
-class Slow(FakeLiving):
+class Slow(FakeUpdates):
     """Takes longer than anybody waits."""
 
     seconds = 0.2

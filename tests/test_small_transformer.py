@@ -38,14 +38,14 @@ def test_it_learns_which_words_keep_company() -> None:
     # "feline" and "moggy" never stand in one text, but beside the same words.
     rng = np.random.default_rng(0)
     near, far = ["purr", "claw", "milk", "nap"], ["sail", "mast", "tide", "keel"]
-    company = {"feline": near, "moggy": near, "sloop": far}
+    cooccurrence = {"feline": near, "moggy": near, "sloop": far}
     texts = [
         f"{word} {' '.join(rng.choice(beside, 2, replace=False))}"
-        for word, beside in company.items()
+        for word, beside in cooccurrence.items()
         for _ in range(60)
     ]
     rules = RULES.model_copy(update={"epochs": 150})
-    a, b, c = fit_encoder(texts, rules).encode(list(company))
+    a, b, c = fit_encoder(texts, rules).encode(list(cooccurrence))
     assert float(a @ b) > float(a @ c) + 0.3
 
 

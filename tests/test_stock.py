@@ -235,8 +235,8 @@ def test_late_rows_are_answered_beside_the_index(served: LoadedModel) -> None:
     other = LoadedModel(
         replace(bundle, rows=rows, index=HnswIndex(vectors, EAGER)), None, version="x"
     )
-    moment = int(bundle.cutoff or 0)
-    stock = CatalogSnapshot(other, no_view(other), Windows(other.bundle, other.position), moment)
+    as_of = int(bundle.cutoff or 0)
+    stock = CatalogSnapshot(other, no_view(other), Windows(other.bundle, other.position), as_of)
     assert stock.late.tolist() == [5, 10] and stock.size == len(bundle.rows)
     query = bundle.vectors[10][None]
     places, scores, _ = stock.search(query, 3)

@@ -217,17 +217,17 @@ def test_texts_of_items_had_together_are_near_though_they_share_no_word(
     right = np.array([rng.choice(np.flatnonzero(topic == mate[i])) for i in left])
     new, kind = world(100, 5)
 
-    def likeness(company: np.ndarray | None, views: tuple[str, ...]) -> tuple[float, float]:
+    def likeness(cooccurrence: np.ndarray | None, views: tuple[str, ...]) -> tuple[float, float]:
         asked = rules.model_copy(update={"views": views})
-        vectors = fit_encoder(texts, asked, company=company).encode(new)
+        vectors = fit_encoder(texts, asked, cooccurrence=cooccurrence).encode(new)
         cosine = vectors @ vectors.T
         together = np.array([2, 3, 0, 1])[kind][:, None] == kind
         apart = ~together & (kind[:, None] != kind)
         return float(cosine[together].mean()), float(cosine[apart].mean())
 
-    mates, others = likeness(np.stack([left, right]), ("split", "company"))
+    mates, others = likeness(np.stack([left, right]), ("split", "cooccurrence"))
     assert mates > others + 0.3
-    mates, others = likeness(None, ("split", "company"))  # nothing is known of the log
+    mates, others = likeness(None, ("split", "cooccurrence"))  # nothing is known of the log
     assert abs(mates - others) < 0.2
 
 
@@ -235,8 +235,8 @@ def test_company_becomes_rows_of_distinct_texts_that_say_something() -> None:
     texts = pl.Series("text", ["a b", "", "c d", "a b", "e f"])
     items = learned_from(texts, [texts], np.random.default_rng(0))
     assert items["text"].to_list() == ["a b", "c d", "e f"]
-    company = np.array([[0, 1, 2, 0, 3], [2, 2, 4, 3, 4]])  # 1 is blank, 0 and 3 are the same
-    found = rows_of(texts, items, company)
+    cooccurrence = np.array([[0, 1, 2, 0, 3], [2, 2, 4, 3, 4]])  # 1 is blank, 0 and 3 are the same
+    found = rows_of(texts, items, cooccurrence)
     assert found is not None
     assert found.T.tolist() == [[0, 1], [1, 2], [0, 2]]
     assert rows_of(texts, items, None) is None
@@ -299,7 +299,7 @@ def test_company_pairs_two_items_each_with_some_of_its_tokens() -> None:
     rng, seen = np.random.default_rng(0), set()
     one, other = np.array([0, 1]), np.array([2, 0])
     for _ in range(50):
-        views = draw_views(Pairs("company", TOKENS, one, other), np.arange(2), 0.7, rng)
+        views = draw_views(Pairs("cooccurrence", TOKENS, one, other), np.arange(2), 0.7, rng)
         if views is None:
             continue
         left, right = bags(views)

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from recsys.features.text.encoder import fit_encoder
-from recsys.features.text.rules import SmallTransformerText, StaticText, learns_company
+from recsys.features.text.rules import SmallTransformerText, StaticText, learns_cooccurrence
 from recsys.features.text.static_encoder import tokenize
 from tests.test_text import SMALL, world
 
@@ -38,7 +38,7 @@ def test_a_second_encoder_stands_beside_the_first() -> None:
 
 
 def test_what_a_second_encoder_learns_from_the_log_counts() -> None:
-    assert learns_company(StaticText(views=("split",), beside=("company",)))
-    assert learns_company(StaticText(views=("company",), beside=("split",)))
-    assert learns_company(SmallTransformerText(views=("company",)))
-    assert not learns_company(StaticText(views=("split",), beside=("halves",)))
+    assert learns_cooccurrence(StaticText(views=("split",), beside=("cooccurrence",)))
+    assert learns_cooccurrence(StaticText(views=("cooccurrence",), beside=("split",)))
+    assert learns_cooccurrence(SmallTransformerText(views=("cooccurrence",)))
+    assert not learns_cooccurrence(StaticText(views=("split",), beside=("halves",)))

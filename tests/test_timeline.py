@@ -59,10 +59,10 @@ def test_counting_before_is_counting(lists: list[list[int]], data: st.DataObject
         st.lists(st.tuples(st.integers(0, len(lists) - 1), st.integers(-7, 7)), max_size=12)
     )
     rows = np.array([row for row, _ in asked], np.int64)
-    moments = np.array([moment for _, moment in asked], np.int64)
+    as_of_times = np.array([as_of for _, as_of in asked], np.int64)
     times = Ragged.from_lists([sorted(row) for row in lists])
-    wanted = [sum(time < moment for time in lists[row]) for row, moment in asked]
-    assert count_before(times, rows, moments).tolist() == wanted
+    wanted = [sum(time < as_of for time in lists[row]) for row, as_of in asked]
+    assert count_before(times, rows, as_of_times).tolist() == wanted
 
 
 def test_equal_times_are_not_before() -> None:
@@ -73,11 +73,11 @@ def test_equal_times_are_not_before() -> None:
 
 @given(WORLDS, TIMES, st.integers(1, 4))
 def test_histories_are_strictly_before_and_oldest_first(
-    world: World, moment: int, last: int
+    world: World, as_of: int, last: int
 ) -> None:
     timeline = world.timeline()
     users = np.array([2, 0, 1, 1])
-    times = np.array([moment, moment, moment, 0])
+    times = np.array([as_of, as_of, as_of, 0])
     in_order = sorted(world.events, key=lambda event: event[2])  # stable, as the timeline's order
     for newest in (None, last):
         found = timeline.histories(users, times, newest)
@@ -279,7 +279,7 @@ def test_elapsed_and_strength_by_hand() -> None:
     elapsed, strength = timeline.beside_histories(both, np.array([9, 2]) * second)
     assert elapsed is not None and elapsed.tolist() == [6, 4, 1]
     assert strength is not None and strength.tolist() == [2, 3, 1]
-    elapsed, strength = timeline.beside_histories(both, last=2, moment=11 * second)
+    elapsed, strength = timeline.beside_histories(both, last=2, as_of=11 * second)
     assert elapsed is not None and elapsed.tolist() == [6, 2, 10]
     assert strength is not None and strength.tolist() == [3, 0.5, 1]
     assert timeline.beside_histories(both)[0] is None  # nobody says when it is asked

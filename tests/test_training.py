@@ -286,8 +286,8 @@ def test_validation_equals_ranking_everything_by_hand() -> None:
     queries = Queries(users, timeline.histories(users, times, 5), times)
     seen = timeline.histories(users, times)
     targets = Ragged.from_lists([rng.permutation(np.arange(1, N_ITEMS))[:2] for _ in users])
-    moments = times // 10 * 10
-    validation = Validation(queries, targets, seen, timeline, moments)
+    as_of_times = times // 10 * 10
+    validation = Validation(queries, targets, seen, timeline, as_of_times)
     model = towers(statistics=len(STATISTICS))
     rules = RULES.model_copy(update={"monitor": "recall_at_3"})
     data = InteractionData(
@@ -302,12 +302,12 @@ def test_validation_equals_ranking_everything_by_hand() -> None:
         warnings.simplefilter("ignore")
         (found,) = trainer(1).validate(TwoTowerModule(model, rules), data, verbose=False)
     values = []
-    for query, moment in enumerate(moments.tolist()):
+    for query, as_of in enumerate(as_of_times.tolist()):
         asked = queries.take(np.array([query]))
-        vectors = encode_items(model, np.arange(N_ITEMS), timeline, moment)
-        score = (encode_users(model, asked, timeline, moment) @ vectors.T)[0]
+        vectors = encode_items(model, np.arange(N_ITEMS), timeline, as_of)
+        score = (encode_users(model, asked, timeline, as_of) @ vectors.T)[0]
         score[0] = -np.inf
-        score[born > moment] = -np.inf
+        score[born > as_of] = -np.inf
         score[seen[query]] = -np.inf
         best = [row for row in np.argsort(-score, kind="stable")[:3] if score[row] > -np.inf]
         values.append(len(set(best) & set(targets[query].tolist())) / 2)
@@ -321,7 +321,7 @@ def test_blocks_share_a_moment_and_cover_every_query_once() -> None:
     timed = Validation(
         queries, Ragged.empty(7), None, base.timeline, np.array([3, 3, 3, 5, 8, 8, 8])
     )
-    found = [(rows.tolist(), moment) for rows, moment in timed.blocks(2)]
+    found = [(rows.tolist(), as_of) for rows, as_of in timed.blocks(2)]
     assert found == [([0, 1], 3), ([2], 3), ([3], 5), ([4, 5], 8), ([6], 8)]
     untimed = Validation(queries, Ragged.empty(7), None, base.timeline, None)
     assert [(rows.tolist(), m) for rows, m in untimed.blocks(4)] == [

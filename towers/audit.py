@@ -32,21 +32,21 @@ DECILES = 10
 
 @dataclass(frozen=True)
 class DrawErrors:
-    """How far the estimated inclusion probabilities are from how often items were drawn.
+    """How far the estimated inclusion probabilities are from how often items were sampled.
 
     Args:
         batches: T, how many were watched.
         expected: sum of estimates over the columns' items, a batch.
-        drawn: columns a batch.
-        items: how many items were drawn often enough to be judged one by one.
+        sampled: columns a batch.
+        items: how many items were sampled often enough to be judged one by one.
         error: their mean of |log estimated − log empirical|; NaN where there is none.
-        deciles: log of expected over drawn for ten groups of items, the least popular first; NaN
-            for a group that was never drawn.
+        deciles: log of expected over sampled for ten groups of items, the least popular first; NaN
+            for a group that was never sampled.
     """
 
     batches: int
     expected: float
-    drawn: float
+    sampled: float
     items: int
     error: float
     deciles: tuple[float, ...]
@@ -65,7 +65,7 @@ class Audit:
         hardness: source → number of negatives in each bin of logit minus the positive's logit.
         known: candidates masked because the user is known to like them, mean of an example.
         known_mass: probability they would have had, mean of an example.
-        catalogue: items that the drawn columns together stand for.
+        catalogue: items that the sampled columns together stand for.
         draws: see `Draws`; None where nothing was watched.
     """
 
@@ -96,7 +96,7 @@ class Audit:
         if self.draws is not None:
             deciles = [abs(error) for error in self.draws.deciles if not math.isnan(error)]
             found["audit/draws/expected"] = self.draws.expected
-            found["audit/draws/drawn"] = self.draws.drawn
+            found["audit/draws/sampled"] = self.draws.sampled
             found["audit/draws/error"] = self.draws.error
             found["audit/draws/worst_decile"] = max(deciles, default=math.nan)
         return {name: value for name, value in found.items() if math.isfinite(value)}
@@ -190,24 +190,24 @@ def audit(
         apart = source == Source.SKIPPED
 
         # Everything relative to the largest logit of the row, in float64: nothing overflows.
-        drawn = logits.double() + weight
+        sampled = logits.double() + weight
         given = hard_logit.double() + batch.per_query_log_weight[edge]
-        top = torch.maximum(positive[:, 0].double(), drawn.amax(1))
+        top = torch.maximum(positive[:, 0].double(), sampled.amax(1))
         top = top.scatter_reduce(0, row, given, "amax")
-        drawn = (drawn - top[:, None]).exp()  # (t, C)
+        sampled = (sampled - top[:, None]).exp()  # (t, C)
         given = (given - top[row]).exp()  # (s,)
         itself = (positive[:, 0].double() - top).exp()
-        by_drawn = (drawn * negative) @ kind  # (t, 3)
+        by_sampled = (sampled * negative) @ kind  # (t, 3)
         by_query = torch.zeros(len(part), len(PER_QUERY), dtype=torch.float64, device=items.device)
         by_query.index_put_((row, source), given * ~apart, accumulate=True)
-        total = itself + by_drawn.sum(1) + by_query.sum(1)
-        share = torch.cat([by_drawn, by_query], 1) / total.clamp(min=1e-300)[:, None]  # (t, 7)
+        total = itself + by_sampled.sum(1) + by_query.sum(1)
+        share = torch.cat([by_sampled, by_query], 1) / total.clamp(min=1e-300)[:, None]  # (t, 7)
         behind = torch.zeros(len(part), dtype=torch.float64, device=items.device)
         behind.index_add_(0, row, given * apart)
         skipped = len(SAMPLED) + Source.SKIPPED
         share[:, skipped] += skip_share * behind / (itself + behind).clamp(min=1e-300)
         mass += (share * batch.weight[part].double()[:, None]).sum(0)
-        lost = (drawn * liked).sum(1)
+        lost = (sampled * liked).sum(1)
         masked[0] += liked.sum()
         masked[1] += (lost / (lost + total).clamp(min=1e-300)).sum()
 
@@ -275,7 +275,7 @@ class Draws:
     """Watches which items stand as columns, and what their probability was said to be.
 
     Watch whole epochs: there every item of the training side comes by about as often as it was
-    chosen, so that none is judged only by the batches it happened to be drawn in.
+    chosen, so that none is judged only by the batches it happened to be sampled in.
 
     Args:
         n_items: item rows.
@@ -298,8 +298,8 @@ class Draws:
 
         Args:
             popularity: (n_items,) by which the deciles are made.
-            least: times that an item has to be drawn to be judged by itself; fewer say little of
-                how often it is drawn in truth.
+            least: times that an item has to be sampled to be judged by itself; fewer say little of
+                how often it is sampled in truth.
         """
         seen = np.flatnonzero(self.count)
         count, batches = self.count[seen], max(1, self.batches)
@@ -315,7 +315,7 @@ class Draws:
         return DrawErrors(
             batches=self.batches,
             expected=float(expected.sum() / batches),
-            drawn=float(count.sum() / batches),
+            sampled=float(count.sum() / batches),
             items=int(often.sum()),
             error=float(error.mean()) if often.any() else math.nan,
             deciles=tuple(deciles.tolist()),

@@ -12,7 +12,7 @@ import torch
 from recsys.errors import ConfigError
 from recsys.features.batching.batches import TrainingEvents
 from recsys.features.batching.examples import timeline_until
-from recsys.features.prepared.cooccurrence import Around
+from recsys.features.prepared.cooccurrence import CooccurrenceGraph
 from recsys.features.prepared.timeline import STATISTICS, statistic_scale
 from recsys.ragged import Ragged
 from recsys.tables import Side
@@ -154,7 +154,9 @@ def _item_context(
 ) -> ItemContext | None:
     if not rules.cooccurrence_neighbours:
         return None
-    around = Around.of(timeline_until(dataset, until), n_ids, rules.cooccurrence_neighbours, seed)
+    around = CooccurrenceGraph.of(
+        timeline_until(dataset, until), n_ids, rules.cooccurrence_neighbours, seed
+    )
     return ItemContext(around, rules.dimension, NEIGHBOURS_DROPOUT)
 
 
@@ -179,8 +181,8 @@ def standardise(model: TwoTower, events: TrainingEvents, seed: int) -> None:
     rng = np.random.default_rng([seed, 7])
     times = np.asarray(events.timeline.time)
     times = times if events.learned is None else times[events.learned]
-    moments = rng.choice(times, size=min(64, len(times)), replace=False)
-    mean, scale = statistic_scale(events.timeline, [int(m) for m in moments], 512, rng)
+    as_of_times = rng.choice(times, size=min(64, len(times)), replace=False)
+    mean, scale = statistic_scale(events.timeline, [int(m) for m in as_of_times], 512, rng)
     model.item_tower.inputs.standardise(
         torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(scale.astype(np.float32))
     )

@@ -58,20 +58,20 @@ class Validation:
     targets: Ragged
     seen: Ragged | None
     timeline: Timeline
-    moments: np.ndarray | None
+    as_of_times: np.ndarray | None
     shown: ShownLists | None = None
 
     def blocks(self, size: int = 4096) -> Iterator[tuple[np.ndarray, int | None]]:
         """Query rows that share a moment, at most `size` at once, and the moment."""
         everyone = np.arange(len(self.queries))
         groups: list[np.ndarray] = [everyone]
-        moments: list[int | None] = [None]
-        if self.moments is not None:
-            distinct, first = np.unique(self.moments, return_index=True)
-            groups, moments = np.split(everyone, first[1:]), [int(m) for m in distinct]
-        for rows, moment in zip(groups, moments, strict=True):
+        as_of_times: list[int | None] = [None]
+        if self.as_of_times is not None:
+            distinct, first = np.unique(self.as_of_times, return_index=True)
+            groups, as_of_times = np.split(everyone, first[1:]), [int(m) for m in distinct]
+        for rows, as_of in zip(groups, as_of_times, strict=True):
             for start in range(0, len(rows), size):
-                yield rows[start : start + size], moment
+                yield rows[start : start + size], as_of
 
 
 @dataclass(frozen=True)
@@ -90,19 +90,19 @@ class ShownLists:
     items: Ragged
     clicked: np.ndarray
     timeline: Timeline
-    moments: np.ndarray
+    as_of_times: np.ndarray
 
     def auc(self, model: TwoTower) -> np.ndarray:
         """(Q,) AUC of each list as the towers order it."""
         scores = np.empty(len(self.items.values), np.float32)
-        distinct, first = np.unique(self.moments, return_index=True)
-        ends = np.append(first[1:], len(self.moments))
-        for moment, low, high in zip(distinct.tolist(), first, ends, strict=True):
+        distinct, first = np.unique(self.as_of_times, return_index=True)
+        ends = np.append(first[1:], len(self.as_of_times))
+        for as_of, low, high in zip(distinct.tolist(), first, ends, strict=True):
             part = np.arange(low, high)
-            users = encode_users(model, self.queries.take(part), self.timeline, moment)
+            users = encode_users(model, self.queries.take(part), self.timeline, as_of)
             items = self.items.take(part)
             rows, place = np.unique(items.values, return_inverse=True)
-            vectors = encode_items(model, rows.astype(np.int64), self.timeline, moment)
+            vectors = encode_items(model, rows.astype(np.int64), self.timeline, as_of)
             start, end = self.items.offsets[low], self.items.offsets[high]
             scores[start:end] = pair_scores(users[items.row_of()], vectors[place.reshape(-1)])
         return auc(scores, self.clicked, self.items.offsets)
@@ -114,7 +114,7 @@ class ValidationBlock:
 
     validation: Validation
     rows: np.ndarray
-    moment: int | None
+    as_of: int | None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ValidationBlock:
         """Nothing to move: blocks are made of row numbers."""
@@ -141,7 +141,7 @@ def refresh_of(times: np.ndarray, refresh: int, most: int = 500) -> int:
     return refresh
 
 
-def moments_of(
+def as_of_times_of(
     times: np.ndarray | None, refresh: int, most: int = 500, *, cutoff: int | None = None
 ) -> np.ndarray | None:
     """(Q,) moment at which items stood for each query: its time, rounded down to the refresh.
@@ -155,10 +155,10 @@ def moments_of(
     if times is None or len(times) == 0:
         return None
     refresh = refresh_of(times, refresh, most)
-    moments = times // refresh * refresh
+    as_of_times = times // refresh * refresh
     if cutoff is None:
-        return moments
-    return np.where(times >= cutoff, np.maximum(moments, cutoff), moments)
+        return as_of_times
+    return np.where(times >= cutoff, np.maximum(as_of_times, cutoff), as_of_times)
 
 
 def validation_side(
@@ -217,18 +217,18 @@ def validation_side(
         rng = np.random.default_rng([seed, 11])
         some = np.sort(rng.choice(len(queries), VALIDATION_QUERIES, replace=False))
         queries, targets = queries.take(some), targets.take(some)
-    moments = moments_of(queries.times, refresh) if past.timed else None
-    if moments is not None:
-        moving = statistics or (past.exists_from[1:] > int(moments.min())).any()
+    as_of_times = as_of_times_of(queries.times, refresh) if past.timed else None
+    if as_of_times is not None:
+        moving = statistics or (past.exists_from[1:] > int(as_of_times.min())).any()
         if not moving:
-            moments = np.full(len(moments), int(moments.max()))
-        order = np.argsort(moments, kind="stable")
-        queries, targets, moments = queries.take(order), targets.take(order), moments[order]
+            as_of_times = np.full(len(as_of_times), int(as_of_times.max()))
+        order = np.argsort(as_of_times, kind="stable")
+        queries, targets, as_of_times = queries.take(order), targets.take(order), as_of_times[order]
     seen = known.histories(queries.users, queries.times) if drop_seen else None
     shown = None
     if rules.monitor == "auc":
         shown = shown_lists(dataset, past, max_history, refresh)
-    return Validation(queries, targets, seen, known, moments, shown)
+    return Validation(queries, targets, seen, known, as_of_times, shown)
 
 
 def shown_lists(dataset: Dataset, past: Timeline, max_history: int, refresh: int) -> ShownLists:
@@ -245,8 +245,8 @@ def shown_lists(dataset: Dataset, past: Timeline, max_history: int, refresh: int
     times = np.asarray(dataset.request_time)[rows]
     mixed = np.flatnonzero((chosen > 0) & (chosen < clicked.lengths))
     mixed = mixed[np.argsort(times[mixed], kind="stable")]
-    moments = moments_of(times[mixed], refresh)
-    if moments is None or not past.timed:
+    as_of_times = as_of_times_of(times[mixed], refresh)
+    if as_of_times is None or not past.timed:
         raise ConfigError(
             'training.monitor = "auc" orders what was shown, and the validation side has no list '
             "with something clicked and something not. Take ndcg_at_20, or another split."
@@ -256,7 +256,7 @@ def shown_lists(dataset: Dataset, past: Timeline, max_history: int, refresh: int
     queries = asking(
         past, users, times[mixed], context if context.shape[1] else None, last=max_history
     )
-    return ShownLists(queries, items.take(mixed), clicked.take(mixed).values > 0, past, moments)
+    return ShownLists(queries, items.take(mixed), clicked.take(mixed).values > 0, past, as_of_times)
 
 
 class InteractionData(lightning.LightningDataModule):

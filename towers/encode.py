@@ -65,7 +65,7 @@ def encode_items(
     model: TwoTower,
     rows: np.ndarray,
     timeline: Timeline | None = None,
-    moment: int | None = None,
+    as_of: int | None = None,
     texts: np.ndarray | None = None,
 ) -> np.ndarray:
     """Vectors of item rows.
@@ -85,7 +85,7 @@ def encode_items(
         for start in range(0, len(rows), ROWS_AT_ONCE):
             part = rows[start : start + ROWS_AT_ONCE]
             embedded = _embed(
-                model, part, timeline, moment, device,
+                model, part, timeline, as_of, device,
                 None if texts is None else texts[start : start + ROWS_AT_ONCE],
             )  # fmt: skip
             out[start : start + ROWS_AT_ONCE] = model.item_tower(embedded).float().cpu().numpy()
@@ -96,7 +96,7 @@ def encode_users(
     model: TwoTower,
     queries: Queries,
     timeline: Timeline | None = None,
-    moment: int | None = None,
+    as_of: int | None = None,
 ) -> np.ndarray:
     """(Q, D) float32 vectors of queries."""
     out = np.empty((len(queries), model.vector_dimension), np.float32)
@@ -104,7 +104,7 @@ def encode_users(
         for start in range(0, len(queries), ROWS_AT_ONCE):
             part = queries.take(np.arange(start, min(start + ROWS_AT_ONCE, len(queries))))
             side, rows = query_side(part, model.rules.history.length)
-            items = _embed(model, rows, timeline, moment, device, None, history=True)
+            items = _embed(model, rows, timeline, as_of, device, None, history=True)
             encoded = model.encode_users(side.to(device), items)
             out[start : start + len(part)] = encoded.float().cpu().numpy()
     return out
@@ -114,7 +114,7 @@ def _embed(
     model: TwoTower,
     rows: np.ndarray,
     timeline: Timeline | None,
-    moment: int | None,
+    as_of: int | None,
     device: torch.device,
     texts: np.ndarray | None,
     *,
@@ -122,9 +122,9 @@ def _embed(
 ) -> torch.Tensor:
     statistics = None
     if model.uses_statistics:
-        if timeline is None or moment is None:
+        if timeline is None or as_of is None:
             raise ValueError("These towers read item statistics: pass a timeline and a moment.")
-        statistics = torch.from_numpy(timeline.statistics(rows, moment)).to(device)
+        statistics = torch.from_numpy(timeline.statistics(rows, as_of)).to(device)
     given = None if texts is None else torch.from_numpy(np.asarray(texts, np.float32)).to(device)
     embed = model.embed_history if history else model.embed_items
     return embed(torch.from_numpy(rows).to(device), statistics, given)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.features.prepared.cooccurrence import Around
+from recsys.features.prepared.cooccurrence import CooccurrenceGraph
 from recsys.features.prepared.item_time import PRIOR
 
 USUAL = 5.0
@@ -71,7 +71,7 @@ class ItemContext(nn.Module):
     place_scale: Tensor
     knots: Tensor
 
-    def __init__(self, around: Around, dimension: int, hidden: float) -> None:
+    def __init__(self, around: CooccurrenceGraph, dimension: int, hidden: float) -> None:
         super().__init__()
         self.hidden = hidden
         after, order = torch.from_numpy(around.event_after), around.order

@@ -49,7 +49,7 @@ def mine(
     """Hard negatives of each user, from its state after its last event of the timeline.
 
     Of the ranks between `from_rank` and `to_rank`, counted after the user's own items are left out,
-    `per_query` are drawn at random.
+    `per_query` are sampled at random.
 
     Args:
         model: both towers as they stand.
@@ -67,8 +67,8 @@ def mine(
         ConfigError: there are no more items than are left alone.
     """
     rng = np.random.default_rng([seed, 23, epoch])
-    moment = int(np.max(timeline.time)) + 1 if timeline.timed and len(timeline.time) else None
-    rows = np.flatnonzero(timeline.alive(moment))
+    as_of = int(np.max(timeline.time)) + 1 if timeline.timed and len(timeline.time) else None
+    rows = np.flatnonzero(timeline.alive(as_of))
     if candidates is not None:
         rows = np.intersect1d(rows, candidates)
     if len(rows) <= rules.from_rank:
@@ -76,7 +76,7 @@ def mine(
             f"training.mined.from_rank is {rules.from_rank}, but there are {len(rows)} items to "
             "choose from. Lower it, or set training.mined.per_query to 0."
         )
-    items = encode_items(model, rows, timeline, moment)  # (N, D)
+    items = encode_items(model, rows, timeline, as_of)  # (N, D)
     index = make_index(items)
     place = np.full(timeline.n_items, -1, np.int64)
     place[rows] = np.arange(len(rows))
@@ -85,8 +85,8 @@ def mine(
     found = [np.empty(0, np.int64)]
     for start in range(0, len(users), USERS_AT_ONCE):
         block = users[start : start + USERS_AT_ONCE]
-        queries = asking(timeline, block, last=model.rules.history.length, moment=moment)
-        vectors = encode_users(model, queries, timeline, moment)  # (Q, D)
+        queries = asking(timeline, block, last=model.rules.history.length, as_of=as_of)
+        vectors = encode_users(model, queries, timeline, as_of)  # (Q, D)
         own = timeline.histories(block)
         own = Ragged(own.offsets, place[own.values])
         own = own.where(own.values >= 0)
@@ -102,14 +102,14 @@ def mine(
 
 
 def draw(eligible: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
-    """(Q, k) bool: at most so many of each row's eligible places, drawn without replacement."""
+    """(Q, k) bool: at most so many of each row's eligible places, sampled without replacement."""
     if eligible.shape[1] <= most:
         return eligible
     keys = np.where(eligible, rng.random(eligible.shape), 2.0)
     first = np.argpartition(keys, most - 1, axis=1)[:, :most]
-    drawn = np.zeros_like(eligible)
-    np.put_along_axis(drawn, first, True, axis=1)
-    return drawn & eligible
+    sampled = np.zeros_like(eligible)
+    np.put_along_axis(sampled, first, True, axis=1)
+    return sampled & eligible
 
 
 def mine_again(

@@ -179,7 +179,7 @@ class TowerRules(Strict):
     """Share of the score that is the plain cosine of an item's text and those of the history, the
     newest of which weigh most; the rest is what the towers learned, without it. So new items are
     found by their texts themselves, however well the towers know the old ones by heart. Stored
-    vectors are longer by the text's dimensions. Best with text.views that hold "company"."""
+    vectors are longer by the text's dimensions. Best with text.views that hold "cooccurrence"."""
     example_age: int = Field(0, ge=0, le=1000)
     """In training, the user tower reads how many events of its user came after the example, up to
     this number; when answering there is none, and half a step is taken beyond the newest. So it

@@ -225,19 +225,19 @@ class TwoTowerModule(lightning.LightningModule):
 
     def validation_step(self, block: ValidationBlock, _: int) -> None:
         """Rank all items for a block of queries and keep one value a query."""
-        validation, rows, moment = block.validation, block.rows, block.moment
+        validation, rows, as_of = block.validation, block.rows, block.as_of
         timeline = validation.timeline
-        if self._vectors is None or self._vectors[0] != moment:
+        if self._vectors is None or self._vectors[0] != as_of:
             everything = np.arange(timeline.n_items)
-            vectors = encode_items(self.model, everything, timeline, moment)
-            self._vectors = (moment, ExactIndex(vectors, self.device))
+            vectors = encode_items(self.model, everything, timeline, as_of)
+            self._vectors = (as_of, ExactIndex(vectors, self.device))
         queries = validation.queries.take(rows)
-        users = encode_users(self.model, queries, timeline, moment)
+        users = encode_users(self.model, queries, timeline, as_of)
         name, k = metric_at(self._ranked)
         ranked, _scores = self._vectors[1].search(
             users,
             k,
-            allowed=timeline.alive(moment),
+            allowed=timeline.alive(as_of),
             exclude=None if validation.seen is None else validation.seen.take(rows),
         )
         self._values.append(METRICS[name](ranked, validation.targets.take(rows), k))

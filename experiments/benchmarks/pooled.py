@@ -57,7 +57,7 @@ def pooled(
     """Mean gain of our bundles over theirs: part of the scorecard → metric → estimate.
 
     Raises:
-        ConfigError: two bundles lie in folders of the same name, by which they are told apart.
+        ConfigError: two bundles lie in folders of the same name, by which they are report apart.
         BundleError: the prepared data is gone, or is not what a bundle was made from.
     """
     first, *others = [*ours, *theirs]
@@ -66,7 +66,7 @@ def pooled(
         raise ConfigError(f"The runs {', '.join(runs)} have to have different names.")
     found: dict[str, dict[str, Estimate]] = {}
 
-    def told(part: str, values: Mapping[str, Any], users: np.ndarray) -> None:
+    def report(part: str, values: Mapping[str, Any], users: np.ndarray) -> None:
         rivals = [f"against_{run}" for run in runs]
         sides = [MODEL, *rivals[: len(ours) - 1]], rivals[len(ours) - 1 :]
         bootstrap = Bootstrap(users, seed=seed)
@@ -78,7 +78,7 @@ def pooled(
                 mine, other = ({m: v[some] for m, v in side.items()} for side in (new, old))
                 found[name] = Bootstrap(users[some], seed=seed).differences(mine, other)
 
-    evaluate(first, against=others, told=told)
+    evaluate(first, against=others, report=report)
     return found
 
 

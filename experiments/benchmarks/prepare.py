@@ -32,7 +32,7 @@ def simulate(rows: int, users: int, items: int, path: Path, seed: int = 0) -> No
     rng = np.random.default_rng(seed)
     chance = 1 / np.arange(1, items + 1)
     item = np.searchsorted(np.cumsum(chance / chance.sum()), rng.random(rows)).clip(0, items - 1)
-    moments = 1_700_000_000_000_000 + np.sort(rng.integers(0, DAYS * 86_400_000_000, rows))
+    times = 1_700_000_000_000_000 + np.sort(rng.integers(0, DAYS * 86_400_000_000, rows))
 
     def names(word: str, count: int) -> pl.Series:
         scattered = (np.arange(count, dtype=np.uint64) * 2654435761) % 2**32
@@ -42,7 +42,7 @@ def simulate(rows: int, users: int, items: int, path: Path, seed: int = 0) -> No
         {
             "user": names("user", users).gather(rng.integers(0, users, rows)),
             "item": names("item", items).gather(item),
-            "time": pl.Series(moments).cast(pl.Datetime("us")),
+            "time": pl.Series(times).cast(pl.Datetime("us")),
             "event": pl.Series(["click", "buy"]).gather((rng.random(rows) < 0.05).astype(int)),
         }
     ).write_parquet(path)

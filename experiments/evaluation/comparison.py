@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from recsys.baselines import Popularity, newest_first
-from recsys.experiments.evaluation.queries import EvaluateRules, by_moment
+from recsys.experiments.evaluation.queries import EvaluateRules, by_as_of
 from recsys.features.batching.batch import Queries
 from recsys.features.batching.examples import Questions
 from recsys.features.prepared.timeline import Timeline
@@ -51,7 +51,7 @@ class Baselines:
             self._static["text"] = TextSimilarity(text.cpu().numpy(), counts)
         self._counts = Popularity(counts)
 
-    def at(self, moment: int | None, *, shown: bool = False) -> dict[str, Any]:
+    def at(self, as_of: int | None, *, shown: bool = False) -> dict[str, Any]:
         """Name → baseline as of the moment.
 
         Args:
@@ -60,12 +60,12 @@ class Baselines:
                 the moment has just been shown, so that it is the newest; among all items of a
                 table it may be old stock that nobody ever met.
         """
-        if moment is None:
+        if as_of is None:
             return {"popularity": self._counts, **self._static}
         timeline = self.bundle.timeline
-        total, recent = timeline.popularity(moment), timeline.popularity(moment, DAY)
-        unmet = moment if shown else np.iinfo(np.int64).min
-        born = np.where(timeline.first_seen < moment, timeline.first_seen, unmet)
+        total, recent = timeline.popularity(as_of), timeline.popularity(as_of, DAY)
+        unmet = as_of if shown else np.iinfo(np.int64).min
+        born = np.where(timeline.first_seen < as_of, timeline.first_seen, unmet)
         return {
             "popularity": Popularity(total),
             # Equal in the window: by all-time count, so that a quiet window is not arbitrary.
@@ -97,7 +97,7 @@ def rank(
     extended: Recommender,
     baselines: Baselines,
     questions: Questions,
-    moments: np.ndarray | None,
+    as_of_times: np.ndarray | None,
     rules: EvaluateRules,
     cold: np.ndarray,
 ) -> Ranking:
@@ -122,8 +122,8 @@ def rank(
     cold_query[questions.targets.row_of()[cold[questions.targets.values]]] = True
     cold_candidates = np.zeros(len(queries), np.int64)
     candidates = np.zeros(extended.bundle.items.size, bool)
-    for moment, rows in by_moment(moments, len(queries)):
-        at = {name: one.as_of(moment) for name, one in towers.items()}
+    for as_of, rows in by_as_of(as_of_times, len(queries)):
+        at = {name: one.as_of(as_of) for name, one in towers.items()}
         allowed = at[MODEL].allowed
         candidates |= allowed
         everybody, chilled = queries.take(rows), rows[cold_query[rows]]
@@ -131,7 +131,7 @@ def rank(
         if len(chilled):
             tasks.append((among, chilled, queries.take(chilled), allowed & cold))
             cold_candidates[chilled] = np.count_nonzero(allowed & cold)
-        others = baselines.at(moment)
+        others = baselines.at(as_of)
         for store, to, part, these in tasks:
             seen = at[MODEL].seen(part) if rules.drop_seen else None
             for name, one in at.items():
@@ -158,7 +158,7 @@ def score_shown(
     users: np.ndarray,
     times: np.ndarray,
     context: np.ndarray | None,
-    moments: np.ndarray | None,
+    as_of_times: np.ndarray | None,
     items: Ragged,
 ) -> dict[str, np.ndarray]:
     """Every contestant's scores of what was shown.
@@ -173,16 +173,16 @@ def score_shown(
         name → (T,) float32.
     """
     scores: dict[str, np.ndarray] = {}
-    for moment, rows in by_moment(moments, len(users)):
-        at = extended.as_of(moment)
+    for as_of, rows in by_as_of(as_of_times, len(users)):
+        at = extended.as_of(as_of)
         part = at.queries(users[rows], times[rows], None if context is None else context[rows])
         these = items.take(rows)
         flat = slots(items.offsets[rows], these.lengths)
         found = {MODEL: at.score_rows(part, these)}
         for name, rival in baselines.rivals.items():
-            then = rival.as_of(moment)
+            then = rival.as_of(as_of)
             found[name] = then.score_rows(_by_itself(then, part), these)
-        for name, baseline in baselines.at(moment, shown=True).items():
+        for name, baseline in baselines.at(as_of, shown=True).items():
             found[name] = baseline.score(part.history, these)
         for name, score in found.items():
             scores.setdefault(name, np.zeros(len(items.values), np.float32))[flat] = score

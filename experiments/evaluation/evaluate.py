@@ -11,7 +11,7 @@ import polars as pl
 
 from recsys.errors import BundleError, DataError
 from recsys.experiments.evaluation.scorecard import EvaluateRules, judge
-from recsys.experiments.evaluation.slices import Told
+from recsys.experiments.evaluation.slices import Report
 from recsys.features.prepared.dataset import Dataset
 from recsys.features.readers import read as logs
 from recsys.features.readers.files import Paths
@@ -121,7 +121,7 @@ def evaluate(
     on: Paths | None = None,
     against: Sequence[str | Path] = (),
     progress: Callable[[str], None] | None = None,
-    told: Told | None = None,
+    report: Report | None = None,
 ) -> dict[str, Any]:
     """The scorecard of a bundle, on its own test side or on a later log.
 
@@ -132,14 +132,14 @@ def evaluate(
         against: other bundles made from the same prepared data, to be compared query by query;
             each stands among the baselines under "against_" and the name of its run's folder.
         progress: told what is going on.
-        told: is given the values of each query, see `judge`.
+        report: is given the values of each query, see `judge`.
 
     Raises:
         BundleError: the prepared dataset is gone or is not the one that the bundle was made from.
     """
     recommender = bundle if isinstance(bundle, Recommender) else Recommender.load(bundle)
     config, manifest = bundle_config(recommender), recommender.bundle.manifest
-    options: dict[str, Any] = {"seed": config.seed, "told": told}
+    options: dict[str, Any] = {"seed": config.seed, "report": report}
     options["rivals"] = {
         f"against_{Path(path).resolve().parent.name}": Recommender.load(path) for path in against
     }

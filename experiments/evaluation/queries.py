@@ -19,7 +19,7 @@ from recsys.serving.bundle import Bundle
 from recsys.serving.later_events import CodedLater
 from recsys.split import duration, duration_text
 from recsys.tables import Strict
-from recsys.towers.data import moments_of, refresh_of
+from recsys.towers.data import as_of_times_of, refresh_of
 
 RANKED = ("recall", "ndcg", "mrr", "hit_rate")
 MOST_QUERIES = 100_000
@@ -139,7 +139,7 @@ def questions_of(
         return questions, None
     if not each_event:
         return questions, np.full(len(questions.queries), bundle.cutoff)
-    return questions, moments_of(
+    return questions, as_of_times_of(
         questions.queries.times, duration(rules.refresh), cutoff=bundle.cutoff
     )
 
@@ -163,14 +163,14 @@ def refresh_said(times: np.ndarray | None, rules: EvaluateRules, *, each_event: 
     return f"{rules.refresh} asked, {duration_text(used)} used"
 
 
-def by_moment(moments: np.ndarray | None, size: int) -> Iterator[tuple[int | None, np.ndarray]]:
+def by_as_of(as_of_times: np.ndarray | None, size: int) -> Iterator[tuple[int | None, np.ndarray]]:
     """Each moment and the queries that share it; None and all of them without a clock."""
     if not size:
         return
-    if moments is None:
+    if as_of_times is None:
         yield None, np.arange(size)
         return
-    order = np.argsort(moments, kind="stable")
-    distinct, start = np.unique(moments[order], return_index=True)
-    for moment, rows in zip(distinct, np.split(order, start[1:]), strict=True):
-        yield int(moment), rows
+    order = np.argsort(as_of_times, kind="stable")
+    distinct, start = np.unique(as_of_times[order], return_index=True)
+    for as_of, rows in zip(distinct, np.split(order, start[1:]), strict=True):
+        yield int(as_of), rows

@@ -44,7 +44,7 @@ def judge(
     seed: int = 0,
     rivals: Mapping[str, Recommender] | None = None,
     progress: Progress = lambda _: None,
-    told: parts.Told | None = None,
+    report: parts.Report | None = None,
 ) -> dict[str, Any]:
     """Judge a recommender on later events.
 
@@ -58,7 +58,7 @@ def judge(
         rivals: name → another recommender made from the same prepared data; it stands among the
             baselines, with paired differences, but the verdict does not speak of it.
         progress: told what is going on.
-        told: is given the values of each query ("targets") and of each request ("impressions").
+        report: is given the values of each query ("targets") and of each request ("impressions").
 
     Raises:
         ConfigError: a rival knows other items or users.
@@ -73,7 +73,7 @@ def judge(
     if not each_event:
         bundle = without_later_events(bundle, past)
     extended = Recommender(bundle)
-    questions, moments = questions_of(bundle, coded, rules, each_event=each_event, seed=seed)
+    questions, as_of_times = questions_of(bundle, coded, rules, each_event=each_event, seed=seed)
     queries = questions.queries
     progress(f"ranking all items for {len(queries):,} queries")
     others = {
@@ -82,15 +82,15 @@ def judge(
     baselines = Baselines(extended, past, others)
     cold = np.ones(bundle.items.size, bool)
     cold[: recommender.bundle.manifest["warm_items"] + 1] = False
-    ranking = rank(extended, baselines, questions, moments, rules, cold)
+    ranking = rank(extended, baselines, questions, as_of_times, rules, cold)
     counts = np.zeros(bundle.items.size)
     counts[: past.n_items] = past.popularity()
     values = {
         name: _values(found, questions.targets, counts, rules)
         for name, found in ranking.ranked.items()
     }
-    if told is not None:
-        told("targets", values, queries.users)
+    if report is not None:
+        report("targets", values, queries.users)
     scorecard = parts.compared(values, queries.users, seed)
     n_candidates = int(np.count_nonzero(ranking.candidates))
     for name, found in ranking.ranked.items():
@@ -102,9 +102,9 @@ def judge(
     if len(coded.shown):
         progress("scoring what was shown")
     scorecard["impressions"] = parts.impressions(
-        extended, baselines, coded, cold, rules, each_event=each_event, seed=seed, told=told
+        extended, baselines, coded, cold, rules, each_event=each_event, seed=seed, report=report
     )
-    times = None if moments is None else queries.times
+    times = None if as_of_times is None else queries.times
     refresh = refresh_said(times, rules, each_event=each_event)
     scorecard["protocol"] = protocol | {
         "queries": "each event" if each_event else "one cut-off",

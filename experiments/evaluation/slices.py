@@ -24,12 +24,12 @@ from recsys.ragged import Ragged
 from recsys.serving.later_events import CodedLater
 from recsys.serving.recommender import Recommender
 from recsys.split import duration
-from recsys.towers.data import moments_of
+from recsys.towers.data import as_of_times_of
 
 Values = Mapping[str, Mapping[str, np.ndarray]]
 """Contestant → metric → one value a query."""
 
-Told = Callable[[str, Values, np.ndarray], object]
+Report = Callable[[str, Values, np.ndarray], object]
 """Is given a part of the scorecard, the values behind it, and the user of each query."""
 
 
@@ -161,7 +161,7 @@ def impressions(
     *,
     each_event: bool,
     seed: int,
-    told: Told | None = None,
+    report: Report | None = None,
 ) -> dict[str, Any] | None:
     """How well what was shown is ordered: AUC, MRR, NDCG a request, warm and cold clicks apart.
 
@@ -172,7 +172,7 @@ def impressions(
         rules: the protocol.
         each_event: each request is asked at its own time; otherwise all at the cut-off.
         seed: of samples and resamples.
-        told: is given the values of each request.
+        report: is given the values of each request.
 
     Returns:
         None where no request has something clicked and something not.
@@ -191,19 +191,21 @@ def impressions(
     if not each_event:
         times = np.full(len(mixed), extended.bundle.cutoff)
     timed = extended.bundle.timeline.timed
-    moments = (
-        moments_of(times, duration(rules.refresh), cutoff=extended.bundle.cutoff) if timed else None
+    as_of_times = (
+        as_of_times_of(times, duration(rules.refresh), cutoff=extended.bundle.cutoff)
+        if timed
+        else None
     )
     if timed and not each_event:
-        moments = times
-    scores = score_shown(extended, baselines, users, times, context, moments, items)
+        as_of_times = times
+    scores = score_shown(extended, baselines, users, times, context, as_of_times, items)
     lowest = np.float32(np.finfo(np.float32).min)
     values = {
         name: impression_metrics(np.maximum(score, lowest), clicked, items.offsets)
         for name, score in scores.items()
     }
-    if told is not None:
-        told("impressions", values, users)
+    if report is not None:
+        report("impressions", values, users)
     query = items.row_of()
     clicked_cold = np.bincount(query[clicked], cold[items.values[clicked]], len(mixed))
     clicked_all = np.bincount(query[clicked], minlength=len(mixed))

@@ -12,7 +12,7 @@ import numpy as np
 
 from recsys.features.batching.batch import Queries
 from recsys.features.batching.batches import TrainingEvents
-from recsys.features.prepared.first_seen import Firsts
+from recsys.features.prepared.first_seen import FirstSeen
 from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged
 from recsys.tables import Side
@@ -77,7 +77,7 @@ def asking(
     context: np.ndarray | None = None,
     *,
     last: int | None = None,
-    moment: int | None = None,
+    as_of: int | None = None,
 ) -> Queries:
     """Queries of user rows with what each had before its time, how long before and its weight.
 
@@ -90,7 +90,7 @@ def asking(
         moment: when everything known is asked about; None: the time of an entry says nothing.
     """
     history = past.histories(users, times, last)
-    elapsed, weight = past.beside_histories(users, times, last, moment)
+    elapsed, weight = past.beside_histories(users, times, last, as_of)
     return Queries(users, history, times, context, elapsed, weight)
 
 
@@ -200,7 +200,7 @@ def ask(
         # Whole histories, one for each question, would grow with the square of their length.
         until = np.asarray(past.user_offsets)[users] + past.past(users, times)
         row = targets.row_of()
-        had = Firsts(past, users).before(users[row], targets.values, until[row])
+        had = FirstSeen(past, users).before(users[row], targets.values, until[row])
         repeats = int(had.sum())
         targets = targets.where(~had)
     said = None if context is None else context[first]

@@ -12,7 +12,7 @@ import numpy as np
 
 from recsys.features.batching.batch import Source
 from recsys.features.batching.samplers import BatchQueries
-from recsys.features.prepared.first_seen import Firsts
+from recsys.features.prepared.first_seen import FirstSeen
 from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import Ragged, gather
 
@@ -168,8 +168,8 @@ class PositiveMask:
         return self._first_seen.before(users, item, ends)
 
     @cached_property
-    def _first_seen(self) -> Firsts:
-        return Firsts(self.timeline)
+    def _first_seen(self) -> FirstSeen:
+        return FirstSeen(self.timeline)
 
 
 def is_target(

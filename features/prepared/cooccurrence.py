@@ -17,7 +17,7 @@ LATE = 8
 
 
 @dataclass(frozen=True)
-class Around:
+class CooccurrenceGraph:
     """Neighbours of each item, and its events, each with the user they come from.
 
     Args:
@@ -46,7 +46,7 @@ class Around:
         return len(self.offsets) - 1
 
     @staticmethod
-    def of(timeline: Timeline, n_items: int, most: int, seed: int) -> Around:
+    def of(timeline: Timeline, n_items: int, most: int, seed: int) -> CooccurrenceGraph:
         """What stands around each of the first `n_items` item rows.
 
         An entry weighs its pair's weight / √(events of the neighbour), as in the normalised
@@ -82,7 +82,7 @@ class Around:
         weight = weight / np.sqrt(np.bincount(item, minlength=n_items)[neighbour])
         if len(weight):
             weight = weight / weight.mean()
-        return Around(
+        return CooccurrenceGraph(
             np.concatenate([[0], np.cumsum(np.minimum(counts, most))]),
             neighbour,
             np.concatenate(whose)[order],

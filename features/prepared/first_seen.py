@@ -13,7 +13,7 @@ from recsys.features.prepared.timeline import Timeline
 from recsys.ragged import slots
 
 
-class Firsts:
+class FirstSeen:
     """Each user's first event of each item.
 
     Events of a user are in order of time, so that an item was had before some event when its first

@@ -317,7 +317,7 @@ def attach(labels: pl.DataFrame, events: pl.DataFrame) -> pl.DataFrame:
         )
     else:
         labels = labels.with_columns(own)
-    moments = (
+    shown_at = (
         events.group_by("user", "side", "time")
         .agg(pl.col("event").min().alias("next"), pl.col("event").max().alias("previous"))
         .sort("time")
@@ -328,7 +328,7 @@ def attach(labels: pl.DataFrame, events: pl.DataFrame) -> pl.DataFrame:
     ways = (("forward", "next"), ("backward", "previous"))
     for strategy, name in ways:
         rest = rest.join_asof(
-            moments.select("user", "side", "time", name),
+            shown_at.select("user", "side", "time", name),
             on="time",
             by=["user", "side"],
             strategy=strategy,

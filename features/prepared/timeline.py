@@ -33,7 +33,7 @@ NEVER = np.iinfo(np.int64).max
 """Time of what has not happened."""
 
 
-def count_before(times: Ragged, rows: np.ndarray, moments: np.ndarray) -> np.ndarray:
+def count_before(times: Ragged, rows: np.ndarray, as_of_times: np.ndarray) -> np.ndarray:
     """(Q,) how many of row `rows[q]`'s sorted times are strictly smaller than `moments[q]`.
 
     A binary search for all questions at once.
@@ -45,7 +45,7 @@ def count_before(times: Ragged, rows: np.ndarray, moments: np.ndarray) -> np.nda
     for _ in range(int((high - low).max(initial=0)).bit_length()):
         middle = (low + high) >> 1
         inside = low < high
-        earlier = inside & (times.values[np.where(inside, middle, 0)] < moments)
+        earlier = inside & (times.values[np.where(inside, middle, 0)] < as_of_times)
         low = np.where(earlier, middle + 1, low)
         high = np.where(inside & ~earlier, middle, high)
     return low - start
@@ -160,7 +160,7 @@ class Timeline:
         users: np.ndarray,
         times: np.ndarray | None = None,
         last: int | None = None,
-        moment: int | None = None,
+        as_of: int | None = None,
     ) -> tuple[np.ndarray | None, np.ndarray | None]:
         """What else is known of the entries that `histories` gives.
 
@@ -174,46 +174,46 @@ class Timeline:
         """
         start, end = self._span(users, times, last)
         elapsed = None
-        if self.timed and (times is not None or moment is not None):
-            asked = np.full(len(start), moment) if times is None else times
+        if self.timed and (times is not None or as_of is not None):
+            asked = np.full(len(start), as_of) if times is None else times
             elapsed = elapsed_of(gather(self.time, start, end), asked)
         event_weight = (
             None if self.event_weight is None else gather(self.event_weight, start, end).values
         )
         return elapsed, event_weight
 
-    def alive(self, moment: int | None) -> np.ndarray:
+    def alive(self, as_of: int | None) -> np.ndarray:
         """(N,) bool, the items that exist at the moment; row 0 never does."""
-        if moment is None or not self.timed:
+        if as_of is None or not self.timed:
             alive = np.ones(self.n_items, bool)
         else:
-            alive = self.exists_from <= moment
+            alive = self.exists_from <= as_of
         alive[0] = False
         return alive
 
-    def popularity(self, moment: int | None = None, window: int | None = None) -> np.ndarray:
+    def popularity(self, as_of: int | None = None, window: int | None = None) -> np.ndarray:
         """(N,) positives of each item strictly before the moment, within the window when given."""
         rows = np.arange(self.n_items)
-        if moment is None:
+        if as_of is None:
             return np.diff(self.clicks.offsets).astype(np.float32)
-        return self._count(self.clicks, rows, moment, window).astype(np.float32)
+        return self._count(self.clicks, rows, as_of, window).astype(np.float32)
 
-    def statistics(self, rows: np.ndarray, moment: int) -> np.ndarray:
+    def statistics(self, rows: np.ndarray, as_of: int) -> np.ndarray:
         """(R, S) float32: `STATISTICS` of the item rows, each known strictly before `moment`.
 
         Counts enter as log(1 + count), the age as log(1 + hours), so that no unit dominates; an
         item not seen before is of age 0. Click rates are smoothed by one click in ten shown.
         """
-        age = np.maximum(moment - np.minimum(self.first_seen[rows], moment), 0)
+        age = np.maximum(as_of - np.minimum(self.first_seen[rows], as_of), 0)
         columns = [np.log1p(age / (3_600 * SECOND))]
-        clicks = self._count(self.clicks, rows, moment, None)
+        clicks = self._count(self.clicks, rows, as_of, None)
         columns.append(np.log1p(clicks))
-        recent = self._recent(self.clicks, self._clicks_in_time, rows, moment)
+        recent = self._recent(self.clicks, self._clicks_in_time, rows, as_of)
         columns.extend(np.log1p(count) for count in recent)
         if self.shown is None:
             columns.extend([np.zeros(len(rows))] * (2 * len(WINDOWS)))
         else:
-            shown = self._recent(self.shown, self._shown_in_time, rows, moment)
+            shown = self._recent(self.shown, self._shown_in_time, rows, as_of)
             columns.extend(np.log1p(count) for count in shown)
             pairs = zip(recent, shown, strict=True)
             columns.extend(np.log((clicks + 1.0) / (seen + 10.0)) for clicks, seen in pairs)
@@ -232,7 +232,7 @@ class Timeline:
         times: Ragged,
         in_time: tuple[np.ndarray, np.ndarray],
         rows: np.ndarray,
-        moment: int,
+        as_of: int,
     ) -> list[np.ndarray]:
         """(R,) of each window: how often it happened to each row in the window before the moment.
 
@@ -240,21 +240,21 @@ class Timeline:
         search for each row; a search wins where the window holds far more than is asked for.
         """
         when, what = in_time
-        end, counts = int(np.searchsorted(when, moment)), []
+        end, counts = int(np.searchsorted(when, as_of)), []
         for window in WINDOWS.values():
-            start = int(np.searchsorted(when, moment - window))
+            start = int(np.searchsorted(when, as_of - window))
             if end - start > SEARCH_COST * len(rows):
-                counts.append(self._count(times, rows, moment, window))
+                counts.append(self._count(times, rows, as_of, window))
             else:
                 counts.append(np.bincount(what[start:end], minlength=self.n_items)[rows])
         return counts
 
     @staticmethod
-    def _count(times: Ragged, rows: np.ndarray, moment: int, window: int | None) -> np.ndarray:
-        before = count_before(times, rows, np.full(len(rows), moment, np.int64))
+    def _count(times: Ragged, rows: np.ndarray, as_of: int, window: int | None) -> np.ndarray:
+        before = count_before(times, rows, np.full(len(rows), as_of, np.int64))
         if window is None:
             return before
-        return before - count_before(times, rows, np.full(len(rows), moment - window, np.int64))
+        return before - count_before(times, rows, np.full(len(rows), as_of - window, np.int64))
 
     def select(self, keep: np.ndarray) -> Timeline:
         """Only the events for which `keep` (E,) is true; exposures and births stay."""
@@ -309,12 +309,12 @@ class Timeline:
         )
 
 
-def elapsed_of(history: Ragged, moments: np.ndarray) -> np.ndarray:
+def elapsed_of(history: Ragged, as_of_times: np.ndarray) -> np.ndarray:
     """(H,) float64 seconds from each of the ragged times (µs) to the moment (Q,) of its query.
 
     Not float32, which cannot tell the seconds of last year from each other.
     """
-    return (np.asarray(moments, np.int64)[history.row_of()] - history.values) / SECOND
+    return (np.asarray(as_of_times, np.int64)[history.row_of()] - history.values) / SECOND
 
 
 def times_by_row(rows: np.ndarray, times: np.ndarray, n_rows: int) -> Ragged:
@@ -332,7 +332,7 @@ def _in_time(times: Ragged) -> tuple[np.ndarray, np.ndarray]:
 
 
 def statistic_scale(
-    timeline: Timeline, moments: Sequence[int], rows_each: int, rng: np.random.Generator
+    timeline: Timeline, as_of_times: Sequence[int], rows_each: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each statistic at the moments, (S,) each.
 
@@ -341,14 +341,14 @@ def statistic_scale(
     """
     seen = []
     when, what = timeline._clicks_in_time
-    for moment in moments:
-        alive = np.flatnonzero(timeline.alive(moment))
+    for as_of in as_of_times:
+        alive = np.flatnonzero(timeline.alive(as_of))
         if len(alive):
             rows = rng.choice(alive, size=min(rows_each, len(alive)), replace=False)
-            seen.append(timeline.statistics(rows, moment))
-            first = int(np.searchsorted(when, moment)) - len(rows) // 2
+            seen.append(timeline.statistics(rows, as_of))
+            first = int(np.searchsorted(when, as_of)) - len(rows) // 2
             chosen = what[max(0, first) : max(0, first) + len(rows)]
-            seen.append(timeline.statistics(chosen, moment))
+            seen.append(timeline.statistics(chosen, as_of))
     if not seen:
         return np.zeros(len(STATISTICS), np.float32), np.ones(len(STATISTICS), np.float32)
     all_seen = np.concatenate(seen)

@@ -109,8 +109,8 @@ def clock(column: str, dtype: pl.DataType, sample: pl.Series, schema: Schema) ->
     _check_zone(zone)
     if dtype == pl.Date or isinstance(dtype, pl.Datetime):
         aware = isinstance(dtype, pl.Datetime) and dtype.time_zone is not None
-        moment = col if isinstance(dtype, pl.Datetime) else col.cast(pl.Datetime("us"))
-        return Clock(column, _epoch(moment, None if aware else zone), zone=zone, zoned=aware)
+        when = col if isinstance(dtype, pl.Datetime) else col.cast(pl.Datetime("us"))
+        return Clock(column, _epoch(when, None if aware else zone), zone=zone, zoned=aware)
     if dtype.is_integer():
         return Clock(column, col.cast(pl.Int64, strict=False), schema.time_unit)
     if dtype.is_numeric():
@@ -154,12 +154,12 @@ def _parsed(column: str, formats: tuple[str, ...], zoned: bool, zone: str) -> pl
     return _epoch(pl.coalesce(tries), zone)
 
 
-def _epoch(moment: pl.Expr, zone: str | None) -> pl.Expr:
+def _epoch(when: pl.Expr, zone: str | None) -> pl.Expr:
     if zone is not None and zone != "UTC":
         # An hour that a change of the clock repeats is taken as its first run; one that it
         # leaves out is no time at all.
-        moment = moment.dt.replace_time_zone(zone, ambiguous="earliest", non_existent="null")
-    return moment.dt.epoch("us")
+        when = when.dt.replace_time_zone(zone, ambiguous="earliest", non_existent="null")
+    return when.dt.epoch("us")
 
 
 def _check_zone(zone: str) -> None:

@@ -180,7 +180,7 @@ def fit_encoder(
     *,
     seed: int = 0,
     fields: Sequence[Texts] = (),
-    company: np.ndarray | None = None,
+    cooccurrence: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> TextEncoder:
     """The encoder that `rules` ask for: trained on these texts, or loaded.
@@ -191,8 +191,8 @@ def fit_encoder(
         seed: the same texts and seed give the same encoder.
         fields: columns as long as `texts`, the title first, then description, category words, …;
             with the view "fields" the title is drawn to each of the others.
-        company: (2, P) places in `texts` of items that a user chose one after the other, for the
-            view "company"; None: none are known, and the view is left out.
+        cooccurrence: (2, P) places in `texts` of items that a user chose one after the other, for
+            the view of that name; None: none are known, and the view is left out.
         progress: is told in words what is going on.
 
     Raises:
@@ -214,10 +214,11 @@ def fit_encoder(
                 f"Field {number + 1} has {len(column)} texts for {len(whole)} items. "
                 "Give one text an item in each field, empty where there is none."
             )
-    told = progress or (lambda _: None)
+    report = progress or (lambda _: None)
     if isinstance(rules, SmallTransformerText):
-        return TextEncoder(train_transformer(whole, columns, rules, seed, told, company), 256)
-    return TextEncoder(train_static(whole, columns, rules, seed, told, company), 1024)
+        model = train_transformer(whole, columns, rules, seed, report, cooccurrence)
+        return TextEncoder(model, 256)
+    return TextEncoder(train_static(whole, columns, rules, seed, report, cooccurrence), 1024)
 
 
 def encode_cached(

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from recsys.tables import AS_TUPLE, Strict, of_kind
 
-View = Literal["split", "dropout", "halves", "fields", "company"]
+View = Literal["split", "dropout", "halves", "fields", "cooccurrence"]
 Views = Annotated[tuple[View, ...], AS_TUPLE]
 Train = Literal["frozen", "last", "all"]
 
@@ -24,14 +24,14 @@ class StaticText(Strict):
     """Of the vectors; 128 halves the memory and costs a few per cent of recall."""
     views: Annotated[Views, Field(min_length=1)] = ("split", "fields")
     """What counts as two views of one item. split: each token goes to one view or the other;
-    dropout: each view keeps some of all tokens; halves: before and after a cut; fields: the
-    first field beside each other one (title and description, title and category words); company:
+    dropout: each view keeps some of all tokens; halves: before and after a cut; fields: the first
+    field beside each other one (title and description, title and category words); cooccurrence:
     the texts of two items that a user chose one after the other, each with some of its tokens, so
     that what is had together is near, and a new item lies near what its takers had."""
     beside: Views = ()
     """Views that a second encoder learns from, whose vectors stand beside the first's, so that they
-    are twice as long. What texts say and what they are had with, the view company, tell more side
-    by side than drawn together. Empty: no second one."""
+    are twice as long. What texts say and what they are had with, the view cooccurrence, tell more
+    side by side than drawn together. Empty: no second one."""
     epochs: int = Field(10, ge=0, le=1000)
     """Of the contrastive training; 0: latent semantic analysis alone."""
 
@@ -79,9 +79,9 @@ TextRules = Annotated[
 ]
 
 
-def learns_company(rules: StaticText | SmallTransformerText | PretrainedText) -> bool:
+def learns_cooccurrence(rules: StaticText | SmallTransformerText | PretrainedText) -> bool:
     """Whether the encoder learns from the log which items are had together."""
     if isinstance(rules, PretrainedText):
         return False
     beside = rules.beside if isinstance(rules, StaticText) else ()
-    return "company" in (*rules.views, *beside)
+    return "cooccurrence" in (*rules.views, *beside)

@@ -47,7 +47,7 @@ MAX_TEXTS = 200_000
 MAX_PAIRS = 1_000_000
 """Pairs seen over all epochs at most: what bounds the time on a large catalogue."""
 KEEP = 0.5
-"""Share of the tokens in a view of split (the first), dropout and company (both)."""
+"""Share of the tokens in a view of split (the first), dropout and cooccurrence (both)."""
 BATCH_SIZE = 512
 """Pairs a step: each text stands against that many others."""
 SCALE = 10.0
@@ -63,7 +63,7 @@ def train_static(
     rules: StaticText,
     seed: int,
     progress: Callable[[str], None],
-    company: np.ndarray | None = None,
+    cooccurrence: np.ndarray | None = None,
 ) -> SentenceTransformer:
     """Fit a tokenizer and token vectors on a catalogue.
 
@@ -73,7 +73,7 @@ def train_static(
         rules: [text] of the configuration.
         seed: the same texts and seed give the same encoder.
         progress: is told in words what is going on.
-        company: (2, P) places in `texts` of items chosen one after the other, or None.
+        cooccurrence: (2, P) places in `texts` of items chosen one after the other, or None.
 
     Raises:
         DataError: no text has a letter in it.
@@ -85,7 +85,7 @@ def train_static(
     items = learned_from(texts, fields, rng)
     tokenizer = fit_tokenizer(items["text"].to_list())
     tokens = tokenized(tokenizer, items, len(texts), progress)
-    together = rows_of(texts, items, company)
+    together = rows_of(texts, items, cooccurrence)
     tables = []
     with one_thread():
         start = lsa_vectors(tokens, tokenizer.get_vocab_size(), rules.dimension, rng)
@@ -133,13 +133,15 @@ def learned_from(
     return items
 
 
-def rows_of(texts: pl.Series, items: pl.DataFrame, company: np.ndarray | None) -> np.ndarray | None:
+def rows_of(
+    texts: pl.Series, items: pl.DataFrame, cooccurrence: np.ndarray | None
+) -> np.ndarray | None:
     """(2, P) pairs of places in `texts` as rows of `items`, where both are there and differ."""
-    if company is None:
+    if cooccurrence is None:
         return None
     rows = items.select("text").with_row_index("row")
     row = texts.alias("text").to_frame().join(rows, on="text", how="left", maintain_order="left")
-    pairs = row["row"].cast(pl.Int64).fill_null(-1).to_numpy()[company]
+    pairs = row["row"].cast(pl.Int64).fill_null(-1).to_numpy()[cooccurrence]
     return pairs[:, (pairs >= 0).all(axis=0) & (pairs[0] != pairs[1])]
 
 
@@ -328,7 +330,7 @@ def make_pairs(
     items: pl.DataFrame,
     tokenizer: Tokenizer,
     views: Sequence[View],
-    company: np.ndarray | None = None,
+    cooccurrence: np.ndarray | None = None,
 ) -> list[Pairs]:
     """What `views` make of a catalogue; kinds without two pairs are left out.
 
@@ -337,14 +339,14 @@ def make_pairs(
         items: as `learned_from` gives them.
         tokenizer: reads single fields.
         views: which kinds.
-        company: (2, P) rows of `items` chosen one after the other, or None.
+        cooccurrence: (2, P) rows of `items` chosen one after the other, or None.
     """
     long = np.flatnonzero(tokens.lengths >= 2)
-    of_one = [view for view in views if view not in ("fields", "company")]
+    of_one = [view for view in views if view not in ("fields", "cooccurrence")]
     kinds = [Pairs(view, tokens, long, long) for view in of_one]
-    if "company" in views and company is not None:
-        left, right = company[:, (tokens.lengths[company] > 0).all(axis=0)]
-        kinds.append(Pairs("company", tokens, left, right))
+    if "cooccurrence" in views and cooccurrence is not None:
+        left, right = cooccurrence[:, (tokens.lengths[cooccurrence] > 0).all(axis=0)]
+        kinds.append(Pairs("cooccurrence", tokens, left, right))
     columns = [name for name in items.columns if name != "text"]
     if "fields" in views:
         for other in columns[1:]:

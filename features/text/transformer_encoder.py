@@ -49,7 +49,7 @@ def train_transformer(
     rules: SmallTransformerText,
     seed: int,
     progress: Callable[[str], None],
-    company: np.ndarray | None = None,
+    cooccurrence: np.ndarray | None = None,
 ) -> SentenceTransformer:
     """Fit a tokenizer on a catalogue, and train a transformer so that two views of an item meet.
 
@@ -59,7 +59,7 @@ def train_transformer(
         rules: [text] of the configuration; with `epochs = 0` the weights stay random.
         seed: the same texts and seed give the same encoder.
         progress: is told in words what is going on.
-        company: (2, P) places in `texts` of items chosen one after the other, or None.
+        cooccurrence: (2, P) places in `texts` of items chosen one after the other, or None.
 
     Raises:
         DataError: no text has a letter in it.
@@ -69,7 +69,7 @@ def train_transformer(
     tokenizer = fit_wordpiece(items["text"].to_list())
     tokens = tokenized(tokenizer, items, len(texts), progress)
     model = small_transformer(tokenizer, rules.dimension, rules.layers, seed)
-    together = rows_of(texts, items, company)
+    together = rows_of(texts, items, cooccurrence)
     pairs = make_pairs(tokens, items, tokenizer, rules.views, together) if rules.epochs else []
     import torch
 
@@ -83,8 +83,8 @@ def fit_wordpiece(texts: list[str]) -> Tokenizer:
     """WordPiece of a catalogue, without marks of begin and end: the vectors' mean needs none."""
     from tokenizers import Tokenizer, models, trainers
 
-    drawn = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
-    alphabet = read_as_words(drawn, texts)
+    trained = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    alphabet = read_as_words(trained, texts)
     trainer = trainers.WordPieceTrainer(
         vocab_size=VOCABULARY,
         min_frequency=FREQUENT,
@@ -95,11 +95,11 @@ def fit_wordpiece(texts: list[str]) -> Tokenizer:
         limit_alphabet=len(alphabet),
         show_progress=False,
     )
-    drawn.train_from_iterator(texts, trainer, length=len(texts))
+    trained.train_from_iterator(texts, trainer, length=len(texts))
     # A new one, in which those letters are pieces like all others.
-    model = models.WordPiece(drawn.get_vocab(), unk_token=UNKNOWN)
+    model = models.WordPiece(trained.get_vocab(), unk_token=UNKNOWN)
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer, tokenizer.pre_tokenizer = drawn.normalizer, drawn.pre_tokenizer
+    tokenizer.normalizer, tokenizer.pre_tokenizer = trained.normalizer, trained.pre_tokenizer
     tokenizer.add_special_tokens([PAD, UNKNOWN])
     tokenizer.enable_truncation(MAX_TOKENS)
     return tokenizer

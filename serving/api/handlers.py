@@ -304,10 +304,10 @@ class Handlers:
         return self._written(context, 1)
 
     async def events(self, context: RequestContext) -> bytes:
-        moment = now()
+        received = now()
         events = [
             Event(
-                one.user, one.item, moment if one.time is None else one.time, one.event,
+                one.user, one.item, received if one.time is None else one.time, one.event,
                 one.strength, one.request, one.id,
             )
             for one in read(EventsRequest, await self._body(context)).events

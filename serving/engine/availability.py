@@ -31,7 +31,7 @@ class Windows:
         self._next = -FOREVER if len(self._changes) else FOREVER
         self._over = self._late = np.empty(0, np.int64)
 
-    def at(self, moment: int | None) -> tuple[np.ndarray, np.ndarray, int]:
+    def at(self, as_of: int | None) -> tuple[np.ndarray, np.ndarray, int]:
         """What is otherwise than the index has it.
 
         Args:
@@ -41,21 +41,21 @@ class Windows:
             Sorted index positions whose time is over; sorted rows that are not indexed but
             available; the moment from which on to ask again.
         """
-        if moment is None:
+        if as_of is None:
             return self._over, self._late, FOREVER
-        if moment >= self._next:
-            allowed = bundles.answerable(self._bundle, moment)
+        if as_of >= self._next:
+            allowed = bundles.answerable(self._bundle, as_of)
             self._late = np.flatnonzero(allowed & (self._position < 0))
             self._over = np.flatnonzero(~allowed[self._bundle.rows])
-            place = int(np.searchsorted(self._changes, moment, side="right"))
+            place = int(np.searchsorted(self._changes, as_of, side="right"))
             self._next = FOREVER
             if place < len(self._changes):
-                self._next = max(int(self._changes[place]), moment + MINUTE)
+                self._next = max(int(self._changes[place]), as_of + MINUTE)
         return self._over, self._late, self._next
 
 
-def _finite(moments: np.ndarray) -> np.ndarray:
-    return moments[(moments > -FOREVER) & (moments < FOREVER)]
+def _finite(as_of_times: np.ndarray) -> np.ndarray:
+    return as_of_times[(as_of_times > -FOREVER) & (as_of_times < FOREVER)]
 
 
 __all__ = ["FOREVER", "MINUTE", "Windows"]

@@ -221,10 +221,10 @@ def _value(name: str, dtype: Any, value: Value) -> Any:
             if math.isfinite(number_):
                 return number_
         if isinstance(dtype, pl.Datetime) and isinstance(value, str):
-            moment = datetime.fromisoformat(value)
-            if moment.tzinfo is None:
-                moment = moment.replace(tzinfo=UTC)
-            return (moment - _START) // _TICK
+            instant = datetime.fromisoformat(value)
+            if instant.tzinfo is None:
+                instant = instant.replace(tzinfo=UTC)
+            return (instant - _START) // _TICK
         if isinstance(dtype, pl.Date) and isinstance(value, str):
             return date.fromisoformat(value)
     except (ValueError, KeyError, OverflowError):

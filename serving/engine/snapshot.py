@@ -35,11 +35,11 @@ FIRST_TRY = 64
 """Excluded things that a first search makes room for: most of them are far from the best."""
 
 
-def _open(window: np.ndarray, moment: int | None) -> np.ndarray:
+def _open(window: np.ndarray, as_of: int | None) -> np.ndarray:
     """(R,) bool, see `recsys.serving.bundle.available`."""
-    if moment is None:
+    if as_of is None:
         return window[:, 0] < window[:, 1]
-    return (window[:, 0] <= moment) & (moment < window[:, 1])
+    return (window[:, 0] <= as_of) & (as_of < window[:, 1])
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ class CatalogSnapshot:
     """
 
     def __init__(
-        self, model: LoadedModel, view: LiveView, windows: Windows, moment: int | None
+        self, model: LoadedModel, view: LiveView, windows: Windows, as_of: int | None
     ) -> None:
         self.model, self.view = model, view
-        over, late, self.until = windows.at(moment)
+        over, late, self.until = windows.at(as_of)
         self.over, self.late = over, late
         bundle = model.bundle
         self.index = bundle.index
@@ -119,10 +119,10 @@ class CatalogSnapshot:
         self.since[: self.live] = view.since
         extra_open = np.ones(len(self.extra), bool)
         if self.live:
-            extra_open[: self.live] = _open(view.window, moment)
-            changes = view.window[view.window > (moment or 0)]
-            if moment is not None and len(changes) and (change := int(changes.min())) < FOREVER:
-                self.until = min(self.until, max(change, moment + MINUTE))
+            extra_open[: self.live] = _open(view.window, as_of)
+            changes = view.window[view.window > (as_of or 0)]
+            if as_of is not None and len(changes) and (change := int(changes.min())) < FOREVER:
+                self.until = min(self.until, max(change, as_of + MINUTE))
         mask = None
         if len(self.closed):
             mask = np.ones(self.n, bool)

@@ -149,7 +149,7 @@ class UserInputs:
             known = _tail(timeline.event_weight[start:end], newest)
             said = np.array([event_weight for _, _, event_weight in posted], np.float32)
             event_weight = _tail(np.concatenate([known, said]), newest).astype(np.float32)
-        told = 0 < row < self._loaded.told_apart
+        has_vector = 0 < row < self._loaded.told_apart
         return UserInput(
             user=row,
             entries=_tail(np.concatenate([_tail(rows, newest), fresh]), newest),
@@ -158,7 +158,7 @@ class UserInputs:
             context=self.context_of(context),
             seen=np.concatenate([rows, fresh[fresh < self._size]]) if posted else rows,
             seen_live=tuple(code - self._size for code, _, _ in posted if code >= self._size),
-            nothing=not told and not len(rows) and not posted,
+            nothing=not has_vector and not len(rows) and not posted,
         )
 
     def given(
@@ -277,7 +277,7 @@ class UserInputs:
         """
         return asking(
             self._bundle.timeline, users, times, context, last=self._length,
-            moment=self._loaded.as_of,
+            as_of=self._loaded.as_of,
         )  # fmt: skip
 
     def embed(self, codes: np.ndarray, view: LiveView | None) -> torch.Tensor:

@@ -96,7 +96,7 @@ class Overlay:
     """The living part of one model.
 
     Args:
-        served: the model.
+        model: the model.
 
     Attributes:
         view: what a request reads, once; replaced in one go.
@@ -104,9 +104,9 @@ class Overlay:
         folded: ids of the journal that the bundle holds with the same content.
     """
 
-    def __init__(self, served: LoadedModel) -> None:
-        bundle = served.bundle
-        self.served, self.bundle = served, bundle
+    def __init__(self, model: LoadedModel) -> None:
+        bundle = model.bundle
+        self.model, self.bundle = model, bundle
         self.coder = bundle.coder
         self.left_out: dict[str, str] = {}
         self.folded: set[str] = set()
@@ -118,13 +118,13 @@ class Overlay:
         # Users with events on an item that the bundle does not know.
         self._waiting: dict[str, set[str]] = {}
         self._appended = 0
-        model = bundle.model
+        towers = bundle.model
         self._places: PersistentMap[int] = PersistentMap()
         self._events: PersistentMap[tuple[tuple[str, int, float], ...]] = PersistentMap()
         self._posted: dict[str, tuple[Posted, ...]] = {}
         self._room = (
-            np.empty((16, model.vector_dimension), np.float32),
-            np.empty((16, model.vector_dimension), np.float32),
+            np.empty((16, towers.vector_dimension), np.float32),
+            np.empty((16, towers.vector_dimension), np.float32),
             np.empty((16, 2), np.int64),
             np.empty(16, np.int64),
         )
@@ -146,7 +146,7 @@ class Overlay:
     def _own_coder(self) -> ItemCoder:
         if self.coder is None:
             raise BundleError(
-                f"Bundle {self.served.version} was made before bundles could read new items: it "
+                f"Bundle {self.model.version} was made before bundles could read new items: it "
                 "says nothing of how their categories and numbers are coded. Make it again."
             )
         return self.coder
@@ -176,7 +176,7 @@ class Overlay:
             items: id, what the model reads of it, and its fields.
             put_at: id → microseconds when it was put.
         """
-        known = np.array([self.served.row_of(id) for id, _, _ in items], np.int64)
+        known = np.array([self.model.row_of(id) for id, _, _ in items], np.int64)
         encoded = encode_described(self.bundle, [described for _, described, _ in items], known)
         newcomers = []
         for (id, described, fields), row, vector, entry in zip(
@@ -246,7 +246,7 @@ class Overlay:
         """(R,) bool, the items that the bundle answers with, and with the same content."""
         bundle, same = self.bundle, np.zeros(len(items), bool)
         rows = np.array([item.row for item in items])
-        some = np.flatnonzero((rows > 0) & (self.served.position[rows] >= 0))
+        some = np.flatnonzero((rows > 0) & (self.model.position[rows] >= 0))
         if not len(some):
             return same
         at = rows[some]
@@ -278,14 +278,14 @@ class Overlay:
             forgotten: ids of which the bundle speaks for itself again.
         """
         view, gone, forgotten = self.view, list(gone), list(forgotten)
-        row_of = self.served.row_of
+        row_of = self.model.row_of
         hidden = {item.row for item in puts} | {row_of(id) for id in gone}
         shown = {row_of(id) for id in forgotten}
         view = self._items(view, puts, [*gone, *forgotten])
         rows = view.hidden
         if (hidden - {0}) - rows or shown & rows:
             rows = frozenset((rows | hidden) - shown - {0})
-            positions = self.served.position[np.fromiter(rows, np.int64, len(rows))]
+            positions = self.model.position[np.fromiter(rows, np.int64, len(rows))]
             view = replace(
                 view,
                 hidden=rows,
@@ -304,9 +304,9 @@ class Overlay:
             self._posted.update(users)
             self._note(users)
         if touched:
-            told = {user: self._counted(user, view) for user in touched}
-            none = [user for user, events in told.items() if not events]
-            some = {user: events for user, events in told.items() if events}
+            counted = {user: self._counted(user, view) for user in touched}
+            none = [user for user, events in counted.items() if not events]
+            some = {user: events for user, events in counted.items() if events}
             self._events = self._events.changed(some, none)
         if view is not self.view or self._events is not before:
             self.view = replace(view, events=self._events, generation=view.generation + 1)
@@ -370,15 +370,15 @@ class Overlay:
 
     def _counted(self, user: str, view: LiveView) -> tuple[tuple[str, int, float], ...]:
         """What counts in a history of the user."""
-        row_of, place = self.served.row_of, view.place
-        told = []
+        row_of, place = self.model.row_of, view.place
+        kept = []
         for event in self._posted.get(user, ()):
             strength = self._strength(event)
             if strength is None or event.seq in self._taken:
                 continue
             if event.item in place or row_of(event.item):
-                told.append((event.item, event.time, strength))
-        return tuple(told)
+                kept.append((event.item, event.time, strength))
+        return tuple(kept)
 
     def _strength(self, event: Posted) -> float | None:
         """How much an event counts; None: it is no positive to this model.
@@ -394,7 +394,7 @@ class Overlay:
 
     def _note(self, users: Mapping[str, tuple[Posted, ...]]) -> None:
         """Remember who waits for an item, and which events the bundle knows."""
-        row_of, cutoff, noted = self.served.row_of, self.bundle.cutoff, self._noted
+        row_of, cutoff, noted = self.model.row_of, self.bundle.cutoff, self._noted
         early = []
         for user, events in users.items():
             for event in events:
@@ -521,17 +521,17 @@ def _fitting(dtype: pl.DataType) -> str:
 
 def _moment(name: str, value: str, dtype: pl.Date | pl.Datetime) -> date | datetime:
     try:
-        moment = datetime.fromisoformat(value)
+        as_of = datetime.fromisoformat(value)
     except ValueError:
         raise QueryError(f"{name!r} holds {value!r}, which is no time in ISO 8601.") from None
     if isinstance(dtype, pl.Date):
-        return moment.date()
-    if moment.tzinfo is not None:
+        return as_of.date()
+    if as_of.tzinfo is not None:
         # A column without a zone holds UTC, as a time without one is read everywhere.
-        moment = moment.astimezone(UTC)
+        as_of = as_of.astimezone(UTC)
         if dtype.time_zone is None:
-            moment = moment.replace(tzinfo=None)
-    return moment
+            as_of = as_of.replace(tzinfo=None)
+    return as_of
 
 
 V = TypeVar("V")

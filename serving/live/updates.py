@@ -121,13 +121,13 @@ class LiveUpdates:
 
     # ------------------------------------------------------------------ models
 
-    def attach(self, served: LoadedModel) -> Overlay:
+    def attach(self, model: LoadedModel) -> Overlay:
         """Read every live item with this model, and keep its overlay up to date from now on.
 
         Writes go on meanwhile. Items that this model cannot read are left out of its overlay and
         named in `Overlay.left_out`.
         """
-        overlay, changed = Overlay(served), _Attaching()
+        overlay, changed = Overlay(model), _Attaching()
         with self._lock:
             items, users, put_at = dict(self._items), dict(self._users), dict(self._put_at)
             self._attaching.append(changed)
@@ -281,8 +281,8 @@ class LiveUpdates:
         for place, one in enumerate(wanted):
             if isinstance(one, _Events):
                 end = start + len(one.events)
-                told = zip(one.events, places[start:end], strict=True)
-                one.new[:] = [event for event, seq in told if seq is not None]
+                pairs = zip(one.events, places[start:end], strict=True)
+                one.new[:] = [event for event, seq in pairs if seq is not None]
                 answers[place] = len(one.new)
                 start = end
         return answers
@@ -291,7 +291,7 @@ class LiveUpdates:
         for state in (now, self._items):
             if id in state:
                 return state[id] is not None
-        return any(overlay.served.row_of(id) for overlay in self._overlays)
+        return any(overlay.model.row_of(id) for overlay in self._overlays)
 
     def _describe(self, item: Mapping[str, Any]) -> list[tuple[Any, Any]]:
         """What each model reads of an item."""
@@ -379,7 +379,7 @@ class LiveUpdates:
         if before is not None and self._put_at[id] < before:
             return True
         if self._items[id] is None:
-            return not any(overlay.served.row_of(id) for overlay in self._overlays)
+            return not any(overlay.model.row_of(id) for overlay in self._overlays)
         return all(id in overlay.folded for overlay in self._overlays)
 
     def _standing(self, events: tuple[Posted, ...]) -> tuple[Posted, ...]:
@@ -400,7 +400,7 @@ class LiveUpdates:
                 "users": len(self._users),
                 "models": [
                     {
-                        "version": overlay.served.version,
+                        "version": overlay.model.version,
                         "items": len(overlay.view.ids),
                         "hidden": len(overlay.view.hidden),
                         "folded": len(overlay.folded),

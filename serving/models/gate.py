@@ -80,7 +80,7 @@ class Verdict:
 
 
 def check(
-    served: LoadedModel,
+    model: LoadedModel,
     previous: LoadedModel | None,
     rules: GateRules,
     *,
@@ -89,7 +89,7 @@ def check(
     """Judge a new model.
 
     Args:
-        served: the new model.
+        model: the new model.
         previous: the one that answers now, if there is one.
         rules: what must hold.
         folder: the new bundle's folder, in and beside which golden questions are looked for.
@@ -98,24 +98,24 @@ def check(
         DataError: a golden file cannot be read, or the rules name one that is not there.
     """
     begin = time.monotonic()
-    measured: dict[str, float] = {"items": len(served.bundle.rows)}
+    measured: dict[str, float] = {"items": len(model.bundle.rows)}
     # Vectors that are not finite make every later answer arbitrary, and native code unsafe.
-    refusals = _sane(served, previous, rules)
+    refusals = _sane(model, previous, rules)
     if not refusals:
-        refusals = _recall(served, rules, measured)
+        refusals = _recall(model, rules, measured)
         questions = golden_questions(folder, rules)
         measured["golden"] = len(questions)
-        refusals += _golden(served, questions, rules)
+        refusals += _golden(model, questions, rules)
     measured["seconds"] = time.monotonic() - begin
     return Verdict(tuple(refusals), measured)
 
 
-def _sane(served: LoadedModel, previous: LoadedModel | None, rules: GateRules) -> list[str]:
+def _sane(model: LoadedModel, previous: LoadedModel | None, rules: GateRules) -> list[str]:
     try:
-        check_vectors(served.bundle.vectors)
+        check_vectors(model.bundle.vectors)
     except QueryError as error:
         return [f"The item vectors are of no use: {error}"]
-    now = len(served.bundle.rows)
+    now = len(model.bundle.rows)
     if now == 0:
         return ["The bundle has no item that may be answered."]
     before = 0 if previous is None else len(previous.bundle.rows)
@@ -130,8 +130,8 @@ def _sane(served: LoadedModel, previous: LoadedModel | None, rules: GateRules) -
 # --- recall ---------------------------------------------------------------------------------------
 
 
-def _recall(served: LoadedModel, rules: GateRules, measured: dict[str, float]) -> list[str]:
-    bundle, table = served.bundle, served.neighbours
+def _recall(model: LoadedModel, rules: GateRules, measured: dict[str, float]) -> list[str]:
+    bundle, table = model.bundle, model.neighbours
     size, dimension = len(bundle.rows), bundle.vectors.shape[1]
     approximate = not isinstance(bundle.index, ExactIndex)
     if not approximate and table is None:
@@ -144,11 +144,11 @@ def _recall(served: LoadedModel, rules: GateRules, measured: dict[str, float]) -
     queries = bundle.vectors[bundle.rows[places]]  # (Q, D)
     itself = Ragged(np.arange(sample + 1), places)
     k = min(rules.k, max(1, size - 1))
-    _, best = _exact(served).search(queries, k, exclude=itself)
+    _, best = _exact(model).search(queries, k, exclude=itself)
     refusals = []
     if approximate:
         rows, _ = bundle.index.search(queries, k, exclude=itself)
-        found = _found(served, queries, rows, best)
+        found = _found(model, queries, rows, best)
         measured["recall"] = float(found.mean())
         if _surely_below(found, rules.recall):
             refusals.append(_too_low("The index", found, k, rules.recall))
@@ -159,7 +159,7 @@ def _recall(served: LoadedModel, rules: GateRules, measured: dict[str, float]) -
             return [*refusals, "The table of neighbours names items that the index has not."]
         if (rows == places[:, None]).any():
             return [*refusals, "The table of neighbours names an item as its own neighbour."]
-        found = _found(served, queries, rows, best[:, :width])
+        found = _found(model, queries, rows, best[:, :width])
         measured["neighbour_recall"] = float(found.mean())
         if _surely_below(found, rules.neighbour_recall):
             what = "The table of neighbours"
@@ -167,25 +167,25 @@ def _recall(served: LoadedModel, rules: GateRules, measured: dict[str, float]) -
     return refusals
 
 
-def _exact(served: LoadedModel) -> Index:
-    index = served.bundle.index
+def _exact(model: LoadedModel) -> Index:
+    index = model.bundle.index
     if isinstance(index, HnswIndex):
         return index.exact  # over the same memory
     return index
 
 
 def _found(
-    served: LoadedModel, queries: np.ndarray, rows: np.ndarray, best: np.ndarray
+    model: LoadedModel, queries: np.ndarray, rows: np.ndarray, best: np.ndarray
 ) -> np.ndarray:
     """(Q,) share of the exact answers among the rows (Q, k); whichever of equals it is counts.
 
     Args:
-        served: the model.
+        model: the model.
         queries: (Q, D).
         rows: index positions, -1 where there is none.
         best: (Q, k) exact scores, best first, -inf where there is none.
     """
-    bundle = served.bundle
+    bundle = model.bundle
     vectors = bundle.vectors[bundle.rows[np.maximum(rows, 0)]]  # (Q, k, D)
     scores = np.einsum("qkd,qd->qk", vectors, queries)
     scores[rows < 0] = -np.inf
@@ -264,10 +264,10 @@ def read_golden(path: str | Path) -> list[Golden]:
         ) from None
 
 
-def _golden(served: LoadedModel, questions: Sequence[Golden], rules: GateRules) -> list[str]:
+def _golden(model: LoadedModel, questions: Sequence[Golden], rules: GateRules) -> list[str]:
     if not questions:
         return []
-    answers = _answers(served, [question.ask.to_query() for question in questions])
+    answers = _answers(model, [question.ask.to_query() for question in questions])
     refusals = []
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True), 1):
         fault = _fault(question, answer, rules)
@@ -297,9 +297,9 @@ def _fault(question: Golden, answer: Answers | QueryError, rules: GateRules) -> 
     return None
 
 
-def _answers(served: LoadedModel, asks: Sequence[Query]) -> list[Answers | QueryError]:
+def _answers(model: LoadedModel, asks: Sequence[Query]) -> list[Answers | QueryError]:
     """Answers of the bundle alone: what people put in or took away since is not to be judged."""
-    return Engine(served, Overlay(served)).answer(asks)
+    return Engine(model, Overlay(model)).answer(asks)
 
 
 def _told(ask: Query) -> str:
@@ -312,7 +312,7 @@ def _some(ids: Sequence[str]) -> str:
 
 
 def write_golden(
-    served: LoadedModel,
+    model: LoadedModel,
     path: str | Path,
     *,
     questions: int = 20,
@@ -325,7 +325,7 @@ def write_golden(
     Half ask for items similar to one, half for recommendations to a user, both drawn at random.
 
     Args:
-        served: the model.
+        model: the model.
         path: the file, written atomically; golden.json in or beside a bundle is found by the gate.
         questions: how many, as far as there are items and users.
         k: answers of each.
@@ -336,13 +336,13 @@ def write_golden(
         Questions written.
     """
     random = np.random.default_rng(seed)
-    bundle = served.bundle
+    bundle = model.bundle
     users = bundle.users.decode(_draw(random, np.arange(1, bundle.users.size), questions // 2))
     items = bundle.items.decode(_draw(random, bundle.rows, questions - len(users)))
     asks = [Query("similar", items=(id,), k=k) for id in items.to_list()]
     asks += [Query("recommend", user=id, k=k) for id in users.to_list()]
     entries = []
-    for ask, answer in zip(asks, _answers(served, asks), strict=True):
+    for ask, answer in zip(asks, _answers(model, asks), strict=True):
         if isinstance(answer, QueryError):
             raise answer
         subject = {"items": list(ask.items)} if ask.kind == "similar" else {"user": ask.user}

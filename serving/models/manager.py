@@ -46,7 +46,7 @@ class Loaded:
     """A model that answers. The host's only strong reference to the engine is here."""
 
     engine: Engine
-    served: LoadedModel
+    model: LoadedModel
     overlay: Overlay
     token: str
     loaded_at: float  # seconds since 1970
@@ -59,7 +59,7 @@ class Held:
     """The model before, while requests have not let go of it."""
 
     engine: weakref.ref[Engine]
-    served: weakref.ref[LoadedModel]
+    model: weakref.ref[LoadedModel]
     overlay: Overlay | None  # None once it is detached
     since: float = field(default_factory=time.monotonic)
     collected: bool = False
@@ -91,7 +91,7 @@ class ModelManager:
 
     Args:
         sources: variant → where its models come from.
-        living: items and events that came since; every model is attached to it.
+        updates: items and events that came since; every model is attached to it.
         split: variant → share of the traffic; equal shares when absent.
         gate: what a new model must show.
         every: seconds between two looks at the sources.
@@ -108,7 +108,7 @@ class ModelManager:
     def __init__(
         self,
         sources: Mapping[str, ModelSource],
-        living: LiveUpdates,
+        updates: LiveUpdates,
         *,
         split: Mapping[str, float] | None = None,
         gate: GateRules | None = None,
@@ -127,7 +127,7 @@ class ModelManager:
             TrafficSplit.equal(list(sources), salt) if split is None else TrafficSplit(split, salt)
         )
         self._variants = {name: Variant(name, source) for name, source in sources.items()}
-        self._living = living
+        self._updates = updates
         self._gate = gate or GateRules()
         self._every = every
         self._on_event = on_event
@@ -174,9 +174,9 @@ class ModelManager:
         return {
             "name": variant.name,
             "share": self.shares.shares[variant.name],
-            "version": None if loaded is None else loaded.served.version,
+            "version": None if loaded is None else loaded.model.version,
             "token": None if loaded is None else loaded.token,
-            "items": None if loaded is None else len(loaded.served.bundle.rows),
+            "items": None if loaded is None else len(loaded.model.bundle.rows),
             "loaded_at": None if loaded is None else loaded.loaded_at,
             "load_seconds": None if loaded is None else loaded.seconds,
             "gate": {} if loaded is None else dict(loaded.measured),
@@ -259,33 +259,33 @@ class ModelManager:
         """Load, judge, attach and warm a model; then it answers."""
         loaded = self._load(variant, token, folder, begin)
         if self._stop.is_set():
-            self._living.detach(loaded.overlay)
+            self._updates.detach(loaded.overlay)
             return
         old = variant.loaded
         if old is not None:
-            variant.held = Held(weakref.ref(old.engine), weakref.ref(old.served), old.overlay)
+            variant.held = Held(weakref.ref(old.engine), weakref.ref(old.model), old.overlay)
             variant.swaps += 1
         variant.loaded = loaded  # the swap
         self._well(variant)
-        self._tell("loaded", variant, version=loaded.served.version, seconds=loaded.seconds)
+        self._tell("loaded", variant, version=loaded.model.version, seconds=loaded.seconds)
 
     def _load(self, variant: Variant, token: str, folder: Path, begin: float) -> Loaded:
-        served = LoadedModel.load(folder, begun=self._begun.pop(folder, None))
+        model = LoadedModel.load(folder, begun=self._begun.pop(folder, None))
         previous = variant.loaded
-        before = None if previous is None else previous.served
-        verdict = check(served, before, self._gate, folder=folder)
+        before = None if previous is None else previous.model
+        verdict = check(model, before, self._gate, folder=folder)
         if not verdict.passed:
             raise BundleError(f"{folder} is refused. {' '.join(verdict.refusals)}")
-        overlay = self._living.attach(served)
+        overlay = self._updates.attach(model)
         try:
-            engine = self._engine(served, overlay)
-            _warm(engine, served)
-            give_back(*served.seldom_read())
+            engine = self._engine(model, overlay)
+            _warm(engine, model)
+            give_back(*model.seldom_read())
         except BaseException:
-            self._living.detach(overlay)
+            self._updates.detach(overlay)
             raise
         seconds = time.monotonic() - begin
-        return Loaded(engine, served, overlay, token, time.time(), seconds, verdict.measured)
+        return Loaded(engine, model, overlay, token, time.time(), seconds, verdict.measured)
 
     def _well(self, variant: Variant) -> None:
         variant.last_error = variant.last_error_at = variant.failed_token = None
@@ -313,10 +313,10 @@ class ModelManager:
         if held is None:
             return
         if held.overlay is not None and held.engine() is None:
-            self._living.detach(held.overlay)
+            self._updates.detach(held.overlay)
             held.overlay = None
         seconds = time.monotonic() - held.since
-        if held.served() is None:
+        if held.model() is None:
             variant.held = None
             self._tell("freed", variant, seconds=seconds)
         elif seconds > COLLECT_AFTER and not held.collected:
@@ -335,13 +335,13 @@ class ModelManager:
             log.exception("The listener fails at the event %s.", event)
 
 
-def _warm(engine: Engine, served: LoadedModel) -> None:
+def _warm(engine: Engine, model: LoadedModel) -> None:
     """Ask a few questions, so that the first reader does not wait for what is made lazily.
 
     Raises:
         Exception: whatever the engine raises; one that cannot answer is not swapped in.
     """
-    bundle = served.bundle
+    bundle = model.bundle
     item = bundle.items.decode(bundle.rows[:1])[0]
     asks = [
         Query("similar", items=(item,)),
