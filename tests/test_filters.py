@@ -49,6 +49,24 @@ def _kept(**conditions: Any) -> list[int]:
     return np.flatnonzero(mask).tolist()
 
 
+UNSIGNED = [pl.UInt8, pl.UInt16, pl.UInt32, pl.UInt64]
+
+
+@pytest.mark.parametrize("dtype", UNSIGNED)
+@pytest.mark.parametrize("several", [False, True], ids=["one", "list"])
+def test_a_negative_number_is_none_of_an_unsigned_column(dtype: Any, several: bool) -> None:
+    most = 2 ** (8 * [1, 2, 4, 8][UNSIGNED.index(dtype)]) - 1
+    column: Any = pl.Series([0, 3, most], dtype=dtype)
+    if several:
+        column = pl.Series([[0], [3, most], []], dtype=pl.List(dtype))
+    filters = Filters(pl.DataFrame({"item": ["a", "b", "c"], "n": column}), np.arange(1, 4))
+    assert np.flatnonzero(filters.mask(Filter(equals={"n": (most,)}))).tolist() == [2 - several]
+    assert not filters.mask(Filter(equals={"n": (most + 1,)})).any() or dtype == pl.UInt64
+    for negative in (-1, "-1", -(10**30)):
+        with pytest.raises(QueryError, match="'n' holds.*-1"):
+            filters.mask(Filter(equals={"n": (negative,)}))
+
+
 @pytest.mark.parametrize(
     ("column", "values", "kept"),
     [

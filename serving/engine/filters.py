@@ -215,7 +215,9 @@ def _value(name: str, dtype: Any, value: Value) -> Any:
                 return value
             return {"true": True, "false": False}[str(value).lower()]
         if dtype.is_integer() and not isinstance(value, bool):
-            return min(max(int(value), LEAST), -LEAST - 1)
+            whole, most = int(value), 2**64 - 1 if dtype == pl.UInt64 else -LEAST - 1
+            if whole >= 0 or not dtype.is_unsigned_integer():
+                return min(max(whole, LEAST), most)
         if dtype.is_float() and not isinstance(value, bool):
             number_ = float(value)
             if math.isfinite(number_):
