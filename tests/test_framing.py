@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from service_cases import FakeHost, FakeUpdates, raw, served
-from test_guard import LIVE, content, status
+from test_malformed import LIVE, content, status
 
 from recsys.serving.api.app import make_app
 from recsys.serving.api.auth import Keys, make_key

@@ -1,4 +1,4 @@
-"""What is around items: against loops, without who is asked for, and the same in a bundle."""
+"""Item context: against loops, without the users of the batch, and the same in a bundle."""
 
 from __future__ import annotations
 

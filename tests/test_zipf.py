@@ -1,4 +1,4 @@
-"""What the correction of drawn negatives is for: the gradient bias of each on a Zipf catalogue."""
+"""The correction of sampled negatives: the gradient bias of each form on a Zipf catalogue."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One item, as a shop describes it, in the codes and numbers that the towers were trained on.
 
 Preparation reads whole tables (columns.py); here an item comes alone, after training, and
-nothing is fitted any more. Both must give the same, which tests/test_coder.py holds them to.
+nothing is fitted any more. Both must give the same, which tests/test_item_coder.py holds them to.
 """
 
 from __future__ import annotations

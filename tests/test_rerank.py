@@ -1,4 +1,4 @@
-"""Variety and popularity, by hand and beside slow twins."""
+"""Re-ranking by diversity and popularity, by hand and beside slow twins."""
 
 from __future__ import annotations
 

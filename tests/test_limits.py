@@ -1,4 +1,4 @@
-"""How often a caller may ask: buckets of tokens, on every way to an answer."""
+"""Token buckets of rate limits, for every kind of request."""
 
 from __future__ import annotations
 

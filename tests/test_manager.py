@@ -1,4 +1,4 @@
-"""New models without a pause: loaded beside the old, judged, swapped, the old one freed."""
+"""A new model is loaded beside the old, judged and swapped in; the old one is freed."""
 
 from __future__ import annotations
 

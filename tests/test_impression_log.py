@@ -1,4 +1,4 @@
-"""What was served comes back as positives, skips and positions; nothing acknowledged is torn."""
+"""The impression log read back as positives, skips and positions; nothing acknowledged is torn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever may be answered, the best of it is: index, live items and filters in any mix."""
+"""The catalogue snapshot: exact and graph search over index, live items and filters in any mix."""
 
 from __future__ import annotations
 
