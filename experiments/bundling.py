@@ -1,4 +1,4 @@
-"""From trained towers to a bundle: everything known before the test side, and nothing later.
+"""Make a serving bundle of trained towers, with everything known before the test side.
 
 Legend: N item rows, U user rows.
 """

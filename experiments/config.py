@@ -1,4 +1,4 @@
-"""An experiment as a value: read from TOML, checked at birth, written beside the run.
+"""Run configuration: read from TOML, validated, written beside the run.
 
 Each section is owned by the room that obeys it. `load` reads a run file and the overrides of the
 command line, `dump` writes a value that can start the run again.

@@ -1,4 +1,4 @@
-"""`recsys doctor`: what a run's vectors and curves say of its health.
+"""`recsys doctor`: diagnosis of a run from its vectors and learning curves.
 
 Legend: Q queries, N item rows that may be answered, D dimensions.
 """

@@ -1,4 +1,4 @@
-"""Verbs that hand a bundle on: to services that watch for it, to vector databases."""
+"""Commands that publish, promote and export a bundle."""
 
 from __future__ import annotations
 

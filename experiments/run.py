@@ -1,4 +1,4 @@
-"""The straight way, top to bottom: log → prepared → towers → bundle → scorecard → MLflow."""
+"""The training pipeline, top to bottom: log → prepared → towers → bundle → scorecard → MLflow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`recsys serve`: models, journal, keys and rules put together to a service."""
+"""`recsys serve`: models, journal, keys and rules assembled to a service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results as people read them: tables on stdout."""
+"""Results as tables on stdout."""
 
 from __future__ import annotations
 

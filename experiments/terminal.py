@@ -1,4 +1,4 @@
-"""What every verb of the command shares: exit codes, quiet stdout, progress, JSON."""
+"""What the commands share: exit codes, quiet stdout, progress, JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checked values as TOML: read with overrides, refused in sentences, written to be read again.
+"""Validated configurations as TOML: overrides, errors as sentences, writing.
 
 TOML has no word for "nothing": an empty string stands for it wherever a key may be nothing.
 Overrides are parsed as TOML, never evaluated.

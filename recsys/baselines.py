@@ -1,4 +1,4 @@
-"""What the towers must beat: the protocol of all baselines, and popularity in its kinds.
+"""Baselines: their protocol, and popularity in its kinds.
 
 Legend: Q queries, N item rows (row 0: nothing known), k answers, T items to score.
 All speak one protocol: a history of item rows in, the best rows or the scores of given rows out.

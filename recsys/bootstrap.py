@@ -1,4 +1,4 @@
-"""How sure a mean is: bootstrap intervals that resample users, not queries.
+"""Bootstrap confidence intervals that resample users.
 
 Legend: Q queries, U users, G groups of users, B resamples, M metrics.
 Queries of one user are alike, so the user is what was resampled from the world and what is redrawn.

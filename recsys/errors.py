@@ -1,4 +1,4 @@
-"""What can go wrong through no fault of ours: each error says what, where, and the way out."""
+"""Errors of the user: each says what, where, and the way out."""
 
 from __future__ import annotations
 

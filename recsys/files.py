@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: write aside, sync, rename; digests; canonical JSON."""
+"""Atomic files and folders: write aside, sync, rename; digests; canonical JSON."""
 
 from __future__ import annotations
 

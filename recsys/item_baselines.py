@@ -1,4 +1,4 @@
-"""Baselines that go from item to item: co-occurrence, which is hard to beat, and text alone.
+"""Item-to-item baselines: co-occurrence and text similarity.
 
 Legend: Q queries, N item rows (row 0: nothing known), U users, k answers, D text numbers.
 """

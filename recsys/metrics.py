@@ -1,4 +1,4 @@
-"""How good an answer is: pure functions, one value a query, so that intervals can be had.
+"""Ranking metrics, one value a query.
 
 Legend: Q queries, k answers a query, T targets (or shown items) in all, R requests, N items.
 NaN means "this query cannot be judged by this metric" (no target, no contrast); an interval

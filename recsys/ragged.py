@@ -1,4 +1,4 @@
-"""Rows of unequal length, as one flat array and where each row starts.
+"""Ragged arrays: rows of unequal length in one flat array.
 
 Legend: R rows, T values in all.
 """

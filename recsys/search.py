@@ -1,4 +1,4 @@
-"""Nearest items: the `Index` protocol, and exact search, which is its oracle.
+"""Nearest-neighbour search: the `Index` protocol, and exact search.
 
 Legend: Q queries, N rows of the index, D dimensions, k answers.
 The score is always the inner product of stored vectors.

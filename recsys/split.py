@@ -1,4 +1,4 @@
-"""Which side of the split each row lies on: by global time, the end of each user, or as given.
+"""Train, validation and test split: by time, leave-one-out, last share, or as given.
 
 By time, everything at or after a cut-off is later than everything before it, and rows of the same
 time stay together, so no event of anyone's past lies in anyone else's future. Leave-one-out and

@@ -1,4 +1,4 @@
-"""What a log says and where it says it: schemas, and the frames that readers hand on.
+"""Schemas of logs and tables, and the canonical frames that readers give.
 
 Canonical columns have one name everywhere: `user`, `item`, `time` (int64 microseconds since 1970,
 UTC; in sequences without a clock the position 0, 1, 2, …), `weight`, `kind`, `row`.

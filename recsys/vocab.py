@@ -1,4 +1,4 @@
-"""External ids and the rows that stand for them; row 0 is "nothing known"."""
+"""Vocabulary of external ids; row 0 is "unknown"."""
 
 from __future__ import annotations
 

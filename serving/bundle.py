@@ -1,4 +1,4 @@
-"""A bundle: everything needed to answer, in one folder that is whole or absent.
+"""Bundle: everything needed to answer, in one folder that is whole or absent.
 
 Legend: N item rows (row 0 is "nothing known"), U user rows, D dimensions of the stored vector.
 """

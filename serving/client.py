@@ -1,4 +1,4 @@
-"""A thin client of the service, for Python programs that know nothing of towers.
+"""Client of the service, without any dependency on the towers.
 
 Imports neither torch nor polars: `import recsys.serving.client` takes some 60 ms.
 

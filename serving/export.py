@@ -1,4 +1,4 @@
-"""Vectors for those who have a vector database already: Parquet, FAISS, Qdrant's upload form.
+"""Export of vectors to Parquet, FAISS and Qdrant.
 
 An export is a folder that is whole or absent, with an `export.json` that says how to search it. The
 score is the inner product of the vectors as they stand there, whatever the towers were trained by.

@@ -1,4 +1,4 @@
-"""External ids → rows and rows → JSON, made once, when a bundle is; ready at once when it is read.
+"""Id table: external ids → rows and rows → JSON, memory-mapped.
 
 Legend: N ids, M slots of the table.
 """

@@ -1,4 +1,4 @@
-"""Events after a bundle's cut-off: what it is judged on, and what `as of their time` may see.
+"""Events after a bundle's cut-off, in external ids.
 
 Legend: E events, R requests, T items shown in all, N item rows.
 """

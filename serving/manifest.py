@@ -1,4 +1,4 @@
-"""What a bundle says of itself in manifest.json, and whether it is so."""
+"""Manifest of a bundle: versions, digests, and their check."""
 
 from __future__ import annotations
 

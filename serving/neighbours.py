@@ -1,4 +1,4 @@
-"""The nearest items of every indexed item, found once, when a bundle is made.
+"""Table of nearest neighbours of every item, computed when a bundle is made.
 
 The most frequent question, what is like this item, is then one row of a memory-mapped file.
 Legend: n indexed items, K neighbours of each, D dimensions, b items of a block.

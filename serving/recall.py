@@ -1,4 +1,4 @@
-"""How much of what exact search answers an index finds.
+"""Recall of an index against exact search.
 
 Legend: N rows, Q queries, D dimensions, k answers.
 """

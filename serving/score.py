@@ -1,4 +1,4 @@
-"""Scores for given pairs or whole impression lists, as of their time."""
+"""Scores of given pairs or impression lists, as of their time."""
 
 from __future__ import annotations
 

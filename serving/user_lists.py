@@ -1,4 +1,4 @@
-"""Lists of users and their histories, read from files that programs write."""
+"""Lists of users and histories, from files and frames."""
 
 from __future__ import annotations
 

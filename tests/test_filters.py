@@ -63,7 +63,7 @@ def test_a_negative_number_is_none_of_an_unsigned_column(dtype: Any, several: bo
     assert np.flatnonzero(filters.mask(Filter(equals={"n": (most,)}))).tolist() == [2 - several]
     assert not filters.mask(Filter(equals={"n": (most + 1,)})).any() or dtype == pl.UInt64
     for negative in (-1, "-1", -(10**30)):
-        with pytest.raises(QueryError, match="'n' holds.*-1"):
+        with pytest.raises(QueryError, match=r"'n' holds.*-1"):
             filters.mask(Filter(equals={"n": (negative,)}))
 
 

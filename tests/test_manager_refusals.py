@@ -1,4 +1,4 @@
-"""A model that must not get in: the one that answers goes on, and the manager says what is wrong."""
+"""A model that must not get in: the one that answers goes on, and why is said."""
 
 from __future__ import annotations
 

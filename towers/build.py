@@ -1,4 +1,4 @@
-"""Towers for a prepared dataset: feature tables, sizes, initial weights."""
+"""Build untrained towers for a prepared dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with towers, from their vectors: numbers, then findings in words.
+"""Diagnosis of towers from their vectors: measures, then findings in words.
 
 Legend: N items, Q queries, P pairs, D dimensions, k answers.
 """

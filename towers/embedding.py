@@ -1,4 +1,4 @@
-"""What both towers are built of: feature tables, their embedding, a residual layer.
+"""Feature tables, feature embedding, and the residual layer of both towers.
 
 Legend: R rows asked for, N rows of a table, D dimensions, B examples.
 """

@@ -1,4 +1,4 @@
-"""Vectors of many items and many users, in blocks, with the towers as they stand.
+"""Encode many items and users, in blocks.
 
 Legend: N item rows, Q queries, D dimensions of the stored vector.
 """

@@ -1,4 +1,4 @@
-"""What is known of an item besides itself: what came before it, how many chose it, how lately.
+"""Item context: embeddings of co-occurrence, counts and latent time of an item.
 
 An id vector that a handful of events have made says little. More say what stood before an item in
 histories, and how often and how near to their ends it stands itself (`ItemContext`); and, of new

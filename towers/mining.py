@@ -1,4 +1,4 @@
-"""Hard negatives from the current model: what it ranks high for a user who never chose it.
+"""Hard-negative mining from the current model's ranking.
 
 Legend: U user rows, Q users asked for, N item rows of the index, k ranks looked at, D dimensions.
 """

@@ -1,4 +1,4 @@
-"""One optimiser for both kinds of weight: large id tables by touched rows, the rest densely.
+"""Optimiser: sparse Adam for id tables, AdamW for dense weights, one schedule.
 
 Two optimisers would take automatic optimisation, clipping, resuming and DDP away; one with two
 rules keeps them.

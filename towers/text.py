@@ -1,4 +1,4 @@
-"""The text encoder as a part of the item tower: it learns from the towers' own loss.
+"""Text encoder inside the item tower, trained by the towers' loss.
 
 A batch may name more texts than memory holds the intermediate results of. They are then encoded in
 chunks, each under `torch.utils.checkpoint`: the vectors are kept, what lies between is not, the

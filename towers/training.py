@@ -1,4 +1,4 @@
-"""LightningModule of the two towers, for any Trainer.
+"""LightningModule of the two towers.
 
 Legend: Q queries, B examples, N candidates, M encoded rows, R distinct item rows, D dimensions.
 """

@@ -1,4 +1,4 @@
-"""The user tower, the item tower, and the score between them.
+"""User tower, item tower, and the score between them.
 
 Legend: B examples, R distinct item rows, N candidates, D dimensions, S statistics.
 The score that ranks is the inner product of stored vectors, whatever `score` says.

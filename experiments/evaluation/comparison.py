@@ -1,4 +1,4 @@
-"""The towers and what they must beat, asked the same questions about the same items.
+"""Rankings of the towers and of baselines for the same queries over the same items.
 
 Legend: Q queries, N item rows, K the deepest rank looked at, T shown items in all.
 """

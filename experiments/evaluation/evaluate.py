@@ -1,4 +1,4 @@
-"""Which events a bundle is judged on: the test side of its own data, or a later log."""
+"""Evaluate a bundle on its own test side or on a later log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of a scorecard and of a training run, as PNG files; matplotlib is loaded on the first.
+"""Plots of a scorecard and of a training run, as PNG files; matplotlib is loaded on the first.
 
 What is compared keeps its colour in all pictures; a line through a dot is the 95 % interval.
 """

@@ -1,4 +1,4 @@
-"""Who is asked what, and when: the protocol of the scorecard.
+"""Evaluation protocol: queries, targets and the times as of which they stand.
 
 Legend: Q queries, N item rows.
 """

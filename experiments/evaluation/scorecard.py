@@ -1,4 +1,4 @@
-"""The scorecard: how good a bundle is on later events, beside what is free.
+"""Scorecard: metrics of a bundle on later events, beside baselines, with paired intervals.
 
 Everything is ranked in full, by the recommender that serves, with what was known at each query.
 Legend: Q queries, N item rows, K the deepest rank looked at.

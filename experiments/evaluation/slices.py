@@ -1,4 +1,4 @@
-"""Parts of a scorecard: slices of targets and users, what was shown, and the index by itself.
+"""Slices of a scorecard: kinds of items and users, impression ranking, index recall.
 
 Every metric is {"value", "low", "high"}. Legend: Q queries, N item rows, R requests.
 """

@@ -1,4 +1,4 @@
-"""The whole way on the simulated shop: what a new user sees first.
+"""`recsys demo`: the whole pipeline on the simulated shop.
 
 Everything here is simulated and says so; the best possible recall is known and stands beside ours.
 """

@@ -1,4 +1,4 @@
-"""Make the simulated shop of `recsys.experiments.shop.world`, and plain simulated logs of any size.
+"""Simulate the shop of `recsys.experiments.shop.world`, and plain logs of any size.
 
 Legend: U users, N items, P personas, R requests, L things on a page.
 """

@@ -1,4 +1,4 @@
-"""The words of the simulated shop, and items written out in them.
+"""Vocabulary and item descriptions of the simulated shop.
 
 Everything that people in that shop care about can be read in an item's title, description,
 category, brand or price, so that a reader of the text can know what a new item is like.

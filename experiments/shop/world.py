@@ -1,4 +1,4 @@
-"""A simulated shop whose tastes, positions, skips and drift are known; nothing in it is real.
+"""A simulated shop with known tastes, position bias, skips and drift; nothing in it is real.
 
 How somebody chooses here is a decision process over words, not a product of vectors. A shopper is
 in the mood of one of two personas. A persona asks its questions in order: is it a kind of thing I

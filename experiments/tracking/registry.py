@@ -1,4 +1,4 @@
-"""The model registry as the service sees it: an alias that names a version, bundles in a cache."""
+"""MLflow model registry as a source of bundles: an alias names a version; bundles in a cache."""
 
 from __future__ import annotations
 

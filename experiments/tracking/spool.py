@@ -1,4 +1,4 @@
-"""What a run says of itself, on disk first: curves, parameters, artifacts, status.
+"""On-disk spool of a run: curves, parameters, artifacts, status.
 
 `curves.jsonl` has one point of every curve a line, `track.json` the rest. Both are whole at every
 moment, so that a run can be sent to a tracking store long after it ended.

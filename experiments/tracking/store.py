@@ -1,4 +1,4 @@
-"""The tracking store: the only file that imports mlflow.
+"""MLflow tracking store: the only file that imports mlflow.
 
 Opening a run and sending the same things twice changes nothing, so that a run can be sent again
 whole. Artifacts of an embedded store lie beside its database.

@@ -1,4 +1,4 @@
-"""Every run is recorded: on disk first, in MLflow as soon as it answers.
+"""Tracking of runs: into the spool first, and to MLflow as soon as it answers.
 
 What a run says goes to a spool in its own folder (spool.py) and from there, on a thread of its own
 and in batches, to the tracking store (store.py). A store that is slow, dead

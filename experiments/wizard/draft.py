@@ -1,4 +1,4 @@
-"""Lines of a commented TOML file."""
+"""A commented TOML file in the making."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A first `run.toml` from a look at the files: the best guess of every column, and why.
+"""`recsys init`: guess the columns of a log and its item table, with reasons.
 
 Only the first rows are looked at, but for event names, which are counted over the whole log.
 """

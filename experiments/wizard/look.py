@@ -1,4 +1,4 @@
-"""A look at the first rows of a table, by which its columns are guessed."""
+"""The first rows of a table, by which its columns are guessed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Queries, the user side and a training batch as plain values.
+"""Data classes of a training batch: queries, user inputs, candidates, masks.
 
 Legend: Q queries, B examples, R distinct item rows of a batch, N of them candidates, M of them
 encoded by the item tower, H history entries in all, K queued columns, S per-query negatives, E

@@ -1,4 +1,4 @@
-"""Training batches by vectorized gathers, never one example at a time.
+"""Training batches by vectorised gathers.
 
 Legend: B examples, Q queries, R distinct item rows of a batch, N of them candidates, M of them
 encoded by the item tower, K queued columns, H history entries, S per-query negatives, E

@@ -1,4 +1,4 @@
-"""From a prepared dataset or a later log to what is learned from and what is asked.
+"""Training examples and evaluation queries of a prepared dataset or a later log.
 
 Legend: E events, Q queries, N item rows.
 """

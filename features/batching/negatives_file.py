@@ -1,4 +1,4 @@
-"""Negatives file: items that users are known not to want.
+"""Negatives file: user–item pairs known to be negative.
 
 Legend: T pairs of the file, U user rows.
 """

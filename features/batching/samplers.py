@@ -1,4 +1,4 @@
-"""Samplers, and the slices that they deal: an epoch divided into batches, at random or by time.
+"""Batch samplers, and the slices that they deal: at random or by time.
 
 A sampler deals in units, which are events or whole users, each once an epoch; a slice of them
 becomes the queries and examples of a batch. Over several ranks a sampler deals global batches, the

@@ -1,4 +1,4 @@
-"""Feature columns of items, users and events as codes, numbers, vectors, texts and times.
+"""Encoding of feature columns: codes, numbers, vectors, texts and times.
 
 Everything fitted (vocabularies, means, deviations, bin edges) looks at the rows marked `fit` alone.
 

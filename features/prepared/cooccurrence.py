@@ -1,4 +1,4 @@
-"""What a log says of its items by where they stand: what came before each, how many, how late.
+"""Co-occurrence graph of items: what came before each, how many, how late.
 
 Legend: E events, N item rows, U users, M entries.
 """

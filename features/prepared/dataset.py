@@ -1,4 +1,4 @@
-"""The prepared dataset: memory-mapped arrays and a manifest, the only file that opening reads.
+"""The prepared dataset: memory-mapped arrays and a manifest.
 
 Legend: E positive events, U user rows, N item rows, R requests, T shown items, S skips,
 C context columns, F number columns, V vector size. Row 0 of users and items is "nothing known".

@@ -1,4 +1,4 @@
-"""Reading a log into numbers: ids become codes in the order in which they are met.
+"""Encode a log: ids become rows in the order in which they are met.
 
 The codes of this file are provisional (they depend on threads); `rows_of` turns them into rows that
 depend on the ids alone.

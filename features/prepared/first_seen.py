@@ -1,4 +1,4 @@
-"""The first time that each user had each item, asked for many pairs at once.
+"""First time that each user had each item, for many pairs at once.
 
 Legend: P pairs, E events of a timeline, U user rows.
 """

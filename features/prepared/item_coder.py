@@ -1,4 +1,4 @@
-"""One item, as a shop describes it, in the codes and numbers that the towers were trained on.
+"""Encode the description of one item as the towers were trained on it.
 
 Preparation reads whole tables (columns.py); here an item comes alone, after training, and
 nothing is fitted any more. Both must give the same, which tests/test_item_coder.py holds them to.

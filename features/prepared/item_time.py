@@ -1,4 +1,4 @@
-"""When items are chosen, told from nothing but the order of histories.
+"""Latent item time from a Bradley–Terry fit to the order of histories.
 
 A log without a clock has one all the same: what most people chose before something else is the
 earlier of the two. So each item has a place in time.

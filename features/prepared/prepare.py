@@ -1,4 +1,4 @@
-"""From a log to the prepared dataset, once: encode, split, label skips, fit on train, sort, write.
+"""Prepare a log: encode, split, label skips, fit encoders on train, sort, write.
 
 Legend: E positive events, R requests, T shown items, S skips, N item rows, U user rows.
 """

@@ -1,4 +1,4 @@
-"""Skipped but seen: what a user was shown, or tried, and did not want, with a reason each.
+"""Skip labels: items that a user was shown or tried and did not want, with a reason each.
 
 Everything happens inside one side of the split: a positive of a later side neither rescues nor
 causes a label. A skip that was only shown is censored when its horizon reaches over the end of its

@@ -1,4 +1,4 @@
-"""What was known before any moment: a user's items in order, an item's clicks, exposures and age.
+"""Point-in-time look-ups: histories, click and impression counts, age, as of any time.
 
 Legend: E events (positives), Q questions, R item rows, S statistics.
 "Before" is strict everywhere: what happens at time t is not known at t.

@@ -1,4 +1,4 @@
-"""Names that columns and events usually have, without case and punctuation, likeliest first."""
+"""Usual names of columns and events, likeliest first."""
 
 from __future__ import annotations
 

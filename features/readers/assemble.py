@@ -1,4 +1,4 @@
-"""From a reader's lazy rows to a Log: item table, user table, unknown items, numbering."""
+"""Assemble a Log of lazy rows: item table, user table, unknown items, row numbers."""
 
 from __future__ import annotations
 

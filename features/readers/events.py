@@ -1,4 +1,4 @@
-"""Event rows: user, item, time, and what happened."""
+"""Reader of event rows: user, item, time, and what happened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files a path means, and a lazy frame of each; text stays text, whatever it looks like."""
+"""Open files, globs and folders as lazy frames, text as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Impression lists: a row a request, with what was shown and what was clicked."""
+"""Reader of impression lists: a row a request, with items shown and clicked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The item table and the user table."""
+"""Reader of the item table and the user table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LightGCN adjacency lists: lines `user item item …`, whose order nobody vouches for."""
+"""Reader of LightGCN adjacency lists: lines `user item item …`, in no particular order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logs in: a `[data]` section becomes a `Log` of lazy canonical frames.
+"""Read a log: a `[data]` section becomes a `Log` of lazy canonical frames.
 
 A reader of one's own is a function from a `DataSource` to a `recsys.tables.Log`:
 

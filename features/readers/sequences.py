@@ -1,4 +1,4 @@
-"""Sequences: a row a user, with items in order (SASRec, MicroLens, Amazon)."""
+"""Reader of sequences: a row a user, with items in order (SASRec, MicroLens, Amazon)."""
 
 from __future__ import annotations
 

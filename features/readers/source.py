@@ -1,4 +1,4 @@
-"""The `[data]` section of a configuration: where a log lies and what its columns mean."""
+"""The `[data]` section of a configuration: files, format and columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One look at all rows before anything is built: what must hold, and what needs to be known."""
+"""Validation of a log in one pass, before anything is built."""
 
 from __future__ import annotations
 

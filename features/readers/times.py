@@ -1,4 +1,4 @@
-"""Clocks: numbers, text and dates of any zone become int64 microseconds since 1970, UTC."""
+"""Time parsing: numbers, text and dates of any zone to int64 microseconds since 1970, UTC."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts to unit vectors: one interface around sentence-transformers, and vectors kept from before.
+"""Text encoders: unit vectors by sentence-transformers, and a cache of them.
 
 Shapes: n texts, D dimensions of a text vector.
 """

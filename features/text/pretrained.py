@@ -1,4 +1,4 @@
-"""sentence-transformers models that others have trained: from a folder, or by name."""
+"""Pretrained sentence-transformers models, from a folder or by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small text encoder trained on a catalogue's own text: seconds on a CPU, no network.
+"""Static text encoder trained on a catalogue: token vectors, LSA start, contrastive loss.
 
 A text is the mean of its tokens' vectors. The tokenizer is fitted on the catalogue; the vectors
 start as latent semantic analysis (Deerwester et al., 1990) and are then trained so that two views

@@ -1,4 +1,4 @@
-"""Texts as token numbers, tokenised once for a whole training.
+"""Tokenised item texts for an encoder that learns.
 
 Shapes: N rows, U distinct texts, T tokens of all.
 """

@@ -1,4 +1,4 @@
-"""A small BERT made of a catalogue alone: WordPiece and random weights, no hub and no network.
+"""Small BERT for a catalogue: WordPiece and random weights, without a model hub.
 
 It reads word order, which the static encoder does not. From few texts it learns little by itself;
 it is meant to go on learning inside the item tower (`text.train = "all"`).

@@ -1,4 +1,4 @@
-"""Keys of the service: kept as salted hashes, compared in constant time, never written anywhere.
+"""API keys: salted hashes compared in constant time.
 
 A key is 32 random bytes, so a fast hash is enough: there is nothing to guess. A file of keys has
 one line a key, `ROLE sha256 SALT HASH`; several of a role are valid at once, so that a new key can

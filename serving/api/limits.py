@@ -1,4 +1,4 @@
-"""How often a caller may ask: a bucket of tokens for each key, kept as one number.
+"""Rate limits: a token bucket for each key.
 
 A bucket holds `burst` tokens and gets `per_second` of them back; a request takes one, a batch one
 for each of its questions. What is kept of a bucket is the moment at which it will be full again

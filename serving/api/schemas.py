@@ -1,4 +1,4 @@
-"""What goes over the wire: requests with their bounds, answers, and the codes of errors.
+"""Pydantic models of requests and answers, their bounds, and error codes.
 
 Requests are read from JSON bytes in strict mode: no text becomes a number, no key is ignored, no
 number is infinite. What a schema cannot say (totals over several lists) is checked after it.

@@ -1,4 +1,4 @@
-"""The service as a process: Granian in one process, on one event loop, with an orderly end.
+"""HTTP server: Granian in one process, on one event loop, with an orderly end.
 
 Granian (hyper) speaks HTTP: framing, trailers, bounds of a head, slow heads and half-closed clients
 are its work. docs/SERVICE.md has what was measured of it and of other servers.

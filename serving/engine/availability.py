@@ -1,4 +1,4 @@
-"""When items come to be available, and cease to be.
+"""Availability windows of items.
 
 Legend: N item rows.
 """

@@ -1,4 +1,4 @@
-"""Why an answer stands where it stands: what its score would lack without a part.
+"""Explanations of an answer: what its score would lack without each part.
 
 Everything is measured, not attributed: the item goes through its tower again with one part unknown,
 and the history through the user tower with one entry left out.

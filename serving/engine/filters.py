@@ -1,4 +1,4 @@
-"""From the conditions of a filter to the items that meet them.
+"""Filters of the catalogue as masks over index positions.
 
 Each condition becomes a mask over the catalogue once, and is kept: a shop asks for the same few
 categories all day.

@@ -1,4 +1,4 @@
-"""Pages: the exact ranking, cut after any answer, and the cursor that says where.
+"""Pagination: cursors over an exact ranking.
 
 A cursor holds what the next page needs: the last answer's score and place, how many came before,
 and the vectors that ask, because a click between two pages moves those and would shuffle

@@ -1,4 +1,4 @@
-"""What may be asked of the service, and what it answers: plain values, no web and no model.
+"""Queries and answers of the engine, as data classes.
 
 Legend: D dimensions of the stored vector, k answers.
 """

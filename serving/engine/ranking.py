@@ -1,4 +1,4 @@
-"""Pages of a query: everything that may be answered, ranked exactly, cut once.
+"""Exact ranking of everything that may be answered, for pages; facets of answers.
 
 Legend: T places that may be answered, D dimensions of the stored vector.
 """

@@ -1,4 +1,4 @@
-"""Orders other than by score: more variety, more or less of what everybody likes.
+"""Re-ranking by diversity (MMR) and by popularity.
 
 Both look at a pool of the best by score, so that no dial brings in what does not fit at all.
 Legend: P candidates of the pool, best first, D dimensions, k answers.

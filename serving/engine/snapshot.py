@@ -1,4 +1,4 @@
-"""Snapshot of the catalogue at a moment, and the search over all of it.
+"""Catalogue snapshot: what may be answered at one time, and the search over it.
 
 Three kinds of things stand under one numbering of places: the index positions of the bundle, the
 live items that came since, and item rows of the bundle that have come to be available since. The

@@ -1,4 +1,4 @@
-"""What was shown and what users did with it, in the form that the next training reads.
+"""Impression log: items shown and events, as Parquet that the next training reads.
 
 One row an item shown or an event. `experiments/recipes/served.toml` has the `[data]` section that
 reads the folder back: clicks as positives, with what was shown beside them and at which positions.

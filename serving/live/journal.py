@@ -1,4 +1,4 @@
-"""The journal of items and events: on disk before anybody is told that they were taken.
+"""Journal of items and events: durable before it is acknowledged.
 
 One SQLite file in WAL mode, one process. Every commit waits for the disk (synchronous = FULL), and
 many writers share one commit (`recsys.serving.live.updates`). This file imports nothing heavy.

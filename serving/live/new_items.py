@@ -1,4 +1,4 @@
-"""Items that come after a bundle was made, through the same item tower.
+"""Encode items that come after the bundle, through the same item tower.
 
 Legend: R items, D dimensions of the stored vector, E of what histories read.
 """

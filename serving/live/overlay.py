@@ -1,4 +1,4 @@
-"""What one model is told beside its bundle: items and events that came later.
+"""Overlay of one model: items and events that came after its bundle.
 
 Legend: N item rows of the bundle, M items in the overlay, D dimensions of the stored vector, E of
 what histories read.

@@ -1,4 +1,4 @@
-"""Items and events that come while models serve: on disk first, then in every loaded model.
+"""Live updates: batch concurrent writes into one transaction, then apply them to every model.
 
 Order of everything: one thread writes. It takes what waits, reads the new items with every loaded
 model, writes all of it to the journal in one commit, and then replaces each model's view in one go.

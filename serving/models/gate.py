@@ -1,4 +1,4 @@
-"""Whether a new model may take over: golden questions, recall measured now, and common sense.
+"""Gate for new models: golden queries, measured recall, sanity of vectors.
 
 A golden file is a JSON list of objects:
     {"ask": {"kind": "similar", "items": ["a"], "k": 10},    as in a request to /v1/batch

@@ -1,4 +1,4 @@
-"""The models that answer: loaded beside the old ones, judged, swapped in one assignment.
+"""Model manager: load beside, check, swap in one assignment, free the old one.
 
 One thread watches the sources of all variants. Whatever fails there, the model that answers goes
 on answering, and the host says what failed and why.

@@ -1,4 +1,4 @@
-"""Bundles under a folder that a service watches: copied whole, then named, the last ones kept.
+"""Publish bundles under a folder that a service watches.
 
     FOLDER/CURRENT              "versions/3f9c51…", the one to serve
     FOLDER/HISTORY              versions in the order of publication, one a line

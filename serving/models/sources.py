@@ -1,4 +1,4 @@
-"""Where models come from: what a source must do, and the source that is a folder."""
+"""Model sources: the protocol, and a watched folder."""
 
 from __future__ import annotations
 

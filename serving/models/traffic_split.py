@@ -1,4 +1,4 @@
-"""Who gets which variant: a hashed split that stays put when shares change."""
+"""Traffic split between variants by a stable hash."""
 
 from __future__ import annotations
 
