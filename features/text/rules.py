@@ -31,7 +31,7 @@ class StaticText(Strict):
     beside: Views = ()
     """Views that a second encoder learns from, whose vectors stand beside the first's, so that they
     are twice as long. What texts say and what they are had with, the view cooccurrence, tell more
-    side by side than drawn together. Empty: no second one."""
+    side by side than drawn together. Ten epochs. Empty: no second one."""
     epochs: int = Field(10, ge=0, le=1000)
     """Of the contrastive training; 0: latent semantic analysis alone."""
 

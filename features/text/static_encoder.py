@@ -53,6 +53,8 @@ BATCH_SIZE = 512
 SCALE = 10.0
 """Multiplies the cosine (1 / temperature): larger looks at the nearest others only."""
 LEARNING_RATE = 0.01
+BESIDE_EPOCHS = 10
+"""Of the second encoder."""
 AT_ONCE = 20_000
 """Texts tokenized at once, so that the tokenizer's own objects stay small."""
 
@@ -89,11 +91,13 @@ def train_static(
     tables = []
     with one_thread():
         start = lsa_vectors(tokens, tokenizer.get_vocab_size(), rules.dimension, rng)
-        for views in filter(None, (rules.views, rules.beside)):
+        for views, epochs in ((rules.views, rules.epochs), (rules.beside, BESIDE_EPOCHS)):
+            if not views:
+                continue
             module = StaticEmbedding(tokenizer, embedding_weights=start.copy())
             model = SentenceTransformer(modules=[module], device="cpu")
             pairs = make_pairs(tokens, items, tokenizer, views, together)
-            contrast(model, pairs, rules.epochs, LEARNING_RATE, rng, progress)
+            contrast(model, pairs, epochs, LEARNING_RATE, rng, progress)
             tables.append(inherit(tokenizer, tokens, module.embedding.weight.detach().numpy()))
     if len(tables) > 1:
         # Means of token vectors side by side are means of what stands side by side: one encoder.
