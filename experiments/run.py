@@ -446,7 +446,7 @@ def _check_same(config: RunConfig, folder: Path) -> None:
         raise ConfigError(f"{folder} holds no run: it has no run.toml. Name a run's folder.")
     free = {"name", "out", "index", "evaluate", "track"}
     then, now = (
-        flatten(one.model_dump(mode="json", exclude=free))
+        flatten(absolute(one).model_dump(mode="json", exclude=free))
         for one in (load(folder / "run.toml"), config)
     )
     may_differ = {"training.epochs", "training.patience"}

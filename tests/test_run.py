@@ -193,6 +193,21 @@ def _quiet(run: str, folder: Path, *more: str) -> Any:
     return loads(f'out = "{folder.as_posix()}"\n{run}\n{lines}\n')
 
 
+def test_a_run_of_relative_paths_goes_on_as_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recsys.experiments import config as configs
+    from recsys.experiments.run import _check_same
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    asked = configs.loads('[data]\nlog = "log.csv"\n')
+    (tmp_path / "run" / "run.toml").write_text(configs.dump(configs.absolute(asked)))
+    _check_same(asked, Path("run"))
+    with pytest.raises(ConfigError, match="was started with data.log = .*other.csv"):
+        _check_same(configs.loads('[data]\nlog = "other.csv"\n'), Path("run"))
+
+
 @pytest.mark.parametrize("towers", ["", "cooccurrence_neighbours = 9\ntext_neighbours = 3\n"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_towers(
     towers: str, market_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
