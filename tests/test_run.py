@@ -204,7 +204,7 @@ def test_a_run_of_relative_paths_goes_on_as_the_same_run(
     asked = configs.loads('[data]\nlog = "log.csv"\n')
     (tmp_path / "run" / "run.toml").write_text(configs.dump(configs.absolute(asked)))
     _check_same(asked, Path("run"))
-    with pytest.raises(ConfigError, match="was started with data.log = .*other.csv"):
+    with pytest.raises(ConfigError, match=r"was started with data.log = .*other.csv"):
         _check_same(configs.loads('[data]\nlog = "other.csv"\n'), Path("run"))
 
 
