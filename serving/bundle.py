@@ -65,7 +65,7 @@ class Bundle:
         catalog: one row an item in the order of `items`, row 1 first; column `item` and what
             answers carry along.
         window: (N, 2) int64, from when on and until when each item may be recommended.
-        timeline: every event, exposure and birth before the cut-off.
+        timeline: every event, impression and birth before the cut-off.
         vectors: (N, D) float32 stored item vectors as of the cut-off.
         rows: (n,) item rows in the index: those that exist and are available.
         index: over `vectors[rows]`.

@@ -95,7 +95,7 @@ def host(root: Path) -> Iterator[Callable[..., ModelManager]]:
     def make(source: Any = None, **more: Any) -> ModelManager:
         sources = more.pop("sources", None) or {"main": source or FolderSource(root)}
         more.setdefault("every", 0.05)
-        one = ModelManager(sources, more.pop("living", None) or LiveUpdates(None), **more)
+        one = ModelManager(sources, more.pop("updates", None) or LiveUpdates(None), **more)
         made.append(one)
         one.start()
         return one

@@ -90,7 +90,7 @@ def test_a_part_that_cannot_be_written_is_tried_again(
     assert log.last_error is None
     broken[0] = True
     log.shown("r", "u", 1, ["a"], "m", "v")
-    with pytest.raises(DataError, match=r"1 rows of the exposure log cannot be written"):
+    with pytest.raises(DataError, match=r"1 rows of the impression log cannot be written"):
         log.close()
     broken[0] = False
     log.close()

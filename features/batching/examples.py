@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def timeline_until(dataset: Dataset, side: Side) -> Timeline:
-    """Every positive and exposure on the sides up to and including `side`.
+    """Every positive and impression on the sides up to and including `side`.
 
     Args:
         dataset: prepared.

@@ -63,7 +63,7 @@ class Timeline:
             not been. The age of an item counts from here.
         exists_from: (N,) int64 from when on an item may be answered. An item of a table that says
             nothing of publication has always been there; its age counts from its first event.
-        shown: item row → sorted times of its exposures, when the log has them.
+        shown: item row → sorted times of its impressions, when the log has them.
         timed: whether `time` is a clock.
         event_weight: (E,) float32 weight of each event, NaN where it is not known; None: all alike.
     """
@@ -257,7 +257,7 @@ class Timeline:
         return before - count_before(times, rows, np.full(len(rows), as_of - window, np.int64))
 
     def select(self, keep: np.ndarray) -> Timeline:
-        """Only the events for which `keep` (E,) is true; exposures and births stay."""
+        """Only the events for which `keep` (E,) is true; impressions and births stay."""
         kept = np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])
         return replace(
             self,

@@ -99,7 +99,7 @@ class ImpressionLog:
         self._closed = False
         self._writing = threading.Lock()
         self._parts = Parts(self.folder)
-        self._thread = threading.Thread(target=self._run, name="exposures", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="impressions", daemon=True)
         self._thread.start()
 
     # ------------------------------------------------------------------ taking
@@ -182,7 +182,7 @@ class ImpressionLog:
         said = str(error) or type(error).__name__
         if said != self.last_error:  # a disk stays full for hours, and is tried every second
             log.error(
-                "The exposure log %s cannot be written; %d rows wait, and are tried again: %s",
+                "The impression log %s cannot be written; %d rows wait, and are tried again: %s",
                 self.folder,
                 self._size,
                 said,
@@ -205,7 +205,7 @@ class ImpressionLog:
             self._parts.close()
         except Exception as error:
             raise DataError(
-                f"{self._size} rows of the exposure log cannot be written to {self.folder}: "
+                f"{self._size} rows of the impression log cannot be written to {self.folder}: "
                 f"{error}. Make room before the service is started again."
             ) from error
 
@@ -245,12 +245,12 @@ class ImpressionLog:
             with self._change:
                 self._waiting.extendleft(reversed(some))
             raise
+        if self.last_error is not None:
+            log.warning("The impression log %s is written again.", self.folder)
         with self._change:
+            self.last_error = None
             self._size -= size
             self.written += size
-        if self.last_error is not None:
-            log.warning("The exposure log %s is written again.", self.folder)
-        self.last_error = None
 
 
 def _frame(some: Sequence[_Shown | Event]) -> pl.DataFrame:
