@@ -85,7 +85,7 @@ def init(
       recsys init events.csv items.csv --out run.toml
     """
     from recsys.errors import ConfigError
-    from recsys.experiments.wizard.guess import guess
+    from recsys.experiments.wizard import guess
     from recsys.files import atomic_write
 
     if str(out) != "-" and out.exists() and not force:
@@ -115,6 +115,8 @@ def keys(
     section: Annotated[
         str | None, typer.Argument(metavar="SECTION", help="Such as training or towers.history.")
     ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As docs/CONFIG.md.")] = False,
+    json: Json = False,
 ) -> None:
     """Every key of a run file: meaning, default and range.
 
@@ -122,9 +124,17 @@ def keys(
     Example:
       recsys keys training
     """
+    from dataclasses import asdict
+
     from recsys.experiments import keys as keys_
 
-    print(keys_.text(keys_.sections() if section is None else keys_.section(section)), end="")
+    listed = keys_.sections() if section is None else keys_.section(section)
+    if json:
+        print_json([asdict(one) for one in listed])
+    elif markdown:
+        print(keys_.page() if section is None else keys_.markdown(listed), end="")
+    else:
+        print(keys_.text(listed), end="")
 
 
 @app.command()

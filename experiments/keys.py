@@ -1,6 +1,6 @@
 """Every key of a run file with its meaning, default and range, read from the checked sections.
 
-`recsys keys` prints them; `python -m recsys.experiments.keys > docs/CONFIG.md` writes the page.
+`recsys keys` prints them; `recsys keys --markdown > docs/CONFIG.md` writes the page.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _sections(
 
 def _kind(key: Key, models: Sequence[type[BaseModel]], default: type[BaseModel]) -> Key:
     """The key `kind` of a section whose kinds are classes: each with what its class says."""
-    meanings = [f"{toml.kind_of(one)}: {_first(one).partition(': ')[2]}" for one in models]
+    meanings = [f"{toml.kind_of(one)}: {_doc(one).partition(': ')[2]}" for one in models]
     return replace(
         key,
         default=json.dumps(toml.kind_of(default)),
@@ -117,12 +117,13 @@ def _kind(key: Key, models: Sequence[type[BaseModel]], default: type[BaseModel])
     )
 
 
-def _first(model: type[BaseModel]) -> str:
-    return re.sub(r"\s+", " ", inspect.getdoc(model) or "").partition("\n")[0]
+def _doc(model: type[BaseModel]) -> str:
+    """What a section says of itself, without its errors, in one line."""
+    return re.sub(r"\s+", " ", (inspect.getdoc(model) or "").partition("\n\nRaises:")[0])
 
 
 def _about(models: Sequence[type[BaseModel]]) -> str:
-    return "" if len(models) > 1 else re.sub(r"^\[[\w.]+\]:?\s*", "", _first(models[0]))
+    return "" if len(models) > 1 else re.sub(r"^\[[\w.]+\]:?\s*", "", _doc(models[0]))
 
 
 @cache
@@ -194,7 +195,7 @@ def _words(schema: dict[str, Any]) -> str:
         )
     if kind == "object":
         return f"table of name = {_words(schema['additionalProperties'])}"
-    bounds = [says.format(f"{schema[key]:g}") for key, says in _BOUNDS.items() if key in schema]
+    bounds = [says.format(schema[key]) for key, says in _BOUNDS.items() if key in schema]
     return ", ".join([_WORDS[kind or "string"], *bounds])
 
 
@@ -217,17 +218,22 @@ def text(wanted: list[Section]) -> str:
 
 def page() -> str:
     """docs/CONFIG.md."""
-    found = sections()
-    count = len({(key.section, key.name) for one in found for key in one.keys})
+    count = sum(len(one.keys) for one in sections())
     lines = [
         "# Every key of a run file", "",
         f"{count} keys. A run file needs only `[data]`; `recsys init LOG` writes one with what it",
         "found, and a key that is left out has the default below. `recsys keys SECTION` prints a",
         "section; `--set section.key=value` changes a key for one run. An empty text stands for",
         "nothing. Paths are relative to the folder of the run file.", "",
-        "Written by `python -m recsys.experiments.keys`; a test holds it current.",
+        "Written by `recsys keys --markdown`; a test holds it current.",
     ]  # fmt: skip
-    for one in found:
+    return "\n".join(lines) + "\n" + markdown(sections())
+
+
+def markdown(listed: list[Section]) -> str:
+    """Sections as Markdown, a table each."""
+    lines = []
+    for one in listed:
         lines += ["", f"## [{one.name}]" if one.name else "## Top level", ""]
         if one.meaning:
             lines += [one.meaning, ""]
@@ -240,7 +246,3 @@ def page() -> str:
             cells = (f"`{key.name}`", default, key.range, key.meaning + kinds)
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(page(), end="")

@@ -17,7 +17,7 @@ import pytest
 
 from recsys.errors import BundleError, ConfigError
 from recsys.experiments import cli, show
-from recsys.experiments.wizard.draft import Draft
+from recsys.experiments.wizard import Draft
 
 VERBS = [
     "init",
@@ -358,7 +358,7 @@ def test_init_writes_a_file_and_never_over_another(
     def guess(log: Path, items: Path | None, folder: Path) -> Draft:
         return Draft([f"# {log.name} {items}"])
 
-    library("recsys.experiments.wizard.guess", guess=guess)
+    library("recsys.experiments.wizard", guess=guess)
     out = tmp_path / "run.toml"
     assert recsys("init", "log.csv", "--out", str(out)).code == 0
     assert out.read_text() == "# log.csv None\n"
@@ -375,7 +375,7 @@ def test_nothing_is_written_when_the_guess_fails(
     def guess(log: Path, items: Path | None, folder: Path) -> Draft:
         raise ConfigError("There is no log.csv.")
 
-    library("recsys.experiments.wizard.guess", guess=guess)
+    library("recsys.experiments.wizard", guess=guess)
     assert recsys("init", "log.csv", "--out", str(tmp_path / "run.toml")).code == 2
     assert list(tmp_path.iterdir()) == []
 

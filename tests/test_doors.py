@@ -15,6 +15,10 @@ def test_every_public_name_is_there(name: str) -> None:
     assert getattr(recsys, name).__name__ == name
 
 
+def test_the_listed_names_are_the_public_ones() -> None:
+    assert [name for name in dir(recsys) if not name.startswith("_")] == sorted(recsys.__all__)
+
+
 def test_an_unknown_name_is_an_attribute_error_that_lists_the_known() -> None:
     with pytest.raises(AttributeError, match=r"no 'recommender'.*Recommender"):
         _ = recsys.recommender  # type: ignore[attr-defined]

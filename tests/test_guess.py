@@ -11,8 +11,7 @@ from source_cases import write_ebnerd
 
 from recsys.errors import DataError
 from recsys.experiments.config import loads
-from recsys.experiments.wizard.draft import comment, toml
-from recsys.experiments.wizard.guess import guess
+from recsys.experiments.wizard import comment, guess, toml
 from recsys.features.readers.read import DataSource, read
 from recsys.tables import Log
 

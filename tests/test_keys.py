@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def test_every_key_has_a_meaning_a_range_and_a_default_that_can_be_read() -> Non
 
 def test_the_page_of_keys_is_current() -> None:
     written = (ROOT / "docs" / "CONFIG.md").read_text(encoding="utf-8")
-    assert written == keys.page(), "python -m recsys.experiments.keys > docs/CONFIG.md"
+    assert written == keys.page(), "recsys keys --markdown > docs/CONFIG.md"
 
 
 def test_keys_prints_a_section_with_kinds_defaults_and_ranges(
@@ -39,6 +40,10 @@ def test_keys_prints_a_section_with_kinds_defaults_and_ranges(
     assert '"none" | "mean" | "attention" | "transformer"' in said
     assert "layers = 1 (kind = transformer)" in said and "whole number, at least 1" in said
     assert "[training.negatives]" in recsys("keys", "training").out
+    (listed,) = json.loads(recsys("keys", "towers.history", "--json").out)
+    layers = next(key for key in listed["keys"] if key["name"] == "layers")
+    assert layers["default"] == "1" and layers["kinds"] == ["transformer"]
+    assert "## [index]" in recsys("keys", "index", "--markdown").out
     wrong = recsys("keys", "trainings")
     assert wrong.code == 2 and "Did you mean 'training'?" in wrong.err
 

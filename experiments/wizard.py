@@ -1,20 +1,22 @@
-"""`recsys init`: guess the columns of a log and its item table, with reasons.
+"""`recsys init`: infer a run file from the first rows of a log and its item table.
 
 Only the first rows are looked at, but for event names, which are counted over the whole log.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from recsys.experiments.keys import sections
-from recsys.experiments.wizard.draft import Draft, short
-from recsys.experiments.wizard.look import LOOK, Look, ids_in, plainly
 from recsys.features.readers import aliases as names
 from recsys.features.readers import ebnerd, mind
 from recsys.features.readers.files import expand, first_line, form, open_file, reading
@@ -23,8 +25,12 @@ from recsys.features.readers.sequences import HEADERS
 from recsys.features.readers.times import clock, unit_of
 from recsys.tables import SECOND, Schema
 
+LOOK = 5_000
+"""Rows that are looked at."""
 MANY_NAMES = 40
 """A column with more different values than this does not hold event names."""
+LONG = 300
+"""Characters of a comment; what is longer is cut."""
 
 
 def guess(
@@ -445,3 +451,140 @@ def _is_category(series: pl.Series) -> bool:
     if len(text) < 4 or text.cast(pl.Float64, strict=False).null_count() == 0:
         return False
     return text.n_unique() <= len(text) // 2 and int(text.str.len_chars().to_numpy().max()) <= 40
+
+
+# ---------------------------------------------------------------- the first rows of a table
+
+
+@dataclass(frozen=True)
+class Look:
+    """The first rows of a table, by which columns are guessed."""
+
+    frame: pl.DataFrame
+    name: str
+
+    @staticmethod
+    def at(paths: str) -> Look:
+        frame, files = scan(paths)
+        with reading(paths):
+            head = frame.head(LOOK).collect()
+        return Look(head.drop([c for c in head.columns if c == ""]), str(files[0]))
+
+    def find(self, among: Iterable[str], taken: Sequence[str | None] = ()) -> str | None:
+        """The first column whose plain name is one of those, in their order."""
+        plain = {plainly(c): c for c in reversed(self.frame.columns) if c not in taken}
+        return next((plain[name] for name in among if name in plain), None)
+
+    def is_list(self, column: str) -> bool:
+        """Whether a column holds lists, native or written in brackets."""
+        series = self.frame[column]
+        if isinstance(series.dtype, (pl.List, pl.Array)):
+            return True
+        if series.dtype != pl.String:
+            return False
+        text = series.drop_nulls().head(100)
+        return bool(len(text)) and bool(text.str.contains(r"^\[.*\]$").all())
+
+    def number(self, column: str) -> pl.Series | None:
+        """A column as numbers, None when it is not numbers."""
+        series = self.frame[column].drop_nulls()
+        if series.dtype == pl.Boolean or not (
+            series.dtype.is_numeric() or series.dtype == pl.String
+        ):
+            return None
+        values = series.cast(pl.Float64, strict=False)
+        return values if len(values) and values.null_count() == 0 else None
+
+
+def plainly(name: str) -> str:
+    """A name without case and punctuation."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+def ids_in(look: Look, column: str) -> pl.Series:
+    """The ids of a column, those within lists too."""
+    series = look.frame[column]
+    if isinstance(series.dtype, (pl.List, pl.Array)):
+        return series.explode().drop_nulls().cast(pl.String)
+    if look.is_list(column) or plainly(column) in (*names.SHOWN, *names.ITEMS):
+        return series.str.extract_all(r"[^\s,'\"\[\]]+").explode().drop_nulls()
+    return series.drop_nulls().cast(pl.String)
+
+
+# ---------------------------------------------------------------- a commented TOML file
+
+
+@dataclass
+class Draft:
+    """Lines of a TOML file, what was guessed, and what is missing.
+
+    Attributes:
+        guessed: dotted key, value as TOML, why.
+        missing: a sentence for each key that has to be filled in.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    guessed: list[tuple[str, str, str]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    folder: Path = Path()
+    _section: str = ""
+
+    def say(self, text: str) -> None:
+        """A comment."""
+        self.lines.append(f"# {comment(text)}")
+
+    def section(self, name: str) -> None:
+        self._section = name
+        self.lines += ["", f"[{name}]"]
+
+    def set(self, key: str, value: Any, why: str = "") -> None:
+        """A line, which is told among the guesses."""
+        self.lines.append(f"{key} = {toml(value)}" + (f"  # {comment(why)}" if why else ""))
+        self.guessed.append((f"{self._section}.{key}".lstrip("."), toml(value), comment(why)))
+
+    def path(self, key: str, value: str, why: str = "") -> None:
+        """A path, written relative to the folder of the run file."""
+        plain = Path(value).expanduser()
+        if not plain.is_absolute():
+            value = os.path.relpath(plain, self.folder)
+        self.set(key, value, why)
+
+    def offer(self, key: str, value: Any, why: str = "") -> None:
+        """A line that is switched off."""
+        self.lines.append(f"# {key} = {toml(value)}" + (f"  # {comment(why)}" if why else ""))
+
+    def column(self, key: str, found: str | None, what: str) -> None:
+        """The column of a key, or a gap to be filled."""
+        if found:
+            self.set(key, found)
+            return
+        self.missing.append(f"{self._section}.{key}: no column looks like {what}")
+        gap = f"MISSING: no column looks like {what}. Write its name here"
+        self.lines.append(f"{key} = {toml(key)}  # {gap}")
+
+    def text(self) -> str:
+        return "\n".join(self.lines).strip() + "\n"
+
+
+def comment(text: str) -> str:
+    """A text that may stand in a comment: one line, and not a long one."""
+    text = re.sub(r"\s+|[\x00-\x1f\x7f]", " ", text)
+    return text if len(text) <= LONG else text[: LONG - 2] + " …"
+
+
+def short(text: str) -> str:
+    """The beginning of a text, as long as a line can take."""
+    return text if len(text) <= 80 else f"{text[:78].rpartition(' ')[0]} …"
+
+
+def toml(value: Any) -> str:
+    """A value as TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(toml(v) for v in value) + "]"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
