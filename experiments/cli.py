@@ -39,8 +39,8 @@ K = Annotated[int, typer.Option("-k", "--k", min=1, help="How many answers.")]
 Exact = Annotated[bool, typer.Option("--exact", help="Search every item, not the index.")]
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(wanted: bool) -> None:
+    if wanted:
         from recsys import __version__
 
         print(f"recsys {__version__}")

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from recsys.errors import ConfigError
 from recsys.experiments import toml
-from recsys.experiments.evaluation.evaluate import EvaluateRules
+from recsys.experiments.evaluation.queries import EvaluateRules
 from recsys.experiments.tracking.track import TrackRules
 from recsys.features.prepared.skips import SkipRules
 from recsys.features.readers.read import DataSource

@@ -117,10 +117,10 @@ def _curves(run: Path | None) -> dict[str, float]:
     """The last finite value of every curve."""
     if run is None or not (run / RECORD).is_file():
         return {}
-    found: dict[str, float] = {}
+    last: dict[str, float] = {}
     for point in Spool.open(run).points():
-        found |= {name: v for name, v in point["metrics"].items() if math.isfinite(v)}
-    return found
+        last |= {name: v for name, v in point["metrics"].items() if math.isfinite(v)}
+    return last
 
 
 def _measure(
@@ -162,15 +162,15 @@ def _measure(
     def answers(vectors: np.ndarray) -> tuple[np.ndarray, float | None]:
         """First answers, whatever was seen, and recall of the last choices."""
         index = ExactIndex(np.ascontiguousarray(vectors[rows]))
-        asked = Recommender(replace(bundle, vectors=vectors, index=index))
-        first = asked.recommend_rows(queries, depth, drop_seen=False, fallback=False)[0]
+        other = Recommender(replace(bundle, vectors=vectors, index=index))
+        first = other.recommend_rows(queries, depth, drop_seen=False, fallback=False)[0]
         judged = np.flatnonzero(fresh)
         if not len(judged):
             return first, None
-        found = asked.recommend_rows(queries.take(judged), k, drop_seen=drop_seen, fallback=False)[
-            0
-        ]
-        return first, float((found == chosen[judged][:, None]).any(1).mean())
+        ranked, *_ = other.recommend_rows(
+            queries.take(judged), k, drop_seen=drop_seen, fallback=False
+        )
+        return first, float((ranked == chosen[judged][:, None]).any(1).mean())
 
     first, recall = answers(bundle.vectors)
     if recall is None:
@@ -187,15 +187,11 @@ def _measure(
             float((one * other).sum(1).mean()), diagnosis.kept(first, others), without or 0.0
         )
 
-    asking = encode_users(model, queries, timeline, bundle.cutoff)  # (Q, D), interests between
+    user = encode_users(model, queries, timeline, bundle.cutoff)  # (Q, D)
     item = bundle.vectors[sample, :width]
-    if asking.ndim == 2:
-        asking = asking[:, None]
-    best = np.einsum("qid,qd->qi", asking, bundle.vectors[chosen]).argmax(1)
-    nearest = asking[np.arange(len(asking)), best]  # (Q, D)
     popularity = timeline.popularity(bundle.cutoff)
     popular = diagnosis.most_popular(popularity, rows, depth)
-    mean_score = bundle.vectors[rows] @ nearest.mean(0)
+    mean_score = bundle.vectors[rows] @ user.mean(0)
     norms = np.linalg.norm(item, axis=1)
     compared = item[:COMPARED]
     held_out, baseline = _held_out(run, curves, k, missing)
@@ -205,12 +201,12 @@ def _measure(
         dimension=width,
         score=model.rules.score,
         item_rank=diagnosis.effective_rank(compared),
-        user_rank=diagnosis.effective_rank(nearest[:, :width]),
+        user_rank=diagnosis.effective_rank(user[:, :width]),
         item_cosine=diagnosis.mean_cosine(compared),
-        user_cosine=diagnosis.mean_cosine(nearest[:, :width]),
+        user_cosine=diagnosis.mean_cosine(user[:, :width]),
         item_uniformity=diagnosis.uniformity(compared),
-        user_uniformity=diagnosis.uniformity(nearest[:, :width]),
-        alignment=diagnosis.alignment(nearest[:, :width], bundle.vectors[chosen, :width]),
+        user_uniformity=diagnosis.uniformity(user[:, :width]),
+        alignment=diagnosis.alignment(user[:, :width], bundle.vectors[chosen, :width]),
         norm=float(norms.mean()),
         norm_spread=float(norms.std() / max(norms.mean(), 1e-12)),
         norm_popularity=diagnosis.rank_correlation(norms.round(5), popularity[sample]),

@@ -169,8 +169,8 @@ def golden(
         count = write_golden(
             model, out, questions=questions, k=k, min_overlap=min_overlap, seed=seed
         )
-    said = {"path": str(out), "questions": count, "model": model.version}
-    print_json(said) if json else print(f"{out}: {count} questions, answered by {model.version}")
+    written = {"path": str(out), "questions": count, "model": model.version}
+    print_json(written) if json else print(f"{out}: {count} questions, answered by {model.version}")
 
 
 def promote(

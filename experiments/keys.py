@@ -68,11 +68,11 @@ def section(name: str) -> list[Section]:
         ConfigError: there is none of that name.
     """
     known = sections()
-    found = [one for one in known if one.name == name or one.name.startswith(f"{name}.")]
-    if not found:
+    wanted = [one for one in known if one.name == name or one.name.startswith(f"{name}.")]
+    if not wanted:
         names = [one.name for one in known if one.name]
         raise ConfigError(f"A run file has no section {name!r}. {nearest(name, names)}")
-    return found
+    return wanted
 
 
 def _sections(
@@ -129,7 +129,7 @@ def _about(models: Sequence[type[BaseModel]]) -> str:
 @cache
 def _meanings(model: type[BaseModel]) -> dict[str, str]:
     """What stands below each field of a class, and of those it inherits from."""
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     for base in reversed(model.__mro__):
         if not (issubclass(base, BaseModel) and base.__module__.startswith("recsys")):
             continue
@@ -140,8 +140,8 @@ def _meanings(model: type[BaseModel]) -> dict[str, str]:
                 text = ""
                 if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
                     text = re.sub(r"\s+", " ", str(below.value.value)).strip()
-                found[line.target.id] = text
-    return found
+                meanings[line.target.id] = text
+    return meanings
 
 
 def _default(field: FieldInfo) -> str | None:
@@ -195,7 +195,7 @@ def _words(schema: dict[str, Any]) -> str:
         )
     if kind == "object":
         return f"table of name = {_words(schema['additionalProperties'])}"
-    bounds = [says.format(schema[key]) for key, says in _BOUNDS.items() if key in schema]
+    bounds = [text.format(schema[key]) for key, text in _BOUNDS.items() if key in schema]
     return ", ".join([_WORDS[kind or "string"], *bounds])
 
 

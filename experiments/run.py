@@ -81,15 +81,15 @@ def prepare(config: str | Path | RunConfig) -> Dataset:
     only in how they learn share one.
     """
     config = read_config(config)
-    asked = config.model_dump(mode="json", include={"data", "split", "skips"})
-    name = sha256_bytes(canonical_json(asked).encode())[:12]
+    options = config.model_dump(mode="json", include={"data", "split", "skips"})
+    name = sha256_bytes(canonical_json(options).encode())[:12]
     log = logs.read(config.data)
     dataset = prepare_log(
         log,
         config.split,
         config.skips,
         Path(config.out) / "prepared" / name,
-        options=asked["data"],
+        options=options["data"],
         progress=say,
     )
     for note, count in sorted(log.notes.items()):
@@ -236,18 +236,18 @@ def fit(
     refolder, chosen = folder / "refit", folder / "chosen.json"
     # A checkpoint says for how long nothing had become better, but not that this had been the end:
     # going on from the last one would train an epoch more, and might choose another.
-    asked = {"epochs": rules.epochs, "patience": rules.patience}
-    found = read_json(chosen) if resume and chosen.exists() else {}
-    if resume and ((refolder / "last.ckpt").exists() or found.items() >= asked.items()):
+    schedule = {"epochs": rules.epochs, "patience": rules.patience}
+    earlier = read_json(chosen) if resume and chosen.exists() else {}
+    if resume and ((refolder / "last.ckpt").exists() or earlier.items() >= schedule.items()):
         module = TwoTowerModule(model, rules).eval()
-        epochs = found.get("best_epoch") or best_epoch(folder)
+        epochs = earlier.get("best_epoch") or best_epoch(folder)
     else:
         chosen.unlink(missing_ok=True)  # it spoke of another training
         module, epochs = _learn(
             config, dataset, model, validation, rules.epochs, folder, logger=logger, resume=resume
         )
         if validation is not None:
-            write_json(chosen, {**asked, "best_epoch": epochs})
+            write_json(chosen, {**schedule, "best_epoch": epochs})
     if validation is None:
         return module
     if rules.refit:

@@ -25,13 +25,13 @@ def facts(values: Mapping[str, Any]) -> None:
     _console().print(table)
 
 
-def guesses(found: Sequence[tuple[str, str, str]]) -> None:
+def guesses(guessed: Sequence[tuple[str, str, str]]) -> None:
     """What was guessed of a log: key, value and why."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     table.add_column(style="dim", overflow="fold")
-    for row in found:
+    for row in guessed:
         table.add_row(*map(escape, row))
     _console().print(table)
 
@@ -60,26 +60,26 @@ def answers(rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
 def scorecard(card: Mapping[str, Any]) -> None:
     """The towers beside the baselines, slices, impressions, the protocol and the verdict."""
     console = _console()
-    said = card.get("protocol") or {}
+    protocol = card.get("protocol") or {}
     names = _chosen(card["model"])
     _contest("All items ranked, 95 % intervals", card, names)
-    for part, found in (card.get("slices") or {}).items():
-        title = f"{part.replace('_', ' ')}: {found['queries']:,} queries"
-        if "chance" in found:
-            title += f", {found['candidates']:,} candidates"
+    for part, sub in (card.get("slices") or {}).items():
+        title = f"{part.replace('_', ' ')}: {sub['queries']:,} queries"
+        if "chance" in sub:
+            title += f", {sub['candidates']:,} candidates"
         recalls = [name for name in names if name.startswith("recall")]
-        _contest(title, found, recalls)
+        _contest(title, sub, recalls)
     shown = card.get("impressions")
     if shown:
         whole = {"all": shown, **(shown.get("slices") or {})}
-        for part, found in whole.items():
-            title = f"What was shown, {part} clicks: {found['requests']:,} requests"
-            _contest(title, found, list(found["model"])[:3])
+        for part, sub in whole.items():
+            title = f"What was shown, {part} clicks: {sub['requests']:,} requests"
+            _contest(title, sub, list(sub["model"])[:3])
     for name, value in (card.get("index") or {}).items():
         if isinstance(value, Mapping) and name != "recall_of_items":
             console.print(f"[dim]index {_plain(name)} against exact search[/] {_number(value)}")
     console.print()
-    lines = {k: v for k, v in said.items() if not isinstance(v, Mapping)}
+    lines = {k: v for k, v in protocol.items() if not isinstance(v, Mapping)}
     facts(lines)
     if card.get("verdict"):
         console.print(f"\n[bold]{escape(str(card['verdict']))}[/]")

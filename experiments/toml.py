@@ -254,20 +254,20 @@ def _sentence(
     for problem in error.errors():
         problems.setdefault(_key(values, problem), []).append(problem)
     # Unknown keys first: a misspelt key is why another is missing.
-    unknown = [key for key, found in problems.items() if found[0]["type"] == "extra_forbidden"]
+    unknown = [key for key, of in problems.items() if of[0]["type"] == "extra_forbidden"]
     key = unknown[0] if unknown else next(iter(problems))
-    found = problems[key]
-    kind = found[0]["type"]
+    first, *_ = problems[key]
+    kind = first["type"]
     if kind == "extra_forbidden":
         text = _unknown(model, values, source, key)
     elif kind == "missing":
         text = f"{source} has no {_named(key)}, and there is no default for it. Give it."
     elif kind == "value_error":
         # The message of a check of ours: a sentence already.
-        reason = str(found[0]["ctx"]["error"]).rstrip(".")
+        reason = str(first["ctx"]["error"]).rstrip(".")
         text = f"{_named(key)} in {source}: {reason}." if key else f"{source}: {reason}."
     else:
-        allowed = " or ".join(dict.fromkeys(_allowed(problem) for problem in found))
+        allowed = " or ".join(dict.fromkeys(_allowed(problem) for problem in problems[key]))
         text = f"{_named(key)} in {source} is {_shown(_at(values, key))}, but must be {allowed}."
     more = len(problems) - 1
     return text + (f" ({more} more {'key is' if more == 1 else 'keys are'} wrong.)" if more else "")

@@ -244,9 +244,9 @@ def _write_impressions(draft: Draft, look: Look, shown: str, clicked: str) -> st
     _write_time(draft, look, [shown, clicked])
     draft.set("shown", shown, "the items of a request; their order is not taken as a position")
     draft.set("clicked", clicked)
-    found = look.find(names.POSITION)
-    if found is not None and look.is_list(found):
-        draft.set("position", found, "one number for each item that was shown")
+    position = look.find(names.POSITION)
+    if position is not None and look.is_list(position):
+        draft.set("position", position, "one number for each item that was shown")
     _write_context(draft, look)
     return "time"
 
@@ -277,9 +277,9 @@ def _write_events(
         ("position", names.POSITION),
         ("dwell", names.DWELL),
     ):
-        found = look.find(among, taken)
-        if found is not None:
-            draft.set(key, found)
+        column = look.find(among, taken)
+        if column is not None:
+            draft.set(key, column)
             if key == "dwell":
                 draft.offer("short_dwell", 3.0, "seconds: a shorter stay is a rejection")
     _write_context(draft, look)
@@ -287,9 +287,9 @@ def _write_events(
 
 
 def _write_context(draft: Draft, look: Look) -> None:
-    found = [c for c in look.frame.columns if plainly(c) in names.DEVICE]
-    if found:
-        draft.set("context_categories", found, "known when the question is asked")
+    devices = [c for c in look.frame.columns if plainly(c) in names.DEVICE]
+    if devices:
+        draft.set("context_categories", devices, "known when the query is made")
 
 
 def _write_time(draft: Draft, look: Look, taken: Sequence[str | None]) -> str | None:
@@ -298,20 +298,23 @@ def _write_time(draft: Draft, look: Look, taken: Sequence[str | None]) -> str | 
         draft.set("time", "", "no column looks like one: the order of the rows is all there is")
         return None
     series = look.frame[time].drop_nulls()
-    tells = clock(time, series.dtype, series.head(1000), Schema())
-    values = series.to_frame().select(tells.value).to_series().drop_nulls()
+    time_form = clock(time, series.dtype, series.head(1000), Schema())
+    values = series.to_frame().select(time_form.value).to_series().drop_nulls()
     if not len(values):
         draft.set("time", time, "no value of the first rows could be read as a time")
         return time
-    if tells.unit is None:
-        says = "times with a zone" if tells.zoned else "times without a zone are taken as UTC"
+    if time_form.unit is None:
+        description = (
+            "times with a zone" if time_form.zoned else "times without a zone are taken as UTC"
+        )
         scale = 1.0
     else:
         unit = unit_of(float(abs(values.to_numpy()).max()))
-        says, scale = f"numbers in {unit}", {"s": SECOND, "ms": 1e3, "us": 1, "ns": 1e-3}[unit]
+        description = f"numbers in {unit}"
+        scale = {"s": SECOND, "ms": 1e3, "us": 1, "ns": 1e-3}[unit]
     low, high = (_date(float(end) * scale) for end in _ends(values))
-    draft.set("time", time, f"{says}; the first rows are from {low} to {high}")
-    if tells.unit is None and not tells.zoned:
+    draft.set("time", time, f"{description}; the first rows are from {low} to {high}")
+    if time_form.unit is None and not time_form.zoned:
         draft.offer("time_zone", "UTC", 'or a name such as "Europe/Copenhagen"')
     return time
 
@@ -344,19 +347,19 @@ def _write_names(draft: Draft, log: str, event: str) -> None:
     with reading(files[0]):
         counts = frame.group_by(pl.col(event).cast(pl.String).alias("name")).len().collect()
     counts = counts.drop_nulls().sort("len", "name", descending=[True, False])
-    found = dict(counts.iter_rows())
-    draft.set("event", event, "found: " + ", ".join(f"{n} ({c})" for n, c in found.items()))
+    events = dict(counts.iter_rows())
+    draft.set("event", event, "found: " + ", ".join(f"{n} ({c})" for n, c in events.items()))
     positive = {
         name: strength
-        for name in found
+        for name in events
         for strength, words in names.STRENGTH.items()
         if plainly(name) in words
     }
-    shown = [name for name in found if plainly(name) in names.SEEN]
-    rejected = [name for name in found if plainly(name) in names.NOT_THIS]
+    shown = [name for name in events if plainly(name) in names.SEEN]
+    rejected = [name for name in events if plainly(name) in names.NOT_THIS]
     if not positive:
-        positive = {name: 1.0 for name in found if name not in shown + rejected}
-    rest = [name for name in found if name not in [*positive, *shown, *rejected]]
+        positive = {name: 1.0 for name in events if name not in shown + rejected}
+    rest = [name for name in events if name not in [*positive, *shown, *rejected]]
     draft.set("positive", positive, "event → strength")
     draft.set("shown_events", shown, 'events that only say "was shown"')
     draft.set("rejected", rejected, 'events that say "not this": dislike, skip, hide')
@@ -406,9 +409,9 @@ def write_catalog(draft: Draft, items: str | None, ids: pl.Series | None, same: 
     if vector is not None:
         draft.set("vector", vector, "given vectors: images, audio, another model")
     for key in ("available", "available_from", "available_until"):
-        found = look.find([plainly(key)])
-        if found is not None:
-            draft.set(key, found)
+        column = look.find([plainly(key)])
+        if column is not None:
+            draft.set(key, column)
 
 
 def _item_column(look: Look, ids: pl.Series | None, same: str | None) -> tuple[str | None, float]:
@@ -553,10 +556,10 @@ class Draft:
         """A line that is switched off."""
         self.lines.append(f"# {key} = {toml(value)}" + (f"  # {comment(why)}" if why else ""))
 
-    def column(self, key: str, found: str | None, what: str) -> None:
+    def column(self, key: str, name: str | None, what: str) -> None:
         """The column of a key, or a gap to be filled."""
-        if found:
-            self.set(key, found)
+        if name:
+            self.set(key, name)
             return
         self.missing.append(f"{self._section}.{key}: no column looks like {what}")
         gap = f"MISSING: no column looks like {what}. Write its name here"

@@ -19,8 +19,7 @@ from recsys.experiments.evaluation.evaluate import (
     test_side as later_side,  # the name is not that of a test
 )
 from recsys.experiments.evaluation.queries import EvaluateRules, questions_of, without_later_events
-from recsys.experiments.evaluation.scorecard import judge, verdict
-from recsys.experiments.evaluation.slices import slices
+from recsys.experiments.evaluation.scorecard import judge, slices, verdict
 from recsys.features.batching.batch import Queries
 from recsys.features.batching.examples import Questions
 from recsys.ragged import Ragged

@@ -21,7 +21,7 @@ from recsys.bootstrap import Bootstrap, Estimate
 from recsys.errors import ConfigError
 from recsys.experiments.evaluation.comparison import MODEL
 from recsys.experiments.evaluation.evaluate import evaluate, test_side
-from recsys.experiments.evaluation.slices import Values
+from recsys.experiments.evaluation.scorecard import Values
 from recsys.features.prepared.dataset import Dataset
 from recsys.serving.later_events import extend
 from recsys.serving.recommender import Recommender

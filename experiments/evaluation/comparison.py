@@ -25,7 +25,7 @@ MODEL = "model"
 
 
 class Baselines:
-    """What the towers must beat, each with what it may know at a moment.
+    """What the towers must beat, each with what it may know at a time.
 
     Args:
         recommender: extended with the later events.
@@ -52,12 +52,12 @@ class Baselines:
         self._counts = Popularity(counts)
 
     def at(self, as_of: int | None, *, shown: bool = False) -> dict[str, Any]:
-        """Name → baseline as of the moment.
+        """Name → baseline as of a time.
 
         Args:
-            moment: microseconds; None without a clock.
+            as_of: microseconds; None without a clock.
             shown: whether given items are to be scored. One of them that nobody had met before
-                the moment has just been shown, so that it is the newest; among all items of a
+                that time has just been shown, so that it is the newest; among all items of a
                 table it may be old stock that nobody ever met.
         """
         if as_of is None:
@@ -107,7 +107,7 @@ def rank(
         extended: the recommender, its tables extended to the later items and users.
         baselines: the other contestants, rival towers among them.
         questions: who asks.
-        moments: (Q,) at which items stood for each query, or None without a clock.
+        as_of_times: (Q,) at which items stood for each query, or None without a clock.
         rules: how deep, and whether seen items are left out.
         cold: (N,) bool, items that the towers never saw chosen.
     """
@@ -135,20 +135,20 @@ def rank(
         for store, to, part, these in tasks:
             seen = at[MODEL].seen(part) if rules.drop_seen else None
             for name, one in at.items():
-                asked = part if name == MODEL else _by_itself(one, part)
+                own = part if name == MODEL else _by_itself(one, part)
                 # The towers answer for everybody: what they are worth is judged here, and how
                 # good the most popular items are has a row of its own.
-                found = one.recommend_rows(
-                    asked, k, exact=True, drop_seen=rules.drop_seen, allowed=these, fallback=False
+                answers = one.recommend_rows(
+                    own, k, exact=True, drop_seen=rules.drop_seen, allowed=these, fallback=False
                 )[0]
-                store[name][to, : found.shape[1]] = found
+                store[name][to, : answers.shape[1]] = answers
             for name, baseline in others.items():
                 store[name][to] = baseline.search(part.history, k, allowed=these, exclude=seen)[0]
     return Ranking(ranked, among, cold_candidates, candidates)
 
 
 def _by_itself(rival: Recommender, queries: Queries) -> Queries:
-    """The same users and moments, with what the rival's own towers read of them."""
+    """The same users and times, with what the rival's own towers read of them."""
     return rival.queries(queries.users, queries.times, queries.context)
 
 
@@ -166,7 +166,7 @@ def score_shown(
     Args:
         extended, baselines: the contestants.
         users, times, context: (Q,), (Q,), (Q, C) of each request.
-        moments: (Q,) at which items stood for each.
+        as_of_times: (Q,) at which items stood for each.
         items: Q ragged item rows shown.
 
     Returns:
@@ -178,12 +178,12 @@ def score_shown(
         part = at.queries(users[rows], times[rows], None if context is None else context[rows])
         these = items.take(rows)
         flat = slots(items.offsets[rows], these.lengths)
-        found = {MODEL: at.score_rows(part, these)}
+        scored = {MODEL: at.score_rows(part, these)}
         for name, rival in baselines.rivals.items():
             then = rival.as_of(as_of)
-            found[name] = then.score_rows(_by_itself(then, part), these)
+            scored[name] = then.score_rows(_by_itself(then, part), these)
         for name, baseline in baselines.at(as_of, shown=True).items():
-            found[name] = baseline.score(part.history, these)
-        for name, score in found.items():
+            scored[name] = baseline.score(part.history, these)
+        for name, score in scored.items():
             scores.setdefault(name, np.zeros(len(items.values), np.float32))[flat] = score
     return scores

@@ -10,8 +10,7 @@ import numpy as np
 import polars as pl
 
 from recsys.errors import BundleError, DataError
-from recsys.experiments.evaluation.scorecard import EvaluateRules, judge
-from recsys.experiments.evaluation.slices import Report
+from recsys.experiments.evaluation.scorecard import Report, judge
 from recsys.features.prepared.dataset import Dataset
 from recsys.features.readers import read as logs
 from recsys.features.readers.files import Paths
@@ -24,8 +23,6 @@ from recsys.tables import Side
 if TYPE_CHECKING:
     from recsys.experiments.config import RunConfig
 
-__all__ = ["EvaluateRules", "each_event", "evaluate", "later_log", "protocol", "test_side"]
-
 
 def each_event(config: RunConfig, dataset: Dataset) -> bool:
     """Whether a query stands at each positive's own time, as `[evaluate] queries` says."""
@@ -37,12 +34,12 @@ def test_side(dataset: Dataset) -> Later:
     """The test side in external ids, as a later log would come."""
     events = np.flatnonzero(np.asarray(dataset.event_side) == Side.TEST)
     requests = np.flatnonzero(np.asarray(dataset.request_side) == Side.TEST)
-    asked = None
+    impressions = None
     if len(requests):
         shown = Ragged(np.asarray(dataset.request_offsets), dataset.shown_item).take(requests)
         clicked = Ragged(np.asarray(dataset.request_offsets), dataset.shown_clicked).take(requests)
         rows, place = np.unique(shown.values, return_inverse=True)
-        asked = Requests(
+        impressions = Requests(
             user=dataset.users.decode(dataset.request_user[requests]),
             time=np.asarray(dataset.request_time)[requests],
             shown=Ragged(shown.offsets, place.reshape(-1)),
@@ -60,7 +57,7 @@ def test_side(dataset: Dataset) -> Later:
         item=dataset.items.decode(dataset.event_item[events]),
         time=np.asarray(dataset.event_time)[events],
         context=np.asarray(dataset.event_context)[events].astype(np.int64),
-        requests=asked,
+        requests=impressions,
         event_weight=np.asarray(dataset.event_weight)[events],
     )
 
@@ -150,10 +147,10 @@ def evaluate(
         at_each = config.evaluate.each_event(
             timed=recommender.bundle.timeline.timed, split=manifest["data"]["split"]["kind"]
         )
-        said = {"data": config.data.format, "log": _named(on), "trained": manifest["protocol"]}
+        stated = {"data": config.data.format, "log": _named(on), "trained": manifest["protocol"]}
         return judge(
             recommender, later_log(recommender, on), config.evaluate,
-            each_event=at_each, protocol=said, **options,
+            each_event=at_each, protocol=stated, **options,
         )  # fmt: skip
     path = Path(manifest["prepared"])
     if not path.exists():
@@ -162,10 +159,10 @@ def evaluate(
             "Run recsys prepare again, or judge on a later log: --on LOG."
         )
     dataset = Dataset.open(path)
-    found, expected = dataset.manifest["input"]["digest"], manifest["prepared_digest"]
-    if found != expected:
+    digest, expected = dataset.manifest["input"]["digest"], manifest["prepared_digest"]
+    if digest != expected:
         raise BundleError(
-            f"{path} was prepared from other input ({found[:12]}) than this bundle was trained on "
+            f"{path} was prepared from other input ({digest[:12]}) than this bundle was trained on "
             f"({expected[:12]}). Train again, or judge on a later log: --on LOG."
         )
     return judge(

@@ -51,9 +51,9 @@ def draw(scorecard: Scorecard, folder: Path, *, title: str = "") -> list[Path]:
         figure = picture(scorecard)
         if figure is None:
             continue
-        said = " · ".join([title] * bool(title) + _protocol(scorecard, name != "impressions"))
-        if said:
-            figure.suptitle(said, fontsize=9, color=GREY, x=0.01, ha="left")
+        heading = " · ".join([title] * bool(title) + _protocol(scorecard, name != "impressions"))
+        if heading:
+            figure.suptitle(heading, fontsize=9, color=GREY, x=0.01, ha="left")
         written.append(_write(figure, Path(folder) / f"{name}.png"))
     return written
 
@@ -66,10 +66,10 @@ def comparison(scorecard: Scorecard) -> Figure | None:
     names = _names(scorecard)
     figure, axes = _figure(len(metrics), 1.2 + 0.42 * len(names))
     for axis, metric in zip(axes, metrics, strict=True):
-        found = {name: _estimate(_of(scorecard, name).get(metric)) for name in names}
-        order = sorted(names, key=lambda name: _sortable(found[name][0]))
+        estimates = {name: _estimate(_of(scorecard, name).get(metric)) for name in names}
+        order = sorted(names, key=lambda name: _sortable(estimates[name][0]))
         for row, name in enumerate(order):
-            _dot(axis, found[name], row, _colour(name, names), label=True)
+            _dot(axis, estimates[name], row, _colour(name, names), label=True)
         axis.set_yticks(range(len(order)), [_words(name) for name in order])
         axis.set_title(_words(metric))
         _room(axis, len(order))
@@ -190,21 +190,21 @@ def _parts(
     figure, (axis,) = _figure(1, 1.6 + (0.3 + 0.16 * len(names)) * len(parts))
     order = list(parts)[::-1]
     for band, part in enumerate(order):
-        found = {MODEL: parts[part][MODEL], **parts[part].get("baselines", {})}
+        metrics = {MODEL: parts[part][MODEL], **parts[part].get("baselines", {})}
         for place, name in enumerate(names):
             height = band + 0.36 - 0.72 * (place + 0.5) / len(names)
-            _dot(axis, _estimate(found.get(name, {}).get(metric)), height, _colour(name, names))
+            _dot(axis, _estimate(metrics.get(name, {}).get(metric)), height, _colour(name, names))
         chance = parts[part].get("chance", {}).get(metric)
         if chance is not None:
             axis.plot([chance, chance], [band - 0.36, band + 0.36], color=GREY, linestyle=":")
         if band % 2:
             axis.axhspan(band - 0.5, band + 0.5, color="#f1f5f9", zorder=0, linewidth=0)
     many = [parts[part].get(counted) for part in order]
-    said = [
+    labels = [
         _words(part) + (f"\n{count:,} {counted}" if count is not None else "")
         for part, count in zip(order, many, strict=True)
     ]
-    axis.set_yticks(range(len(order)), said)
+    axis.set_yticks(range(len(order)), labels)
     chances = any("chance" in part for part in parts.values())
     axis.set_title(_words(metric) + (" (dotted: chance)" if chances else ""))
     if start is not None:
@@ -315,16 +315,16 @@ def _ks(metrics: Mapping[str, Any], kind: str) -> list[int]:
 
 def _favourites(metrics: Mapping[str, Any]) -> list[str]:
     """Recall and NDCG at 20, or at the k nearest to it."""
-    found = []
+    chosen = []
     for kind in ("recall", "ndcg"):
         ks = _ks(metrics, kind)
         if ks:
-            found.append(f"{kind}_at_{min(ks, key=lambda k: abs(math.log(k / FAVOURITE_K)))}")
-    return found
+            chosen.append(f"{kind}_at_{min(ks, key=lambda k: abs(math.log(k / FAVOURITE_K)))}")
+    return chosen
 
 
 def _words(name: str) -> str:
-    """A name of the scorecard as people say it: recall_at_20 → Recall@20."""
+    """A name of the scorecard as people write it: recall_at_20 → Recall@20."""
     match = re.fullmatch(r"(\w+)_at_(\d+)", name)
     if match:
         kind = match[1].replace("_", " ")
@@ -341,13 +341,13 @@ def _sortable(value: float) -> float:
 def _protocol(scorecard: Scorecard, ranking: bool) -> list[str]:
     """What a picture must say of itself when it stands alone; `ranking`: with the queries."""
     protocol = scorecard.get("protocol") or {}
-    said = ["simulated"] if protocol.get("simulated") else []
+    lines = ["simulated"] if protocol.get("simulated") else []
     if not ranking:
-        return said
+        return lines
     if "queries_judged" in protocol:
-        said.append(f"{protocol['queries_judged']:,} queries")
+        lines.append(f"{protocol['queries_judged']:,} queries")
     if "users_judged" in protocol:
-        said.append(f"{protocol['users_judged']:,} users")
+        lines.append(f"{protocol['users_judged']:,} users")
     if "queries" in protocol:
-        said.append(str(protocol["queries"]))
-    return said
+        lines.append(str(protocol["queries"]))
+    return lines

@@ -105,7 +105,7 @@ def without_later_events(extended: Bundle, past: Timeline) -> Bundle:
 def questions_of(
     bundle: Bundle, coded: CodedLater, rules: EvaluateRules, *, each_event: bool, seed: int
 ) -> tuple[Questions, np.ndarray | None]:
-    """The queries, and the moment at which items stood for each.
+    """The queries, and the time as of which items stand for each.
 
     Args:
         bundle: extended; its timeline is all that queries may see, each strictly before its time.
@@ -164,7 +164,7 @@ def refresh_said(times: np.ndarray | None, rules: EvaluateRules, *, each_event: 
 
 
 def by_as_of(as_of_times: np.ndarray | None, size: int) -> Iterator[tuple[int | None, np.ndarray]]:
-    """Each moment and the queries that share it; None and all of them without a clock."""
+    """Each as-of time and the queries that share it; None and all of them without a clock."""
     if not size:
         return
     if as_of_times is None:

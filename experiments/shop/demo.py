@@ -112,11 +112,11 @@ def best_possible(
     luck; "taste" by what the user would click if it were looked at, whatever the shop shows.
     """
     bundle, coded = extend(recommender.bundle, test_side(prepare(config)))
-    asked = ask(
+    questions = ask(
         bundle.timeline, coded.user, coded.item, coded.time, each_event=True, cutoff=None,
         max_history=1, drop_seen=True,
     )  # fmt: skip
-    queries: Queries = asked.queries
+    queries: Queries = questions.queries
     users = bundle.users.decode(queries.users).to_list()
     place = bundle.items.encode(world.items["item"]).astype(np.int64)
     of_row = np.full(bundle.items.size, -1, np.int64)
@@ -125,12 +125,12 @@ def best_possible(
     seen = Ragged(seen.offsets, of_row[seen.values])
     bootstrap = Bootstrap(queries.users)
     assert queries.times is not None  # each event is asked at its own
-    found = {}
+    best_recall = {}
     for kind in ("clicks", "taste"):
         best = world.best(users, queries.times, k, exclude=seen, kind=kind)
         ranked = np.where(best >= 0, place[np.maximum(best, 0)], -1)
-        found[kind] = bootstrap.estimate(recall_at(ranked, asked.targets, k))
-    return found
+        best_recall[kind] = bootstrap.estimate(recall_at(ranked, questions.targets, k))
+    return best_recall
 
 
 def _beside_the_best(

@@ -119,10 +119,10 @@ class World:
         """
         folder = Path(folder)
         about = read_json(folder / "world.json")
-        found = (about.get("format"), about.get("format_version"))
-        if found != (FORMAT, FORMAT_VERSION):
+        version = (about.get("format"), about.get("format_version"))
+        if version != (FORMAT, FORMAT_VERSION):
             raise DataError(
-                f"{folder}/world.json says format {found[0]!r} version {found[1]!r}, but this "
+                f"{folder}/world.json says format {version[0]!r} version {version[1]!r}, but this "
                 f"reads {FORMAT!r} version {FORMAT_VERSION}. "
                 f"Make it again: recsys simulate {folder}."
             )

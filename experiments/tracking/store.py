@@ -136,19 +136,19 @@ class Store:
         """
         client = self._client
         if version is None:
-            found = client.get_model_version_by_alias(name, alias)
+            registered = client.get_model_version_by_alias(name, alias)
         else:
-            found = client.get_model_version(name, version)
-        place = client.get_model_version_download_uri(name, found.version)
-        made = f"{found.creation_timestamp} {found.run_id} {place}"
-        return f"{found.version}-{sha256_bytes(made.encode())[:8]}", place
+            registered = client.get_model_version(name, version)
+        place = client.get_model_version_download_uri(name, registered.version)
+        made = f"{registered.creation_timestamp} {registered.run_id} {place}"
+        return f"{registered.version}-{sha256_bytes(made.encode())[:8]}", place
 
     def download(self, place: str, folder: Path) -> None:
         """Copy the artifact at a URI into a folder that is there."""
         from mlflow.artifacts import download_artifacts
 
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as aside:
-            found = Path(
+            downloaded = Path(
                 download_artifacts(
                     artifact_uri=place,
                     dst_path=aside,
@@ -157,9 +157,9 @@ class Store:
                 )
             )
             # The bundle's own folder where its parent was registered.
-            if not (found / "manifest.json").exists() and (found / "bundle").is_dir():
-                found = found / "bundle"
-            for file in found.iterdir():
+            if not (downloaded / "manifest.json").exists() and (downloaded / "bundle").is_dir():
+                downloaded = downloaded / "bundle"
+            for file in downloaded.iterdir():
                 shutil.move(file, folder / file.name)
 
     def set_alias(self, name: str, version: str, alias: str) -> None:
@@ -183,11 +183,11 @@ class Store:
         if self._database:
             place = (self._database.parent / "artifacts").resolve().as_uri()
         with self._lock():
-            found = self._client.get_experiment_by_name(name)
-            if found is not None and found.lifecycle_stage == "deleted":
-                self._client.restore_experiment(found.experiment_id)
-            if found is not None:
-                return str(found.experiment_id)
+            known = self._client.get_experiment_by_name(name)
+            if known is not None and known.lifecycle_stage == "deleted":
+                self._client.restore_experiment(known.experiment_id)
+            if known is not None:
+                return str(known.experiment_id)
             try:
                 return str(self._client.create_experiment(name, artifact_location=place))
             except MlflowException as error:
