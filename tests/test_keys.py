@@ -140,29 +140,3 @@ def test_paths_in_a_file_are_relative_to_it_and_those_of_the_command_to_the_fold
     again = config.loads(config.dump(config.absolute(found)))
     assert again.data.log == (str(folder / "a.csv"), "/abs/b.csv")
     assert again.data.users == str(tmp_path / "people.csv")
-
-
-def test_init_prints_what_it_guessed_and_a_next_command_that_can_be_pasted(
-    recsys: Callable[..., SimpleNamespace], tmp_path: Path
-) -> None:
-    log = tmp_path / "our shop.csv"
-    log.write_text("user_id,product,ts\nu1,a,1700000000\nu1,b,1700000500\nu2,a,1700000900\n")
-    run = tmp_path / "deep folder" / "run.toml"
-    run.parent.mkdir()
-    ended = recsys("init", log, "--out", run)
-    assert ended.code == 0 and f"recsys train '{run}'" in ended.out
-    assert "data.columns.item" in ended.out and "product" in ended.out
-    text = run.read_text()
-    assert 'name = "our_shop"' in text and "# epochs = 30" in text and "[index]" in text
-    assert config.load(run).data.columns.item == "product"
-
-
-def test_init_ends_with_2_where_something_needed_is_missing(
-    recsys: Callable[..., SimpleNamespace], tmp_path: Path
-) -> None:
-    log = tmp_path / "log.csv"
-    log.write_text("user_id,what,ts\nu1,a,1700000000\nu2,b,1700000900\n")
-    run = tmp_path / "run.toml"
-    ended = recsys("init", log, "--out", run)
-    assert ended.code == 2 and run.exists()
-    assert "data.columns.item: no column looks like an item" in ended.err

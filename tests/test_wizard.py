@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
 from source_cases import write_ebnerd
 
 from recsys.errors import DataError
+from recsys.experiments import config
 from recsys.experiments.config import loads
 from recsys.experiments.wizard import comment, guess, toml
 from recsys.features.readers.read import DataSource, read
@@ -241,3 +244,29 @@ def test_real_logs_that_cannot_be_read_say_why(real_data):
     assert "MISSING: no column looks like a user" in guess(log).text()
     with pytest.raises(DataError, match="no column 'user'"):
         drafted(log)
+
+
+def test_init_prints_what_it_guessed_and_a_next_command_that_can_be_pasted(
+    recsys: Callable[..., SimpleNamespace], tmp_path: Path
+) -> None:
+    log = tmp_path / "our shop.csv"
+    log.write_text("user_id,product,ts\nu1,a,1700000000\nu1,b,1700000500\nu2,a,1700000900\n")
+    run = tmp_path / "deep folder" / "run.toml"
+    run.parent.mkdir()
+    ended = recsys("init", log, "--out", run)
+    assert ended.code == 0 and f"recsys train '{run}'" in ended.out
+    assert "data.columns.item" in ended.out and "product" in ended.out
+    text = run.read_text()
+    assert 'name = "our_shop"' in text and "# epochs = 30" in text and "[index]" in text
+    assert config.load(run).data.columns.item == "product"
+
+
+def test_init_ends_with_2_where_something_needed_is_missing(
+    recsys: Callable[..., SimpleNamespace], tmp_path: Path
+) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text("user_id,what,ts\nu1,a,1700000000\nu2,b,1700000900\n")
+    run = tmp_path / "run.toml"
+    ended = recsys("init", log, "--out", run)
+    assert ended.code == 2 and run.exists()
+    assert "data.columns.item: no column looks like an item" in ended.err
